@@ -1,0 +1,88 @@
+"""Models and tokenizers by name: those shipped with the suite, folders, and the Hugging Face hub."""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import GPT2LMHeadModel, PreTrainedConfig
+from transformers.utils import logging
+
+from backpack_lib.errors import first_line
+from backpack_lib.model import BackpackLMHeadModel, from_released_format
+from backpack_lib.paths import data_folder
+from backpack_lib.tokenization import load_tokenizer
+
+SHIPPED = {"demo": "demo/backpack", "demo-transformer": "demo/transformer"}
+MODELS = {"backpack": BackpackLMHeadModel, "gpt2": GPT2LMHeadModel}
+GPT2_TOKENIZER = "openai-community/gpt2"
+
+
+def load(name, device: str = "cpu", dtype: torch.dtype = torch.float32):
+    """A model in evaluation mode, and its tokenizer.
+
+    name: "demo" or "demo-transformer" (shipped with the suite); a folder that training or
+        `save_pretrained` wrote; or a hub id such as "stanfordnlp/backpack-gpt2".
+
+    Raises ValueError if there is no such model, if it is neither a Backpack nor a GPT-2, or if its
+    files are damaged or incomplete.
+    """
+    model = load_model(name, dtype).to(device)
+    try:
+        tokenizer = load_tokenizer(_place(name))
+    except ValueError:
+        # The released model uses GPT-2's tokenizer without carrying a copy of it.
+        if not _is_released_format(_config(name)):
+            raise
+        tokenizer = load_tokenizer(GPT2_TOKENIZER)
+    if isinstance(model, BackpackLMHeadModel) and model.config.vocab_size > len(tokenizer):
+        model.config.used_vocab_size = len(tokenizer)
+    return model, tokenizer
+
+
+def load_model(name, dtype: torch.dtype = torch.float32):
+    """The model alone; see `load`."""
+    kind = from_released_format(_config(name)).get("model_type")
+    if kind not in MODELS:
+        raise ValueError(f"{str(name)!r} holds a model of type {kind!r}; this suite reads {' and '.join(MODELS)}.")
+    try:
+        with no_progress_bar():
+            model, info = MODELS[kind].from_pretrained(_place(name), dtype=dtype, output_loading_info=True)
+    except (OSError, SafetensorError, RuntimeError, EOFError) as error:
+        raise ValueError(f"The weights in {str(name)!r} are missing or damaged: {first_line(error)}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"The weights in {str(name)!r} lack {len(missing)} of the model's tensors, such as {missing[0]}.")
+    model.loss_type = "ForCausalLM"
+    return model.eval()
+
+
+def _place(name) -> str:
+    return str(data_folder() / SHIPPED[name]) if name in SHIPPED else str(name)
+
+
+def _config(name) -> dict:
+    place = _place(name)
+    if Path(place).is_dir() and not (Path(place) / "config.json").is_file():
+        raise ValueError(f"The folder {str(name)!r} holds no model (no config.json).")
+    try:
+        return PreTrainedConfig.get_config_dict(place)[0]
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{str(name)!r} is no folder with a model, and none could be loaded by that name: {first_line(error)}"
+        ) from error
+
+
+def _is_released_format(config: dict) -> bool:
+    return from_released_format(config) is not config
+
+
+@contextmanager
+def no_progress_bar():
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,30 @@
+"""Where data are read from, and where runs and caches are written."""
+
+import os
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def data_folder() -> Path:
+    """The suite's `data/`: beside the package in a clone, inside it once installed from a wheel."""
+    inside = _PACKAGE / "data"
+    return inside if inside.is_dir() else _PACKAGE.parent / "data"
+
+
+def notebooks_folder() -> Path:
+    """The suite's `notebooks/`: beside the package in a clone, inside it once installed from a wheel."""
+    inside = _PACKAGE / "notebooks"
+    return inside if inside.is_dir() else _PACKAGE.parent / "notebooks"
+
+
+def runs_folder() -> Path:
+    """Where notebooks write what they make: $BACKPACK_RUNS, else `runs/` in the clone or the current folder."""
+    in_clone = (_PACKAGE.parent / "pyproject.toml").is_file()
+    default = (_PACKAGE.parent if in_clone else Path.cwd()) / "runs"
+    return Path(os.environ.get("BACKPACK_RUNS", default))
+
+
+def cache_folder() -> Path:
+    """Where tokenised corpora are kept: $BACKPACK_CACHE, else `.cache/backpack_lib` in the home folder."""
+    return Path(os.environ.get("BACKPACK_CACHE", Path.home() / ".cache" / "backpack_lib"))

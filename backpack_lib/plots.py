@@ -1,0 +1,41 @@
+"""Figures of the suite, in one style. Each function returns a matplotlib figure and shows nothing itself."""
+
+import matplotlib.pyplot as plt
+import seaborn as sns
+
+WIDTH = 7.5  # inches; reads well at the width of a page
+
+
+def new_figure(height: float = 3.6, columns: int = 1, **kwargs):
+    """A figure in the suite's style, and its axes. It is closed for pyplot, so a notebook shows it once."""
+    style = {**sns.axes_style("whitegrid"), "axes.titlelocation": "left", "axes.titleweight": "bold"}
+    with plt.rc_context(style), sns.color_palette("colorblind"):
+        figure, axes = plt.subplots(1, columns, figsize=(WIDTH, height), layout="constrained", **kwargs)
+    plt.close(figure)
+    return figure, axes
+
+
+def loss_curves(histories: dict, title: str | None = None):
+    """Training and validation loss over tokens, of one or more runs, with the floor where it is known.
+
+    histories: name -> DataFrame as `training.train` returns it.
+    """
+    figure, axes = new_figure()
+    colors = sns.color_palette("colorblind")
+    for (name, history), color in zip(histories.items(), colors):
+        tokens = history["tokens"] / 1e6
+        axes.plot(tokens, history["train_loss"], color=color, alpha=0.45, linestyle=":", label=f"{name}, training")
+        axes.plot(tokens, history["valid_loss"], color=color, marker="o", markersize=3, label=f"{name}, validation")
+    floor = next((history["floor"].iloc[-1] for history in histories.values() if "floor" in history), None)
+    if floor is not None:
+        axes.axhline(floor, color="black", linestyle="--", linewidth=1, label="floor: no model can do better")
+    axes.set(xlabel="tokens seen (millions)", ylabel="loss (nats per token)", title=title or _finding(histories, floor))
+    axes.legend()
+    return figure
+
+
+def _finding(histories: dict, floor: float | None) -> str:
+    last = {name: history["valid_loss"].iloc[-1] for name, history in histories.items()}
+    if floor is None:
+        return "; ".join(f"{name}: {loss:.2f} nats" for name, loss in last.items())
+    return "; ".join(f"{name}: {loss / floor - 1:.1%} above the floor" for name, loss in last.items())

@@ -1,0 +1,78 @@
+"""How training shows that it is getting on: a bar in a terminal, one live figure in a notebook."""
+
+import time
+from contextlib import contextmanager
+
+REDRAW_SECONDS = 2.0  # a live figure is drawn at most so often
+
+
+@contextmanager
+def make_progress(run, shown: bool = True):
+    """Yields an object with `step(step)` and `row(history)`, to be told how a `training.Run` is doing."""
+    if not shown:
+        yield _Silent()
+    elif _in_notebook():
+        figure = _LiveFigure(run)
+        yield figure
+        figure.finish()
+    else:
+        from tqdm.auto import tqdm
+
+        with tqdm(total=run.config.steps, initial=run.step, desc=run.config.architecture, unit="step") as bar:
+            yield _Bar(bar)
+
+
+def _in_notebook() -> bool:
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return False
+    return type(get_ipython()).__name__ == "ZMQInteractiveShell"
+
+
+class _Silent:
+    def step(self, step: int): ...
+
+    def row(self, history: list[dict]): ...
+
+
+class _Bar:
+    def __init__(self, bar):
+        self.bar = bar
+
+    def step(self, step: int):
+        self.bar.update(step - self.bar.n)
+
+    def row(self, history: list[dict]):
+        last = history[-1]
+        known = {name: f"{last[name]:.3f}" for name in ("train_loss", "valid_loss", "floor") if name in last}
+        self.bar.set_postfix(known | {"tokens/s": f"{last['tokens_per_second']:,.0f}"})
+
+
+class _LiveFigure:
+    """The loss curves so far. The last drawing stays as the cell's output, without the speed of this machine."""
+
+    def __init__(self, run):
+        from IPython.display import HTML, display
+
+        self.run = run
+        self.drawn = 0.0
+        self.handle = display(HTML("<i>The first evaluation is on its way.</i>"), display_id=True)
+
+    def step(self, step: int): ...
+
+    def row(self, history: list[dict]):
+        if time.monotonic() - self.drawn > REDRAW_SECONDS:
+            speed = f"{history[-1]['tokens_per_second']:,.0f} tokens/s"
+            self._draw(f"{self.run.config.architecture}, step {self.run.step} of {self.run.config.steps}, {speed}")
+
+    def finish(self):
+        self._draw()
+
+    def _draw(self, title: str | None = None):
+        import pandas as pd
+
+        from backpack_lib.plots import loss_curves
+
+        self.drawn = time.monotonic()
+        self.handle.update(loss_curves({self.run.config.architecture: pd.DataFrame(self.run.history)}, title))

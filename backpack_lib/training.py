@@ -1,0 +1,357 @@
+"""The training loop: one process or many, CPU or GPU, a Backpack or the Transformer of the same trunk.
+
+    history = train(TrainingConfig(corpus="planted", out="runs/first", steps=500))
+
+or, from a shell, with the same names as flags,
+
+    python -m backpack_lib.training --corpus "texts/*.txt.xz" --out runs/first --steps 5000
+    torchrun --nproc_per_node 8 -m backpack_lib.training --corpus ...
+
+What is notable:
+
+- `out/model` holds the finished model and its tokenizer, `out/history.csv` the history.
+- The order of the data is a function of the seed and the step alone (`batches.py`). So a run that
+  was stopped, even killed, goes on with the same command and ends with the very weights it would
+  have had, and the number of processes changes the speed only.
+- A checkpoint is a folder that is renamed into place once it is whole (`checkpoints.py`).
+"""
+
+import contextlib
+import math
+import signal
+import sys
+import threading
+import time
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import set_seed
+from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, get_scheduler
+
+from backpack_lib.batches import ShuffledBatches, StreamedBatches
+from backpack_lib.checkpoints import RunFolder
+from backpack_lib.config import PRECISIONS, SCHEDULES, TrainingConfig
+from backpack_lib.loading import load_model
+from backpack_lib.model import BackpackConfig, BackpackLMHeadModel
+from backpack_lib.progress import make_progress
+
+CHECK_EVERY = 20  # steps between looks at the losses; each look makes a GPU wait
+
+
+def train(config: TrainingConfig, blocks=None):
+    """Trains a model, or goes on with the run that `config.out` holds. Returns its history, a DataFrame.
+
+    One row for each evaluation: step, tokens (seen so far), train_loss (mean nats per token since
+    the row before), valid_loss, learning_rate, tokens_per_second, and floor, the loss that no model
+    can beat, where it is known.
+
+    blocks: `corpora.Blocks` to train on; None prepares `config.corpus`.
+
+    Raises ValueError for settings or data that do not fit, OSError if `out` cannot hold the run,
+    FloatingPointError if the loss is not finite, and KeyboardInterrupt, once all is saved, if
+    interrupted.
+    """
+    folder = RunFolder(config)
+    if not folder.is_finished():
+        Run(config, folder, blocks).to_the_end()
+    return folder.history()
+
+
+class Run:
+    """A run in progress: the model, its optimiser, and how far it has come."""
+
+    def __init__(self, config: TrainingConfig, folder: RunFolder, blocks=None):
+        self.config = config
+        self.folder = folder
+        self.accelerator = make_accelerator(config)
+        with self.accelerator.main_process_first():
+            self.blocks = blocks or prepare_blocks(config)
+        set_seed(config.seed)
+        model = make_model(config, self.blocks.tokenizer)
+        folder.check_space(model)
+        if config.compile:
+            model.compile()
+        optimizer = make_optimizer(model, config, self.accelerator.device)
+        scheduler = get_scheduler(SCHEDULES[config.schedule], optimizer, config.warmup, config.steps)
+        self.model, self.optimizer, self.scheduler = self.accelerator.prepare(model, optimizer, scheduler)
+        set_seed(config.seed, device_specific=True)  # dropout differs between processes
+        self.batches = make_batches(config, self.blocks, self.accelerator)
+        self.sequences_per_step = config.batch_size * config.accumulate * self.accelerator.num_processes
+        self.step = 0
+        self.history: list[dict] = []
+        self.losses: list[float] = []  # of each step since the last row of the history
+        self.unread: list[torch.Tensor] = []  # the same, still on the device
+        self.resume()
+
+    def to_the_end(self):
+        config, clock = self.config, Clock(self.tokens())
+        with Interrupts() as interrupts, make_progress(self, self.accelerator.is_main_process) as progress:
+            for batch in self.batches.steps_from(self.step):
+                if self.step == config.steps:
+                    break
+                self.train_one_step(batch)
+                last = self.step == config.steps
+                evaluating, saving = (last or self.step % n == 0 for n in (config.eval_every, config.save_every))
+                stopping = self.agree(interrupts.seen)
+                if evaluating or saving or stopping or self.step % CHECK_EVERY == 0:
+                    self.read_losses()
+                    progress.step(self.step)
+                with clock.paused():
+                    if evaluating:
+                        self.add_row(clock)
+                        progress.row(self.history)
+                    if saving or stopping:
+                        self.save()
+                if stopping:
+                    raise KeyboardInterrupt(f"Stopped after step {self.step}, which is saved; the same call goes on from there.")
+        if self.accelerator.is_main_process:
+            model = self.accelerator.unwrap_model(self.model)
+            self.folder.finish(model, self.blocks.tokenizer, self.history)
+        self.accelerator.wait_for_everyone()
+
+    def train_one_step(self, batch: list[torch.Tensor]):
+        """One optimiser step on `accumulate` batches (batch_size, T)."""
+        self.model.train()
+        total = 0.0
+        for number, rows in enumerate(batch, start=1):
+            # Gradients of several processes are averaged once, with the last batch.
+            together = contextlib.nullcontext() if number == len(batch) else self.accelerator.no_sync(self.model)
+            with together:
+                loss = self.loss(rows) / len(batch)
+                self.accelerator.backward(loss)
+            total = total + loss.detach()
+        self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.unread.append(total)
+        self.step += 1
+
+    def loss(self, rows: torch.Tensor) -> torch.Tensor:
+        """Mean nats per token of some sequences (n, T)."""
+        rows = rows.to(self.accelerator.device, non_blocking=True)
+        return self.model(rows, labels=rows, use_cache=False).loss
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean nats per token over the first `eval_blocks` validation sequences, shared among the processes."""
+        self.model.eval()
+        n_rows = min(self.config.eval_blocks, len(self.blocks.valid))
+        mine = range(self.accelerator.process_index, n_rows, self.accelerator.num_processes)
+        total = torch.zeros(2, device=self.accelerator.device, dtype=torch.float64)
+        for start in range(0, len(mine), self.config.batch_size):
+            rows = self.blocks.valid[list(mine[start : start + self.config.batch_size])]["input_ids"]
+            total += torch.tensor([self.loss(rows).double() * len(rows), len(rows)], device=total.device)
+        nats, count = self.accelerator.reduce(total, "sum").tolist()
+        return nats / count
+
+    def read_losses(self):
+        """Brings the losses of the latest steps over from the device, the mean over processes.
+
+        Raises FloatingPointError if one of them is not finite.
+        """
+        fresh = self.accelerator.reduce(torch.stack(self.unread), "mean").tolist() if self.unread else []
+        first = self.step - len(fresh) + 1
+        for step, loss in enumerate(fresh, start=first):
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"The loss of step {step} is {loss}; try a lower learning_rate (now {self.config.learning_rate}). "
+                    f"{self.folder.last_checkpoint()}"
+                )
+        self.losses += fresh
+        self.unread = []
+
+    def tokens(self) -> int:
+        """How many tokens the run has seen so far."""
+        return self.step * self.sequences_per_step * self.config.block_size
+
+    def add_row(self, clock: "Clock"):
+        row = {
+            "step": self.step,
+            "tokens": self.tokens(),
+            "train_loss": sum(self.losses) / len(self.losses),
+            "valid_loss": self.evaluate(),
+            "learning_rate": self.scheduler.get_last_lr()[0],
+            "tokens_per_second": clock.rate(self.tokens()),
+        }
+        self.history.append(row if self.blocks.floor is None else row | {"floor": self.blocks.floor})
+        self.losses = []
+
+    def agree(self, mine: bool) -> bool:
+        """Whether any process says so. Asked of the others now and then only, since each asking makes all wait."""
+        if self.accelerator.num_processes == 1:
+            return mine
+        if self.step % CHECK_EVERY:
+            return False
+        said = torch.tensor(float(mine), device=self.accelerator.device)
+        return self.accelerator.reduce(said, "sum").item() > 0
+
+    def save(self):
+        progress = {
+            "step": self.step,
+            "history": self.history,
+            "losses": self.losses,
+            "sequences_per_step": self.sequences_per_step,
+            "text": self.blocks.fingerprint,
+            "stream": self.batches.state_dict(),
+        }
+        self.folder.save(self.accelerator, progress)
+
+    def resume(self):
+        progress = self.folder.resume(self.accelerator)
+        if progress is None:
+            return
+        for name, now in (("sequences_per_step", self.sequences_per_step), ("text", self.blocks.fingerprint)):
+            if progress[name] != now:
+                raise ValueError(
+                    f"{self.config.out!r} holds a run with {name}={progress[name]}, which is now {now}; "
+                    "go on with the same text and number of processes, or choose another `out`."
+                )
+        self.step, self.history, self.losses = progress["step"], progress["history"], progress["losses"]
+        self.batches.load_state_dict(progress["stream"])
+
+
+# ---------------------------------------------------------------- the parts of a run
+
+
+def make_accelerator(config: TrainingConfig) -> Accelerator:
+    """Accelerate's view of the device and the other processes, made anew for each run."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda' needs a CUDA GPU, and there is none here; choose 'cpu' or 'auto'.")
+    if config.device == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device='mps' needs an Apple GPU, and there is none here; choose 'cpu' or 'auto'.")
+    on_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if not on_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    # Accelerate keeps its state for the life of a process; a notebook may train twice, differently.
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    return Accelerator(mixed_precision=PRECISIONS[precision], cpu=on_cpu, step_scheduler_with_optimizer=False)
+
+
+def prepare_blocks(config: TrainingConfig):
+    from backpack_lib.corpora import open_corpus, prepare
+
+    valid = config.valid_corpus and open_corpus(config.valid_corpus, config.per_file)
+    return prepare(
+        open_corpus(config.corpus, config.per_file, config.streaming),
+        block_size=config.block_size,
+        vocab_size=config.vocab_size,
+        tokenizer=config.init_from or config.tokenizer,
+        valid_corpus=valid or None,
+        valid_fraction=config.valid_fraction,
+    )
+
+
+def make_model(config: TrainingConfig, tokenizer):
+    """A new model of the configured sizes, or the one to start from."""
+    kinds = {"backpack": BackpackLMHeadModel, "transformer": GPT2LMHeadModel}
+    if config.init_from:
+        model = load_model(config.init_from)
+        if not isinstance(model, kinds[config.architecture]):
+            raise ValueError(
+                f"init_from={config.init_from!r} holds a {type(model).__name__}, "
+                f"but architecture={config.architecture!r} was asked for."
+            )
+        if config.block_size > model.config.n_positions:
+            raise ValueError(
+                f"block_size={config.block_size} is longer than the n_positions={model.config.n_positions} "
+                f"of {config.init_from!r}; choose a shorter one."
+            )
+        return model
+    trunk = dict(
+        vocab_size=len(tokenizer),
+        n_positions=config.block_size,
+        n_embd=config.n_embd,
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        resid_pdrop=config.dropout,
+        embd_pdrop=config.dropout,
+        attn_pdrop=config.dropout,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    if config.architecture == "backpack":
+        return BackpackLMHeadModel(BackpackConfig(**trunk, num_senses=config.num_senses))
+    model = GPT2LMHeadModel(GPT2Config(**trunk))
+    model.loss_type = "ForCausalLM"  # transformers does not find it from this class' name
+    return model
+
+
+def make_optimizer(model, config: TrainingConfig, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW that decays matrices, embeddings included, and leaves biases and norms alone."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=device.type != "mps")
+
+
+def make_batches(config: TrainingConfig, blocks, accelerator: Accelerator):
+    place = {"process": accelerator.process_index, "processes": accelerator.num_processes}
+    if hasattr(blocks.train, "__getitem__"):
+        return ShuffledBatches(blocks.train, config.batch_size, config.accumulate, config.seed, **place)
+    return StreamedBatches(blocks.train, config.batch_size, config.accumulate, **place)
+
+
+class Clock:
+    """Measures tokens per second of training, without the time that evaluation and saving take."""
+
+    def __init__(self, tokens: int):
+        self.tokens, self.seconds, self.running_since = tokens, 0.0, time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self):
+        self.seconds += time.perf_counter() - self.running_since
+        yield
+        self.running_since = time.perf_counter()
+
+    def rate(self, tokens: int) -> float:
+        """Tokens per second since the last call, from within a pause; `tokens` counts from the run's start."""
+        rate = (tokens - self.tokens) / self.seconds
+        self.tokens, self.seconds = tokens, 0.0
+        return rate
+
+
+class Interrupts:
+    """While active, Ctrl-C and SIGTERM are noted instead of breaking into the middle of a step."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __enter__(self):
+        self.seen = False
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            self.before = {number: signal.signal(number, self._note) or signal.SIG_DFL for number in self.SIGNALS}
+        return self
+
+    def _note(self, number, frame):
+        self.seen = True
+        signal.signal(number, self.before[number])  # a second one breaks in at once
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def main():
+    """Trains from the command line. An error that a person can mend is printed as one sentence."""
+    parser = HfArgumentParser(TrainingConfig, prog="python -m backpack_lib.training", description=train.__doc__.split("\n")[0])
+    try:
+        (config,) = parser.parse_args_into_dataclasses()
+        history = train(config)
+    except KeyboardInterrupt as interrupt:
+        print(interrupt, file=sys.stderr)
+        return 130
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if PartialState().is_main_process:
+        print(history.tail(1).to_string(index=False))
+        print(f"The model is in {config.out}/model.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

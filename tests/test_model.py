@@ -1,0 +1,302 @@
+"""The model equals its equations, and behaves like any other language model of transformers."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, pipeline
+
+from backpack_lib import BackpackConfig, BackpackLMHeadModel
+from conftest import random_ids, tiny_config, tiny_model
+
+
+def slow_senses(model, token):
+    """Sense vectors (k, d) of one token, from the equations, with no module called but the activation."""
+    net, w = model.backpack.sense_network, dict(model.backpack.sense_network.named_parameters())
+    eps = model.config.layer_norm_epsilon
+
+    def norm(x, name):
+        x = x - x.mean()
+        return x / torch.sqrt((x**2).mean() + eps) * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def mlp(x, name):
+        hidden = net.final_mlp.act(x @ w[f"{name}.c_fc.weight"] + w[f"{name}.c_fc.bias"])
+        return hidden @ w[f"{name}.c_proj.weight"] + w[f"{name}.c_proj.bias"]
+
+    e = model.lm_head.weight[token]
+    r = norm(e, "ln") + e
+    h = norm(r, "block.ln_1")
+    r = mlp(h, "block.mlp") + r
+    return mlp(norm(r, "block.ln_2"), "final_mlp").reshape(model.config.num_senses, -1)
+
+
+def slow_logits(model, ids):
+    """Logits (T, V) of one text (T,), summed word by word and sense by sense."""
+    k, d_s = model.config.num_senses, model.config.n_embd // model.config.num_senses
+    hidden = model.backpack.gpt2_model(ids[None], use_cache=False).last_hidden_state[0]
+    both = model.backpack.sense_weight_net.c_attn(hidden)
+    queries, keys = both[:, : k * d_s], both[:, k * d_s :]
+    outputs = []
+    for i in range(len(ids)):
+        o = torch.zeros(model.config.n_embd)
+        for l in range(k):
+            part = slice(l * d_s, (l + 1) * d_s)
+            scores = torch.stack([queries[i, part] @ keys[j, part] / math.sqrt(d_s) for j in range(i + 1)])
+            alpha = scores.exp() / scores.exp().sum()
+            for j in range(i + 1):
+                o = o + alpha[j] * slow_senses(model, ids[j])[l]
+        outputs.append(model.lm_head.weight @ o)
+    return torch.stack(outputs)
+
+
+VARIANTS = [
+    dict(),
+    dict(num_senses=1),
+    dict(num_senses=4, activation_function="gelu"),
+    dict(num_senses=7, scale_attn_by_inverse_layer_idx=True),  # 7 does not divide 20
+    dict(sense_intermediate_scale=2, n_layer=1),
+]
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_logits_and_gradients_equal_the_equations(changes):
+    model = tiny_model(**changes)
+    ids = random_ids(2, 7)
+    ids[1, 3:5] = ids[0, 0]  # repeated tokens, within a text and across texts
+    fast = model(ids).logits
+    slow = torch.stack([slow_logits(model, row) for row in ids])
+    torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-4)
+
+    names, parameters = zip(*model.named_parameters())
+    weights = torch.randn(fast.shape, generator=torch.Generator().manual_seed(1))
+    of_fast = torch.autograd.grad((fast * weights).sum(), parameters)
+    of_slow = torch.autograd.grad((slow * weights).sum(), parameters)
+    for name, a, b in zip(names, of_fast, of_slow):
+        scale = b.abs().max().clamp(min=1.0)
+        torch.testing.assert_close(a / scale, b / scale, atol=2e-5, rtol=1e-4, msg=lambda m: f"{name}: {m}")
+
+
+def test_outputs_are_the_parts_of_the_sum():
+    model = tiny_model()
+    ids = random_ids(2, 9)
+    out = model(ids, output_senses=True)
+    B, T, k, d = 2, 9, 3, 20
+    assert out.contextualization.shape == (B, k, T, T) and out.senses.shape == (B, k, T, d)
+    torch.testing.assert_close(out.contextualization.sum(-1), torch.ones(B, k, T))
+    assert out.contextualization.triu(1).abs().max() == 0
+    total = torch.einsum("blij,bljd->bid", out.contextualization, out.senses) @ model.lm_head.weight.T
+    torch.testing.assert_close(out.logits, total, atol=1e-5, rtol=1e-4)
+    # The senses at a position are the token's own, whatever stands around it.
+    torch.testing.assert_close(out.senses[1, :, 4], model.sense_vectors(ids[1, 4:5])[0])
+    assert model(ids).senses is None and model(ids).contextualization is None
+
+
+def test_sense_network_sees_each_distinct_token_once():
+    model = tiny_model()
+    seen = []
+    model.backpack.sense_network.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+    ids = torch.tensor([[5, 6, 5, 5], [6, 5, 6, 9]])
+    model(ids)
+    assert seen == [3]
+
+
+def test_sum_over_senses_makes_no_large_intermediate():
+    """No tensor as large as (B, k, T, d) is made by the sum, forward."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from backpack_lib.model import weighted_sum
+
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            inputs = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+            if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in inputs:
+                sizes.append(out.numel())
+            return out
+
+    B, k, T, d = 2, 8, 16, 64
+    alpha, senses = torch.rand(B, k, T, T), torch.rand(B, k, T, d)
+    with Watch():
+        out = weighted_sum(alpha, senses)
+    torch.testing.assert_close(out, (alpha @ senses).sum(1))
+    assert max(sizes) < B * k * T * d
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_batch_gives_the_unpadded_logits(side):
+    model = tiny_model()
+    texts = [random_ids(n, seed=n) for n in (3, 8, 5)]
+    padded, mask = torch.zeros(3, 8, dtype=torch.long), torch.zeros(3, 8, dtype=torch.long)
+    for row, text in enumerate(texts):
+        place = slice(8 - len(text), None) if side == "left" else slice(len(text))
+        padded[row, place], mask[row, place] = text, 1
+    logits = model(padded, attention_mask=mask).logits
+    for row, text in enumerate(texts):
+        torch.testing.assert_close(logits[row][mask[row].bool()], model(text[None]).logits[0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [dict(do_sample=False), dict(do_sample=True, top_k=0), dict(num_beams=3)], ids=str)
+def test_cached_generation_equals_uncached(options):
+    model = tiny_model()
+    ids = random_ids(3, 6)
+    mask = torch.ones_like(ids)
+    ids[0, :2], mask[0, :2] = 0, 0  # left padding
+    made = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        made.append(model.generate(ids, attention_mask=mask, max_new_tokens=15, eos_token_id=None, use_cache=use_cache, **options))
+    assert made[0].shape == (3, 21)
+    assert torch.equal(*made)
+
+
+def test_caches_of_every_make_hold_the_senses():
+    model = tiny_model()
+    ids = random_ids(2, 10)
+    whole = model(ids).logits
+    for cache in (None, DynamicCache(), DynamicCache(config=model.config)):
+        first = model(ids[:, :4], past_key_values=cache, use_cache=True)
+        assert len(first.past_key_values.layers) == model.config.n_layer + 1
+        rest = [model(ids[:, i : i + 2], past_key_values=first.past_key_values).logits for i in (4, 6, 8)]
+        torch.testing.assert_close(torch.cat([first.logits, *rest], 1), whole, atol=1e-5, rtol=1e-4)
+    static = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, cache_implementation="static", disable_compile=True)
+    assert torch.equal(static, model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None))
+
+
+def test_unused_rows_of_the_vocabulary_are_never_generated():
+    model = tiny_model(used_vocab_size=50)
+    with torch.no_grad():
+        model.lm_head.weight[50:] *= 10  # so that they would be chosen
+    free = tiny_model()
+    free.load_state_dict(model.state_dict())
+    ids = random_ids(4, 3, vocab_size=50)
+    options = dict(max_new_tokens=20, do_sample=True, eos_token_id=None)
+    assert (free.generate(ids, **options) >= 50).any()
+    for extra in (dict(), dict(suppress_tokens=[7]), dict(generation_config=GenerationConfig(suppress_tokens=[7], pad_token_id=0))):
+        made = model.generate(ids, **options, **extra)[:, 3:]
+        assert made.max() < 50
+        assert not extra or (made != 7).all()
+
+
+def test_labels_give_the_mean_cross_entropy():
+    model = tiny_model()
+    ids = random_ids(2, 9)
+    labels = ids.clone()
+    labels[0, :5] = -100
+    out = model(ids, labels=labels)
+    kept = labels[:, 1:].reshape(-1) != -100
+    expected = F.cross_entropy(out.logits[:, :-1].reshape(-1, 61)[kept], labels[:, 1:].reshape(-1)[kept])
+    torch.testing.assert_close(out.loss, expected)
+
+
+@pytest.mark.parametrize("auto", [False, True])
+def test_saved_model_comes_back(tmp_path, auto):
+    model = tiny_model(used_vocab_size=50, num_senses=7)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+    again = (AutoModelForCausalLM if auto else BackpackLMHeadModel).from_pretrained(tmp_path)
+    assert type(again) is BackpackLMHeadModel and again.config.used_vocab_size == 50
+    ids = random_ids(2, 9)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert again.lm_head.weight is again.backpack.gpt2_model.wte.weight
+
+
+def test_text_generation_pipeline(tmp_path):
+    from backpack_lib.tokenization import train_tokenizer
+
+    tokenizer = train_tokenizer(["one two three four"] * 10, 270)
+    tokenizer.save_pretrained(tmp_path)
+    tiny_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    generate = pipeline("text-generation", str(tmp_path))
+    made = generate("one two", max_new_tokens=5, do_sample=False)[0]["generated_text"]
+    assert made.startswith("one two") and len(made) > len("one two")
+
+
+def test_compiled_model_gives_the_same_loss_and_gradients():
+    model, ids = tiny_model(), random_ids(2, 9)
+    plain = model(ids, labels=ids, use_cache=False).loss
+    expected = torch.autograd.grad(plain, model.backpack.sense_network.final_mlp.c_proj.weight)[0]
+    compiled = torch.compile(model, backend="aot_eager")
+    loss = compiled(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(model.backpack.sense_network.final_mlp.c_proj.weight.grad, expected)
+
+
+# ---------------------------------------------------------------- the released format
+
+
+def load_golden(shared):
+    from safetensors.torch import load_file
+
+    folder = shared / "golden" / "tiny"
+    return folder, load_file(folder / "expected.safetensors")
+
+
+def assert_equals_golden(model, expected):
+    out = model(expected["input_ids"], output_senses=True)
+    for name in ("logits", "contextualization", "senses"):
+        torch.testing.assert_close(getattr(out, name), expected[name], atol=1e-5, rtol=0, msg=lambda m: f"{name}: {m}")
+
+
+def test_released_format_loads_and_agrees_without_warnings(shared, caplog):
+    from transformers.utils import logging
+
+    folder, expected = load_golden(shared)
+    logging.enable_propagation()
+    try:
+        assert_equals_golden(BackpackLMHeadModel.from_pretrained(folder), expected)
+    finally:
+        logging.disable_propagation()
+    assert not [record for record in caplog.records if record.levelname != "INFO"]
+
+
+def test_released_format_loads_from_safetensors(shared, tmp_path):
+    from safetensors.torch import save_file
+
+    folder, expected = load_golden(shared)
+    weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    save_file({name: tensor.clone() for name, tensor in weights.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    assert_equals_golden(BackpackLMHeadModel.from_pretrained(tmp_path), expected)
+
+
+def test_padding_rows_of_the_released_vocabulary_are_known(tmp_path):
+    released = {"model_type": "gpt2", "num_senses": 16, "vocab_size": 50264, "auto_map": {"AutoConfig": "x.Y"}}
+    (tmp_path / "config.json").write_text(json.dumps(released))
+    config = BackpackConfig.from_pretrained(tmp_path)
+    assert config.used_vocab_size == 50257 and config.model_type == "backpack" and not hasattr(config, "auto_map")
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_too_long_text_names_both_lengths():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="25 tokens.*n_positions=24"):
+        model(random_ids(1, 25))
+    with pytest.raises(ValueError, match="n_positions=24"):
+        model.generate(random_ids(1, 20), max_new_tokens=10, eos_token_id=None)
+
+
+@pytest.mark.parametrize("ids", [torch.tensor([[3, 61]]), torch.tensor([[-1, 2]]), torch.zeros(1, 0, dtype=torch.long)])
+def test_bad_ids_give_one_sentence(ids):
+    with pytest.raises(ValueError, match="vocabulary has 61 rows|at least one token"):
+        tiny_model()(ids)
+
+
+@pytest.mark.parametrize("changes, words", [(dict(n_head=3), "n_embd=20.*n_head=3"), (dict(num_senses=21), "num_senses=21"), (dict(num_senses=0), "num_senses=0")])
+def test_sizes_that_do_not_fit_are_named(changes, words):
+    with pytest.raises(ValueError, match=words):
+        tiny_config(**changes)
+
+
+def test_other_architectures_are_refused(tmp_path):
+    from transformers import GPT2Config
+
+    GPT2Config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'gpt2', not a Backpack"):
+        BackpackConfig.from_pretrained(tmp_path)
