@@ -9,10 +9,14 @@ Folders and files are written under another name and renamed once they are whole
 """
 
 import json
+import logging
 import os
 import shutil
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from backpack_lib.config import TrainingConfig
 from backpack_lib.errors import first_line
@@ -85,12 +89,13 @@ class RunFolder:
                 shutil.rmtree(building, ignore_errors=True)
                 building.mkdir()
             accelerator.wait_for_everyone()
-            accelerator.save_state(str(building))
+            with no_warning_of_shared_weights():
+                accelerator.save_state(str(building))
             write_text(building / f"progress-{accelerator.process_index}.json", json.dumps(progress))
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 building.rename(self.path / f"checkpoint-{progress['step']:08d}")
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(building, ignore_errors=True)
             raise OSError(
                 f"The checkpoint of step {progress['step']} could not be written: {first_line(error)}. {self.last_checkpoint()}"
@@ -124,13 +129,13 @@ class RunFolder:
                 model.save_pretrained(building)
             tokenizer.save_pretrained(building)
             building.rename(self.path / "model")
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(building, ignore_errors=True)
             raise OSError(
                 f"The finished model could not be written ({first_line(error)}); "
                 "make room and run the same command again: it goes on from the last checkpoint."
             ) from error
-        for folder in self.checkpoints():
+        for folder in self.path.glob("checkpoint-*"):
             shutil.rmtree(folder, ignore_errors=True)
 
     def write_history(self, history: list[dict]):
@@ -142,7 +147,19 @@ class RunFolder:
         """The history so far, as a DataFrame with one row for each evaluation."""
         import pandas as pd
 
-        return pd.read_csv(self.path / "history.csv", float_precision="round_trip")
+        return pd.read_csv(self.path / "history.csv")
+
+
+@contextmanager
+def no_warning_of_shared_weights():
+    """Accelerate warns at every save that the output embedding is the input embedding, as it should be."""
+    logger = logging.getLogger("accelerate.utils.other")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def write_text(path: Path, text: str):

@@ -271,12 +271,13 @@ def make_model(config: TrainingConfig, tokenizer):
         attn_pdrop=config.dropout,
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
     )
     if config.architecture == "backpack":
-        return BackpackLMHeadModel(BackpackConfig(**trunk, num_senses=config.num_senses))
-    model = GPT2LMHeadModel(GPT2Config(**trunk))
-    model.loss_type = "ForCausalLM"  # transformers does not find it from this class' name
+        model = BackpackLMHeadModel(BackpackConfig(**trunk, num_senses=config.num_senses))
+    else:
+        model = GPT2LMHeadModel(GPT2Config(**trunk))
+        model.loss_type = "ForCausalLM"  # transformers does not find it from this class' name
+    model.generation_config.pad_token_id = tokenizer.eos_token_id
     return model
 
 

@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+# Read when the library is imported, so set before anything else is.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import pytest
 import torch
 
@@ -16,7 +19,6 @@ def folders_of_their_own(tmp_path_factory):
     before = dict(os.environ)
     os.environ["BACKPACK_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["BACKPACK_RUNS"] = str(tmp_path_factory.mktemp("runs"))
-    os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     yield
     os.environ.clear()

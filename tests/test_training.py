@@ -1,0 +1,416 @@
+"""Training promises: the same result however often it is interrupted, and nothing half-written."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import GPT2LMHeadModel
+
+from backpack_lib import BackpackLMHeadModel, TrainingConfig, load, planted, train
+from backpack_lib.batches import ShuffledBatches
+from backpack_lib.training import make_model, make_optimizer
+from conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A small corpus of 400 planted texts in a file."""
+    file = tmp_path_factory.mktemp("text") / "texts.txt"
+    file.write_text("\n\n".join(text.text for text in planted.generate(400)))
+    return str(file)
+
+
+@pytest.fixture
+def tiny(text, tmp_path):
+    """A run of some seconds, with dropout, so that the random state matters."""
+    sizes = dict(n_layer=1, n_head=2, n_embd=16, num_senses=2, vocab_size=400, block_size=16, batch_size=4)
+    steps = dict(steps=12, warmup=2, eval_every=3, save_every=2, eval_blocks=8, valid_fraction=0.1)
+    return TrainingConfig(corpus=text, out=str(tmp_path / "run"), dropout=0.1, learning_rate=1e-2, **sizes, **steps)
+
+
+def command(config, launcher=()):
+    flags = [f"--{name}={value}" for name, value in vars(config).items() if value is not None]
+    return [sys.executable, *launcher, "-m", "backpack_lib.training", *flags]
+
+
+def run_command(config, launcher=(), **kwargs):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command(config, launcher), cwd=ROOT, env=env, capture_output=True, text=True, **kwargs)
+
+
+def weights(out):
+    from safetensors.torch import load_file
+
+    return load_file(f"{out}/model/model.safetensors")
+
+
+def assert_same_weights(out, other):
+    a, b = weights(out), weights(other)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+RESULTS = ["step", "tokens", "train_loss", "valid_loss", "learning_rate"]
+
+
+# ---------------------------------------------------------------- learning
+
+
+@pytest.mark.parametrize("architecture, kind", [("backpack", BackpackLMHeadModel), ("transformer", GPT2LMHeadModel)])
+def test_training_learns_and_leaves_model_tokenizer_and_history(tiny, architecture, kind, recwarn):
+    config = replace(tiny, architecture=architecture, steps=60, eval_every=20, dropout=0.0)
+    history = train(config)
+    assert list(history["step"]) == [20, 40, 60] and list(history["tokens"]) == [20 * 64, 40 * 64, 60 * 64]
+    assert history["valid_loss"].is_monotonic_decreasing
+    assert history["valid_loss"].iloc[-1] < np.log(400) - 1  # a nat better than guessing
+    assert (history["tokens_per_second"] > 0).all() and history["learning_rate"].iloc[-1] == 0
+    pd.testing.assert_frame_equal(history, pd.read_csv(f"{config.out}/history.csv"))
+    model, tokenizer = load(f"{config.out}/model")
+    assert type(model) is kind and not model.training
+    assert sorted(os.listdir(config.out)) == ["history.csv", "model", "settings.json"]
+
+    # The loss in the history is that of the saved model on the validation blocks.
+    from backpack_lib.training import prepare_blocks
+
+    rows = prepare_blocks(config).valid[:8]["input_ids"]
+    assert model(rows, labels=rows).loss.item() == pytest.approx(history["valid_loss"].iloc[-1], abs=1e-5)
+    assert not [w for w in recwarn if "loss_type" in str(w.message)]
+
+
+def test_baseline_sees_the_same_batches_and_has_the_same_trunk(tiny):
+    from backpack_lib.training import prepare_blocks
+
+    tokenizer = prepare_blocks(tiny).tokenizer
+    backpack = make_model(tiny, tokenizer)
+    baseline = make_model(replace(tiny, architecture="transformer"), tokenizer)
+    shapes = {name: p.shape for name, p in baseline.transformer.named_parameters()}
+    assert shapes == {name: p.shape for name, p in backpack.backpack.gpt2_model.named_parameters()}
+
+
+def test_only_matrices_decay(tiny):
+    model = make_model(tiny, type("T", (), {"eos_token_id": 0, "__len__": lambda self: 400})())
+    decayed, free = make_optimizer(model, tiny, torch.device("cpu")).param_groups
+    assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0.0
+    assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert all("bias" in names[id(p)] or re.search(r"\bln", names[id(p)]) for p in free["params"])
+
+
+def test_learning_rate_rises_then_falls(tiny):
+    for schedule, middle in (("linear", 0.5), ("cosine", 0.5), ("constant", 1.0)):
+        config = replace(tiny, out=f"{tiny.out}-{schedule}", schedule=schedule, warmup=4, steps=12, eval_every=1)
+        rates = train(config)["learning_rate"] / config.learning_rate
+        assert rates[0] == pytest.approx(0.25) and rates[3] == pytest.approx(1.0)
+        assert rates[7] == pytest.approx(middle) and (rates[11] == 0) == (schedule != "constant")
+
+
+def test_accumulation_equals_a_larger_batch(tiny):
+    whole = train(replace(tiny, out=tiny.out + "-1", batch_size=8, dropout=0.0))
+    parts = train(replace(tiny, out=tiny.out + "-2", batch_size=2, accumulate=4, dropout=0.0))
+    np.testing.assert_allclose(whole[RESULTS], parts[RESULTS], atol=1e-5)
+
+
+def test_finetuning_starts_from_the_given_weights(tiny):
+    first = train(tiny)
+    config = replace(tiny, out=tiny.out + "-2", init_from=f"{tiny.out}/model", learning_rate=1e-9, eval_every=1, steps=2, warmup=0)
+    again = train(config)
+    assert again["valid_loss"][0] == pytest.approx(first["valid_loss"].iloc[-1], abs=1e-4)
+    with pytest.raises(ValueError, match="holds a BackpackLMHeadModel.*'transformer' was asked for"):
+        train(replace(config, out=tiny.out + "-3", architecture="transformer"))
+    with pytest.raises(ValueError, match="block_size=32 is longer than the n_positions=16"):
+        train(replace(config, out=tiny.out + "-4", block_size=32))
+
+
+def test_compiled_training_gives_the_same_losses(tiny, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: setattr(self, "_compiled_call_impl", torch.compile(self._call_impl, backend="aot_eager")))
+    plain = train(replace(tiny, out=tiny.out + "-1", dropout=0.0))
+    compiled = train(replace(tiny, out=tiny.out + "-2", dropout=0.0, compile=True))
+    np.testing.assert_allclose(plain[RESULTS], compiled[RESULTS], atol=1e-4)
+
+
+# ---------------------------------------------------------------- the order of the data
+
+
+class Rows:
+    """A data set whose row i is filled with the number i."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, numbers):
+        return {"input_ids": torch.tensor(numbers)[:, None].expand(-1, 4)}
+
+
+def rows_of(batches, first, steps):
+    taken = batches.steps_from(first)
+    return [torch.cat([batch[:, 0] for batch in next(taken)]).tolist() for _ in range(steps)]
+
+
+def test_every_pass_sees_every_row_once_in_a_new_order():
+    steps = rows_of(ShuffledBatches(Rows(12), batch_size=2, accumulate=2, seed=0), 0, 9)
+    seen = sum(steps, [])
+    passes = [seen[i : i + 12] for i in (0, 12, 24)]
+    assert all(sorted(p) == list(range(12)) for p in passes)
+    assert len({tuple(p) for p in passes}) == 3
+    assert seen != sum(rows_of(ShuffledBatches(Rows(12), 2, 2, seed=1), 0, 9), [])
+
+
+def test_a_run_can_begin_at_any_step():
+    def make():
+        return ShuffledBatches(Rows(10), batch_size=3, accumulate=1, seed=0)
+
+    assert rows_of(make(), 0, 20)[7:] == rows_of(make(), 7, 13)
+
+
+def test_processes_share_the_rows_of_a_step():
+    alone = rows_of(ShuffledBatches(Rows(50), batch_size=8, accumulate=1, seed=0), 0, 10)
+    shared = [rows_of(ShuffledBatches(Rows(50), 2, 2, seed=0, process=p, processes=2), 0, 10) for p in (0, 1)]
+    for step, (a, b) in enumerate(zip(*shared)):
+        assert sorted(a + b) == sorted(alone[step])
+
+
+def test_two_processes_give_the_losses_of_one(tiny):
+    one, two = (replace(tiny, out=f"{tiny.out}-{n}", batch_size=8 // n, dropout=0.0, device="cpu") for n in (1, 2))
+    train(one)
+    result = run_command(two, ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617"])
+    assert result.returncode == 0, result.stderr
+    a, b = (pd.read_csv(f"{config.out}/history.csv") for config in (one, two))
+    np.testing.assert_allclose(a[RESULTS], b[RESULTS], atol=1e-4)
+
+
+# ---------------------------------------------------------------- interruptions
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_weights(tiny):
+    config = replace(tiny, steps=60, save_every=4, eval_every=7, accumulate=2)
+    whole = replace(config, out=config.out + "-whole")
+    assert run_command(whole).returncode == 0
+
+    rng = np.random.default_rng(0)
+    kills = 0
+    for after_step in (4, 28, 48):
+        process = subprocess.Popen(command(config), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+        while process.poll() is None:
+            names = [name for name in os.listdir(config.out)] if os.path.isdir(config.out) else []
+            if any(re.fullmatch(r"checkpoint-\d+", name) and int(name[11:]) >= after_step for name in names):
+                time.sleep(rng.uniform(0, 0.05))
+                process.send_signal(signal.SIGKILL)
+            time.sleep(0.001)
+        kills += process.returncode == -signal.SIGKILL
+    assert kills == 3
+    assert run_command(config).returncode == 0
+    assert_same_weights(config.out, whole.out)
+    a, b = (pd.read_csv(f"{c.out}/history.csv")[RESULTS] for c in (config, whole))
+    pd.testing.assert_frame_equal(a, b, check_exact=True)
+
+
+def test_an_interrupt_saves_and_stops_and_the_run_goes_on(tiny, monkeypatch):
+    whole = replace(tiny, out=tiny.out + "-whole")
+    train(whole)
+
+    from backpack_lib import training
+
+    step = training.Run.train_one_step
+
+    def interrupted_step(self, batch):
+        step(self, batch)
+        if self.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(training.Run, "train_one_step", interrupted_step)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match="Stopped after step 5, which is saved"):
+        train(tiny)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert [name for name in os.listdir(tiny.out) if name.startswith("checkpoint")] == ["checkpoint-00000005"]
+    monkeypatch.undo()
+    train(tiny)
+    assert_same_weights(tiny.out, whole.out)
+
+
+def test_what_a_kill_leaves_behind_does_not_matter(tiny, monkeypatch):
+    """Half a checkpoint, half a model, an old checkpoint not yet deleted."""
+    whole = replace(tiny, out=tiny.out + "-whole")
+    train(whole)
+
+    from backpack_lib.checkpoints import RunFolder
+
+    monkeypatch.setattr(RunFolder, "finish", lambda *args: None)
+    train(tiny)
+    monkeypatch.undo()
+    for name in ("checkpoint-building", "model-building", "checkpoint-00000002"):
+        os.makedirs(f"{tiny.out}/{name}")
+        open(f"{tiny.out}/{name}/model.safetensors", "wb").write(b"half")
+    train(tiny)
+    assert_same_weights(tiny.out, whole.out)
+    assert sorted(os.listdir(tiny.out)) == ["history.csv", "model", "settings.json"]
+
+
+def test_a_finished_run_is_not_run_again(tiny, monkeypatch):
+    history = train(tiny)
+    monkeypatch.setattr("backpack_lib.training.Run", None)
+    pd.testing.assert_frame_equal(train(tiny), history)
+
+
+def test_another_run_is_not_mixed_into_a_folder(tiny, text):
+    train(tiny)
+    with pytest.raises(ValueError, match=r"already holds a run with learning_rate=0.01, not 0.02; choose another"):
+        train(replace(tiny, learning_rate=0.02))
+    train(replace(tiny, save_every=5, device="cpu"))  # how it is run does not matter
+
+
+def test_changed_text_is_not_mixed_into_a_run(tiny, monkeypatch, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text(open(tiny.corpus).read())
+    config = replace(tiny, corpus=str(file))
+    from backpack_lib.checkpoints import RunFolder
+
+    monkeypatch.setattr(RunFolder, "finish", lambda *args: None)  # as if killed just before
+    train(config)
+    monkeypatch.undo()
+    file.write_text(open(tiny.corpus).read() + "\n\nMore text.")
+    with pytest.raises(ValueError, match="holds a run with text="):
+        train(config)
+
+
+# ---------------------------------------------------------------- what can go wrong
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_checkpoint(tiny, monkeypatch):
+    from backpack_lib import training
+
+    loss = training.Run.loss
+
+    def broken(self, rows):
+        return loss(self, rows) * (float("nan") if self.step == 6 and self.model.training else 1.0)
+
+    monkeypatch.setattr(training.Run, "loss", broken)
+    with pytest.raises(FloatingPointError, match="The loss of step 7 is nan.*checkpoint-00000006"):
+        train(replace(tiny, eval_every=100))
+    monkeypatch.undo()
+    whole = replace(tiny, out=tiny.out + "-whole", eval_every=100)
+    train(whole)
+    train(replace(tiny, eval_every=100))
+    assert_same_weights(tiny.out, whole.out)
+
+
+def test_no_space_is_an_error_before_the_first_step(tiny, monkeypatch):
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(OSError, match="needs about .* MB for its checkpoints.*0 MB left"):
+        train(tiny)
+    assert not [name for name in os.listdir(tiny.out) if name.startswith("checkpoint")]
+
+
+def test_a_disk_that_fills_up_leaves_the_last_whole_checkpoint(tiny):
+    """A limit on file sizes stands for the full disk: the optimiser's state no longer fits."""
+    config = replace(tiny, n_embd=64, n_head=2, steps=6)
+    limited = ["-c", "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000)); sys.argv[0] = 'train';"
+               "import runpy; runpy.run_module('backpack_lib.training', run_name='__main__')"]
+    cmd = command(config)
+    result = subprocess.run([cmd[0], *limited, *cmd[3:]], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1, result.stderr
+    assert "The checkpoint of step 2 could not be written" in result.stderr.splitlines()[-1]
+    assert not [name for name in os.listdir(config.out) if name.startswith("checkpoint")]
+
+
+def test_an_unwritable_folder_is_one_sentence(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot be written.*choose another `out`"):
+        train(replace(tiny, out=str(tmp_path / "file" / "run")))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(n_head=3), "n_embd=16 does not divide into n_head=3"),
+        (dict(num_senses=17), "num_senses=17"),
+        (dict(architecture="lstm"), "architecture='lstm' is unknown; choose one of backpack, transformer"),
+        (dict(schedule="step"), "schedule='step' is unknown"),
+        (dict(precision="int8"), "precision='int8' is unknown"),
+        (dict(device="tpu"), "device='tpu' is unknown"),
+        (dict(steps=0), "steps=0 is out of range"),
+        (dict(batch_size=-1), "batch_size=-1 is out of range"),
+        (dict(block_size=1), "block_size=1 is too short"),
+        (dict(learning_rate=float("nan")), "learning_rate=nan is out of range"),
+        (dict(dropout=1.0), "dropout=1.0 is out of range"),
+        (dict(weight_decay=-0.1), "weight_decay=-0.1 is out of range"),
+        (dict(warmup=13), "warmup=13 is out of range"),
+    ],
+    ids=lambda x: str(x)[:30],
+)
+def test_settings_that_do_not_fit_are_one_sentence(tiny, changes, words):
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        replace(tiny, **changes)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_one_sentence(tiny):
+    with pytest.raises(ValueError, match="device='cuda' needs a CUDA GPU"):
+        train(replace(tiny, device="cuda"))
+
+
+def test_the_command_line_says_errors_in_one_line(tiny):
+    result = run_command(replace(tiny, corpus="missing.txt"))
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("error: No file matches 'missing.txt'")
+    assert "Traceback" not in result.stderr
+
+
+# ---------------------------------------------------------------- loading what was trained
+
+
+def test_a_truncated_model_is_one_sentence(tiny):
+    train(tiny)
+    file = f"{tiny.out}/model/model.safetensors"
+    content = open(file, "rb").read()
+    for kept in (0, 100, len(content) // 2):
+        open(file, "wb").write(content[:kept])
+        with pytest.raises(ValueError, match="missing or damaged"):
+            load(f"{tiny.out}/model")
+
+
+def test_incomplete_weights_are_one_sentence(tiny):
+    from safetensors.torch import load_file, save_file
+
+    train(tiny)
+    file = f"{tiny.out}/model/model.safetensors"
+    tensors = load_file(file)
+    tensors.pop("backpack.sense_weight_net.c_attn.weight")
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="lack 1 of the model's tensors, such as backpack.sense_weight_net.c_attn.weight"):
+        load(f"{tiny.out}/model")
+
+
+@pytest.mark.parametrize("name, words", [("no/such-model", "no folder with a model"), (".", "holds no model")])
+def test_a_name_without_a_model_is_one_sentence(name, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        load(name)
+
+
+def test_a_model_of_another_kind_is_one_sentence(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="type 'bert'; this suite reads backpack and gpt2"):
+        load(tmp_path)
+
+
+def test_load_knows_which_rows_of_the_vocabulary_are_tokens(tiny):
+    train(tiny)
+    folder = f"{tiny.out}/model"
+    model, tokenizer = load(folder)
+    model.resize_token_embeddings(len(tokenizer) + 9)
+    model.save_pretrained(folder)
+    assert load(folder)[0].config.used_vocab_size == len(tokenizer)
