@@ -1,5 +1,7 @@
 """Everything that a training run depends on, checked before it starts."""
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass, field
 
 from backpack_lib.model import check_sizes
@@ -93,3 +95,8 @@ class TrainingConfig:
     def identity(self) -> dict:
         """What the result of a run depends on: all settings but those that only say how it is run."""
         return {name: value for name, value in asdict(self).items() if name not in HOW_NOT_WHAT}
+
+    def key(self) -> str:
+        """A short name that differs for runs that differ: "backpack-1f0c2a9e"."""
+        digest = hashlib.blake2b(json.dumps(self.identity(), sort_keys=True).encode(), digest_size=4)
+        return f"{self.architecture}-{digest.hexdigest()}"

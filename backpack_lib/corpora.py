@@ -36,16 +36,21 @@ PLANTED = "planted"
 TOKENIZER_CHARACTERS = 50_000_000  # a tokenizer is trained on the first so many characters
 LONGEST_DOCUMENT = 1_000_000  # characters; a longer one is read as several, to bound memory
 BATCH_CHARACTERS = 2_000_000  # tokenised at a time
+STREAM_VALID_CHARACTERS = 1_000_000  # of a stream are set aside for validation
 FORMAT = 1  # of the cached files; a change of it makes old caches unread
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents that can be read again and again. `fingerprint` changes with their content."""
+    """Documents that can be read again and again. `fingerprint` changes with their content.
+
+    stream: the `datasets.IterableDataset` behind a corpus that is read over the network as needed.
+    """
 
     name: str
     fingerprint: str
     read: Callable[[], Iterator[str]]
+    stream: Any = None
 
 
 @dataclass(frozen=True)
@@ -167,8 +172,12 @@ def _open_hub(name: str, streaming: bool) -> Corpus:
         ) from error
     if "text" not in (data.column_names or ["text"]):
         raise ValueError(f"The data set {name!r} has no column 'text'; its columns are {data.column_names}.")
-    fingerprint = name if streaming else data._fingerprint
-    return Corpus(name, fingerprint, lambda: (row["text"] for row in data if row["text"].strip()))
+    return Corpus(
+        name,
+        fingerprint=name if streaming else data._fingerprint,
+        read=lambda: (row["text"] for row in data if row["text"].strip()),
+        stream=data if streaming else None,
+    )
 
 
 def _digest(*parts: bytes | str) -> str:
@@ -276,31 +285,35 @@ def prepare(
     if not 0 < valid_fraction <= 0.5:
         raise ValueError(f"valid_fraction={valid_fraction} is out of range; choose above 0 and at most 0.5.")
     words = list(words)
-    settings = [FORMAT, block_size, vocab_size, words, valid_fraction]
+    settings = [FORMAT, block_size, vocab_size, words, valid_fraction, corpus.stream is not None]
     source = (valid_corpus or corpus).fingerprint
     existing = load_tokenizer(tokenizer) if tokenizer else None
     spelled = existing.backend_tokenizer.to_str() if existing else ""
     folder = cache_folder() / _digest(corpus.fingerprint, source, spelled, json.dumps(settings))
-    if not folder.is_dir():
 
-        def documents(want_valid: bool) -> Iterator[str]:
-            if valid_corpus is not None:
-                return (valid_corpus if want_valid else corpus).read()
-            return split(corpus.read(), valid_fraction, want_valid)
+    def documents(want_valid: bool) -> Iterator[str]:
+        if valid_corpus is not None:
+            return (valid_corpus if want_valid else corpus).read()
+        return split(corpus.read(), valid_fraction, want_valid)
 
-        def build(target: Path):
-            first = _first_characters(documents(want_valid=False), TOKENIZER_CHARACTERS)
-            made = existing or train_tokenizer(_not_empty(first, corpus.name), vocab_size, words)
-            made.save_pretrained(target / "tokenizer")
+    def build(target: Path):
+        first = _first_characters(documents(want_valid=False), TOKENIZER_CHARACTERS)
+        made = existing or train_tokenizer(_not_empty(first, corpus.name), vocab_size, words)
+        made.save_pretrained(target / "tokenizer")
+        if corpus.stream is None:
             _write_blocks(target / "train.arrow", documents(want_valid=False), made, block_size, corpus.name)
-            valid_name = f"{(valid_corpus or corpus).name} (its part for validation)"
-            measured = _write_blocks(target / "valid.arrow", documents(want_valid=True), made, block_size, valid_name)
-            if (valid_corpus or corpus).name == PLANTED:
-                measured["floor"] = planted_floor(made, documents(want_valid=True))
-            (target / "measured.json").write_text(json.dumps(measured))
+        valid = documents(want_valid=True)
+        if corpus.stream is not None:
+            valid = _first_characters(valid, STREAM_VALID_CHARACTERS)
+        valid_name = f"The validation part of {(valid_corpus or corpus).name}"
+        measured = _write_blocks(target / "valid.arrow", valid, made, block_size, valid_name)
+        if (valid_corpus or corpus).name == PLANTED:
+            measured["floor"] = planted_floor(made, documents(want_valid=True))
+        (target / "measured.json").write_text(json.dumps(measured))
 
+    if not folder.is_dir():
         _build_atomically(folder, build)
-    return _load_blocks(folder)
+    return _load_blocks(folder, corpus, block_size, valid_fraction if valid_corpus is None else 0)
 
 
 def _not_empty(documents: Iterator[str], name: str) -> Iterator[str]:
@@ -360,19 +373,34 @@ def _build_atomically(folder: Path, build: Callable[[Path], None]):
         shutil.rmtree(target, ignore_errors=True)
 
 
-def _load_blocks(folder: Path) -> Blocks:
+def _load_blocks(folder: Path, corpus: Corpus, block_size: int, valid_fraction: float) -> Blocks:
     from datasets import Dataset
 
-    train, valid = (Dataset.from_file(str(folder / f"{part}.arrow")) for part in ("train", "valid"))
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    if corpus.stream is None:
+        train = Dataset.from_file(str(folder / "train.arrow")).with_format("torch")
+    else:
+        train = stream_blocks(corpus.stream, tokenizer, block_size, valid_fraction)
     measured = json.loads((folder / "measured.json").read_text())
     return Blocks(
-        train=train.with_format("torch"),
-        valid=valid.with_format("torch"),
-        tokenizer=load_tokenizer(folder / "tokenizer"),
+        train=train,
+        valid=Dataset.from_file(str(folder / "valid.arrow")).with_format("torch"),
+        tokenizer=tokenizer,
         fingerprint=folder.name,
         floor=measured.get("floor"),
         bytes_per_token=measured["bytes_per_token"],
     )
+
+
+def stream_blocks(stream, tokenizer, block_size: int, valid_fraction: float):
+    """Blocks of a stream's training documents, made as they are asked for; what is left of every 1000 is dropped."""
+
+    def to_blocks(rows: dict) -> dict:
+        texts = [text for text in rows["text"] if text.strip() and not is_validation(text, valid_fraction)]
+        blocks = list(pack(tokenize(texts, tokenizer), block_size))
+        return {"input_ids": [block.astype(np.int64) for part in blocks for block in part]}
+
+    return stream.map(to_blocks, batched=True, batch_size=1000, remove_columns=stream.column_names)
 
 
 def planted_floor(tokenizer, valid_texts: Iterable[str]) -> float:

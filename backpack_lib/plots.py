@@ -39,3 +39,27 @@ def _finding(histories: dict, floor: float | None) -> str:
     if floor is None:
         return "; ".join(f"{name}: {loss:.2f} nats" for name, loss in last.items())
     return "; ".join(f"{name}: {loss / floor - 1:.1%} above the floor" for name, loss in last.items())
+
+
+def marked_heatmap(values, marked, title: str, label: str):
+    """A heat map of a DataFrame with a box around the cells where `marked`, of the same shape, is true."""
+    figure, axes = new_figure(height=0.9 + 0.24 * len(values))
+    sns.heatmap(values, ax=axes, cmap="viridis", annot=True, fmt=".2f", annot_kws={"size": 7}, cbar_kws={"label": label})
+    for row, column in zip(*marked.to_numpy().nonzero()):
+        axes.add_patch(plt.Rectangle((column, row), 1, 1, fill=False, edgecolor="white", linewidth=2.5))
+    axes.set_title(title)
+    axes.tick_params(axis="x", rotation=30)
+    return figure
+
+
+def against_truth(values, title: str, xlabel: str, ylabel: str):
+    """Each row of a DataFrame as a labelled point: its second column over its first, with the line of equality."""
+    figure, axes = new_figure(height=4.2)
+    first, second = values.columns[:2]
+    axes.plot([0, 1], [0, 1], color="gray", linewidth=1, linestyle="--", label="equal")
+    axes.scatter(values[first], values[second], s=18, color=sns.color_palette("colorblind")[0], zorder=3)
+    for name, row in values.iterrows():
+        axes.annotate(name, (row[first], row[second]), xytext=(5, -7), textcoords="offset points", fontsize=8)
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.legend()
+    return figure

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, pipeline
 
 from backpack_lib import BackpackConfig, BackpackLMHeadModel
-from conftest import random_ids, tiny_config, tiny_model
+from helpers import random_ids, tiny_config, tiny_model
 
 
 def slow_senses(model, token):

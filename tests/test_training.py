@@ -17,7 +17,7 @@ from transformers import GPT2LMHeadModel
 from backpack_lib import BackpackLMHeadModel, TrainingConfig, load, planted, train
 from backpack_lib.batches import ShuffledBatches
 from backpack_lib.training import make_model, make_optimizer
-from conftest import ROOT
+from helpers import ROOT
 
 
 @pytest.fixture(scope="module")

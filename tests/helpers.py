@@ -1,0 +1,27 @@
+"""Small random models and inputs."""
+
+from pathlib import Path
+
+import torch
+
+from backpack_lib import BackpackConfig, BackpackLMHeadModel
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def tiny_config(**changes):
+    sizes = dict(vocab_size=61, n_positions=24, n_embd=20, n_layer=2, n_head=2, num_senses=3)
+    dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    tokens = dict(bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    # Large weights, so that softmaxes are far from uniform and mistakes show.
+    return BackpackConfig(**{**sizes, **dropout, **tokens, "initializer_range": 0.2, **changes})
+
+
+def tiny_model(seed=0, **changes):
+    torch.manual_seed(seed)
+    return BackpackLMHeadModel(tiny_config(**changes)).eval()
+
+
+def random_ids(*shape, seed=0, vocab_size=61):
+    """Token ids above 0, which stands for padding and for the end of text."""
+    return torch.randint(1, vocab_size, shape, generator=torch.Generator().manual_seed(seed))
