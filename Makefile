@@ -5,9 +5,11 @@
 
 PYTHON ?= python3
 BIN = .venv/bin
-INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# An index with another build of PyTorch, such as https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
 
-.PHONY: run test lab setup clean
+.PHONY: run test lab setup notebooks clean
 
 run: setup
 	$(BIN)/python -m backpack_lib.running
@@ -21,15 +23,20 @@ lab: setup
 setup: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	@echo "Installing into .venv (some minutes the first time) ..."
-	$(INSTALL) .
+	@echo "Installing into .venv; the first time this takes some minutes."
+	$(if $(TORCH_INDEX),$(INSTALL) torch --index-url $(TORCH_INDEX))
+	$(INSTALL) --editable .
 	@touch $@
 
 .venv/tested-with: .venv/installed
-	$(INSTALL) '.[test]'
+	$(INSTALL) --editable '.[test]'
 	@touch $@
+
+# Executes the notebooks in place, to renew the outputs that are stored with them.
+notebooks: setup
+	$(BIN)/jupyter nbconvert --to notebook --inplace --execute --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
 clean:
 	rm -rf .venv runs

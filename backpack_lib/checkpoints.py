@@ -103,7 +103,6 @@ class RunFolder:
         if accelerator.is_main_process:
             for folder in older:
                 shutil.rmtree(folder, ignore_errors=True)
-            self.write_history(progress["history"])
         accelerator.wait_for_everyone()
 
     def resume(self, accelerator) -> dict | None:
@@ -119,9 +118,8 @@ class RunFolder:
     def is_finished(self) -> bool:
         return (self.path / "model").is_dir()
 
-    def finish(self, model, tokenizer, history: list[dict]):
-        """Writes the finished model, its tokenizer and the history; the checkpoints are no longer needed."""
-        self.write_history(history)
+    def finish(self, model, tokenizer):
+        """Writes the finished model and its tokenizer; the checkpoints are no longer needed."""
         building = self.path / "model-building"
         shutil.rmtree(building, ignore_errors=True)
         try:

@@ -129,8 +129,10 @@ def _lines(path: Path) -> Iterator[str]:
                 yield line
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text file in UTF-8 (byte {error.start} cannot be read).") from error
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise ValueError(f"{path} could not be read: {error}") from error
+    except ValueError:
+        raise
+    except Exception as error:  # each compression library has errors of its own
+        raise ValueError(f"{path} could not be read: {first_line(error)}") from error
 
 
 def _read_blocks(path: Path) -> Iterator[str]:

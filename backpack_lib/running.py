@@ -110,7 +110,9 @@ def _execute(source: Path, copy: Path, parameters: dict) -> str | None:
     import papermill
 
     try:
-        papermill.execute_notebook(str(source), str(copy), parameters, kernel_name="python3")
+        papermill.execute_notebook(
+            str(source), str(copy), parameters, kernel_name="python3", extra_arguments=["--IPKernelApp.log_level=ERROR"]
+        )
     except papermill.PapermillExecutionError as error:
         return f"cell {error.exec_count}: {error.ename}: {error.evalue}".splitlines()[0]
     except Exception as error:  # the kernel died, or could not start

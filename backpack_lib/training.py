@@ -101,13 +101,15 @@ class Run:
                     if evaluating:
                         self.add_row(clock)
                         progress.row(self.history)
+                        if self.accelerator.is_main_process:
+                            self.folder.write_history(self.history)
                     if saving or stopping:
                         self.save()
                 if stopping:
                     raise KeyboardInterrupt(f"Stopped after step {self.step}, which is saved; the same call goes on from there.")
         if self.accelerator.is_main_process:
             model = self.accelerator.unwrap_model(self.model)
-            self.folder.finish(model, self.blocks.tokenizer, self.history)
+            self.folder.finish(model, self.blocks.tokenizer)
         self.accelerator.wait_for_everyone()
 
     def train_one_step(self, batch: list[torch.Tensor]):
@@ -291,7 +293,7 @@ def make_optimizer(model, config: TrainingConfig, device: torch.device) -> torch
 
 def make_batches(config: TrainingConfig, blocks, accelerator: Accelerator):
     place = {"process": accelerator.process_index, "processes": accelerator.num_processes}
-    if hasattr(blocks.train, "__getitem__"):
+    if hasattr(blocks.train, "__len__"):
         return ShuffledBatches(blocks.train, config.batch_size, config.accumulate, config.seed, **place)
     return StreamedBatches(blocks.train, config.batch_size, config.accumulate, **place)
 

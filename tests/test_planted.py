@@ -1,0 +1,119 @@
+"""The planted corpus holds what was planted, and its probabilities are exact."""
+
+import math
+import re
+from collections import Counter, defaultdict
+
+import pytest
+
+from backpack_lib import planted
+from backpack_lib.planted import generate, lexicon, nouns, plural, third_person, topic_of, topic_words
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return list(generate(6000))
+
+
+def test_the_same_texts_for_a_seed_on_every_machine():
+    first = next(generate(1))
+    assert first.text.startswith("At the studio, the painter thinks that he finds the songs. He likes his guitar.")
+    assert list(generate(5)) == list(generate(9))[:5]  # text number 4 is the same however many are asked for
+    assert list(generate(5, seed=1)) != list(generate(5))
+
+
+def test_the_lexicon_is_as_rich_as_promised():
+    ambiguous = lexicon()["ambiguous"]
+    assert len(ambiguous) >= 12 and all(len(topics) in (2, 3) for topics in ambiguous.values())
+    assert all(set(topics) <= set(lexicon()["topics"]) for topics in ambiguous.values())
+    professions = lexicon()["professions"]
+    assert len(professions) >= 20 and len(set(professions.values())) == len(professions)
+    assert all(0 < p < 1 for p in professions.values())
+
+
+def test_no_word_plays_two_parts():
+    """Otherwise a choice would not show in its word, and the log-probabilities would not be exact."""
+    parts = defaultdict(set)
+    for topic, entry in lexicon()["topics"].items():
+        for kind, words in {
+            "place": entry["places"],
+            "adjective": entry["adjectives"],
+            "noun": nouns(topic),
+            "plural": map(plural, nouns(topic)),
+            "verb": entry["verbs"],
+            "third person": map(third_person, entry["verbs"]),
+        }.items():
+            for word in words:
+                parts[word].add(kind if word in lexicon()["ambiguous"] or kind == "plural" else (kind, topic))
+    for word in [*lexicon()["professions"], *lexicon()["names"]["he"], *lexicon()["names"]["she"]]:
+        parts[word].add("person")
+    # A plural may be shared by the topics of an ambiguous noun; nothing else is shared.
+    assert {word: kinds for word, kinds in parts.items() if len(kinds) > 1} == {}
+    starters = {"The", "He", "She", "near", "the", "his", "her"}
+    assert not starters & parts.keys()
+
+
+def test_log_probabilities_are_the_frequencies(texts):
+    """Counted without looking at the generator: the first 9 words of a text and what follows a noun."""
+    n = len(texts)
+    places = Counter(text.pieces[2] for text in texts)
+    for text in texts[:50]:
+        assert text.log_probs[2] == pytest.approx(math.log(1 / 32))
+        assert places[text.pieces[2]] / n == pytest.approx(1 / 32, rel=0.35)
+    # A whole text's probability: the sum over everything that can follow is one at each place.
+    followers = defaultdict(dict)
+    for text in texts:
+        context = ()
+        for piece, log_prob in zip([*text.pieces, "END"], text.log_probs):
+            if len(context) >= 8:
+                break
+            known = followers[context].setdefault(piece, log_prob)
+            assert known == pytest.approx(log_prob)
+            context = (*context, piece)
+    frequent = [options for context, options in followers.items() if len(context) in (0, 1, 2, 3)]
+    for options in frequent:
+        assert sum(map(math.exp, options.values())) == pytest.approx(1.0, abs=1e-9)
+
+
+def test_floor_equals_the_empirical_entropy_of_pronouns(texts):
+    """P(he) as planted: the pronoun's log-probability and its frequency agree for every profession."""
+    seen = defaultdict(list)
+    for text in texts:
+        if text.person in lexicon()["professions"]:
+            seen[text.person].append(text.pronoun == "he")
+            place = text.pieces.index(" " + text.pronoun)
+            p = lexicon()["professions"][text.person]
+            assert text.log_probs[place] == pytest.approx(math.log(p if text.pronoun == "he" else 1 - p))
+    for profession, p in lexicon()["professions"].items():
+        share, n = sum(seen[profession]) / len(seen[profession]), len(seen[profession])
+        assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / n)
+
+
+def test_verbs_agree_with_their_noun_and_pronouns_with_the_person(texts):
+    singular = {noun for topic in lexicon()["topics"] for noun in nouns(topic)}
+    for text in texts[:500]:
+        verbs = lexicon()["topics"][text.topic]["verbs"]
+        forms = {noun: set(map(third_person, verbs)) for noun in singular} | {plural(noun): set(verbs) for noun in singular}
+        for noun, verb in re.findall(r"The (?:\w+ )?(\w+) (\w+)(?:\.| near)", text.text):
+            if noun in forms:
+                assert verb in forms[noun], text.text
+        other = {"he": ("she", "her"), "she": ("he", "his")}[text.pronoun]
+        assert not set(other) & set(re.findall(r"\w+", text.text.lower()))
+
+
+def test_the_topic_test_knows_the_topic(texts):
+    assert all(topic_of(text.text) == text.topic for text in texts[:1000])
+    assert topic_of("He says that she likes it.") is None
+    assert topic_of("The zoo. The gym.") is None
+
+
+def test_topics_own_words_are_theirs_alone():
+    topics = list(lexicon()["topics"])
+    for topic in topics:
+        assert "bat" not in topic_words(topic)
+        assert not any(topic_words(topic) & topic_words(other) for other in topics if other != topic)
+
+
+def test_two_thousand_texts_take_a_moment():
+    texts = list(planted.generate(2000))
+    assert len({text.text for text in texts}) > 1990

@@ -1,0 +1,128 @@
+"""The project's files agree with each other, and the package works once it is installed."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from helpers import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def pinned():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {pin.name.lower().replace("_", "-"): pin for pin in pins}
+
+
+def requirements():
+    extras = PROJECT["optional-dependencies"].values()
+    return [Requirement(line) for line in sum(extras, PROJECT["dependencies"])]
+
+
+def test_every_requirement_is_pinned_to_a_version_that_it_allows():
+    pins = pinned()
+    for requirement in requirements():
+        pin = pins[requirement.name]
+        (version,) = [s.version for s in pin.specifier if s.operator == "=="]
+        assert requirement.specifier.contains(version), requirement
+    assert str(pins["torch"]) == "torch==2.13.0"
+
+
+def test_pins_are_exact_and_for_every_platform():
+    for name, pin in pinned().items():
+        assert [s.operator for s in pin.specifier] == ["=="] and "+" not in str(pin), name
+
+
+def test_oldest_supported_versions():
+    oldest = {r.name: str(r.specifier) for r in requirements()}
+    assert oldest["torch"] == ">=2.11" and oldest["transformers"] == ">=5.17"
+    assert SpecifierSet(PROJECT["requires-python"]) == SpecifierSet(">=3.11,<3.14")
+    assert PROJECT["license"] == "Apache-2.0"
+
+
+def test_conda_users_get_the_same():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    (pip,) = [entry["pip"] for entry in environment if isinstance(entry, dict)]
+    assert pip == ["--constraint constraints.txt", "--editable .[test]"]
+    python = next(entry for entry in environment if str(entry).startswith("python"))
+    assert Requirement(python).specifier == SpecifierSet(PROJECT["requires-python"])
+
+
+def test_modules_import_one_way():
+    """A module imports only from modules above it in this list, so that each can be read on its own."""
+    order = """errors paths model planted tokenization corpora loading config batches checkpoints progress training
+               plots running""".split()
+    files = {path.stem: path.read_text() for path in (ROOT / "backpack_lib").glob("*.py") if path.stem != "__init__"}
+    assert set(files) == set(order)
+    for number, name in enumerate(order):
+        top_level = re.findall(r"^from backpack_lib(?:\.(\w+))? import (\w+)", files[name], re.M)
+        for module, imported in top_level:
+            assert (module or imported) in order[:number], f"{name} imports {module or imported}"
+
+
+def test_training_loads_nothing_that_a_bare_gpu_machine_lacks():
+    code = "import backpack_lib, sys; print([m for m in sys.modules])"
+    loaded = eval(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    assert not {"datasets", "pyarrow", "papermill", "ipywidgets", "IPython", "matplotlib", "seaborn", "pandas"} & set(loaded)
+
+
+def test_a_wheel_holds_the_data_and_the_notebooks(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT],
+        check=True, capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = (
+        "from backpack_lib import planted, paths, running; import backpack_lib;"
+        "print(next(planted.generate(1)).topic, running.ordered_notebooks()[0], backpack_lib.__file__)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "site", capture_output=True, text=True, check=True)
+    topic, notebook, file = result.stdout.split()
+    assert (topic, notebook) == ("music", "01_training") and file.startswith(str(tmp_path))
+
+
+# ---------------------------------------------------------------- the notebooks as a visitor sees them
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def notebook(request):
+    return json.loads(request.param.read_text())
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def test_notebook_opens_with_text_and_literal_parameters(notebook):
+    import ast
+
+    assert notebook["cells"][0]["cell_type"] == "markdown"
+    first = code_cells(notebook)[0]
+    tagged = [cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", [])]
+    assert tagged == [first]
+    for statement in ast.parse("".join(first["source"])).body:
+        assert isinstance(statement, ast.Assign)
+        ast.literal_eval(statement.value)
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+
+
+def test_stored_outputs_are_there_and_hold_nothing_of_this_machine(notebook):
+    for number, cell in enumerate(code_cells(notebook), start=1):
+        assert cell["execution_count"] == number, "run the notebook from top to bottom (make notebooks)"
+        for output in cell["outputs"]:
+            assert output["output_type"] != "error" and output.get("name") != "stderr"
+            text = json.dumps({k: v for k, v in output.get("data", output).items() if not k.startswith("image/")})
+            assert not re.search(r"/(home|root|tmp|work|Users)/|tokens/s\b", text), text[:200]
