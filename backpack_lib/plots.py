@@ -8,11 +8,15 @@ WIDTH = 7.5  # inches; reads well at the width of a page
 
 def new_figure(height: float = 3.6, columns: int = 1, **kwargs):
     """A figure in the suite's style, and its axes. It is closed for pyplot, so a notebook shows it once."""
-    style = {**sns.axes_style("whitegrid"), "axes.titlelocation": "left", "axes.titleweight": "bold"}
-    with plt.rc_context(style), sns.color_palette("colorblind"):
+    with sns.axes_style("whitegrid"), sns.color_palette("colorblind"):
         figure, axes = plt.subplots(1, columns, figsize=(WIDTH, height), layout="constrained", **kwargs)
     plt.close(figure)
     return figure, axes
+
+
+def set_title(axes, finding: str):
+    """A figure's title states its finding."""
+    axes.set_title(finding, loc="left", fontweight="bold", fontsize=11)
 
 
 def loss_curves(histories: dict, title: str | None = None):
@@ -29,7 +33,12 @@ def loss_curves(histories: dict, title: str | None = None):
     floor = next((history["floor"].iloc[-1] for history in histories.values() if "floor" in history), None)
     if floor is not None:
         axes.axhline(floor, color="black", linestyle="--", linewidth=1, label="floor: no model can do better")
-    axes.set(xlabel="tokens seen (millions)", ylabel="loss (nats per token)", title=title or _finding(histories, floor))
+    # The first training losses are those of an ignorant model; with them the rest would look flat.
+    highest = max(history["valid_loss"].max() for history in histories.values())
+    lowest = min(floor or highest, *(history["train_loss"].min() for history in histories.values()))
+    axes.set_ylim(lowest - 0.08 * (highest - lowest), highest + 0.08 * (highest - lowest) + 1e-3)
+    axes.set(xlabel="tokens seen (millions)", ylabel="loss (nats per token)")
+    set_title(axes, title or _finding(histories, floor))
     axes.legend()
     return figure
 
@@ -47,7 +56,7 @@ def marked_heatmap(values, marked, title: str, label: str):
     sns.heatmap(values, ax=axes, cmap="viridis", annot=True, fmt=".2f", annot_kws={"size": 7}, cbar_kws={"label": label})
     for row, column in zip(*marked.to_numpy().nonzero()):
         axes.add_patch(plt.Rectangle((column, row), 1, 1, fill=False, edgecolor="white", linewidth=2.5))
-    axes.set_title(title)
+    set_title(axes, title)
     axes.tick_params(axis="x", rotation=30)
     return figure
 
@@ -60,6 +69,7 @@ def against_truth(values, title: str, xlabel: str, ylabel: str):
     axes.scatter(values[first], values[second], s=18, color=sns.color_palette("colorblind")[0], zorder=3)
     for name, row in values.iterrows():
         axes.annotate(name, (row[first], row[second]), xytext=(5, -7), textcoords="offset points", fontsize=8)
-    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    set_title(axes, title)
     axes.legend()
     return figure
