@@ -111,7 +111,9 @@ class RunFolder:
         if not whole:
             return None
         accelerator.load_state(str(whole[-1]))
-        return json.loads((whole[-1] / f"progress-{accelerator.process_index}.json").read_text())
+        mine = whole[-1] / f"progress-{accelerator.process_index}.json"
+        # A process that was not there when it was saved is told what the first one knew, and refused by it.
+        return json.loads((mine if mine.is_file() else whole[-1] / "progress-0.json").read_text())
 
     # ------------------------------------------------------------ results
 

@@ -89,7 +89,7 @@ def open_corpus(name: str, per_file: bool = False, streaming: bool = False) -> C
     if files:
         reader = _read_whole if per_file else _read_blocks
         return Corpus(name, _digest_files(files, per_file), lambda: chain.from_iterable(map(reader, files)))
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", name) and not Path(name).suffix in SUFFIXES:
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", name) and Path(name).suffix not in SUFFIXES:
         return _open_hub(name, streaming)
     raise ValueError(f"No file matches {name!r}; give a path, a glob such as 'texts/*.txt.xz', or {PLANTED!r}.")
 
@@ -271,14 +271,14 @@ def prepare(
     corpus: Corpus,
     block_size: int,
     vocab_size: int = 16_000,
-    tokenizer: str | None = None,
+    tokenizer=None,
     words: Iterable[str] = (),
     valid_corpus: Corpus | None = None,
     valid_fraction: float = 0.02,
 ) -> Blocks:
     """Tokenised, packed blocks of a corpus; taken from the cache where they are already there.
 
-    tokenizer: a folder or hub id of an existing tokenizer; None trains one of `vocab_size` on the
+    tokenizer: an existing tokenizer, or its folder or hub id; None trains one of `vocab_size` on the
         training documents, in which each of `words` is one token.
     valid_corpus: documents for validation; None sets aside `valid_fraction` of the corpus.
 
@@ -289,7 +289,7 @@ def prepare(
     words = list(words)
     settings = [FORMAT, block_size, vocab_size, words, valid_fraction, corpus.stream is not None]
     source = (valid_corpus or corpus).fingerprint
-    existing = load_tokenizer(tokenizer) if tokenizer else None
+    existing = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     spelled = existing.backend_tokenizer.to_str() if existing else ""
     folder = cache_folder() / _digest(corpus.fingerprint, source, spelled, json.dumps(settings))
 

@@ -27,27 +27,31 @@ def load(name, device: str = "cpu", dtype: torch.dtype = torch.float32):
     Raises ValueError if there is no such model, if it is neither a Backpack nor a GPT-2, or if its
     files are damaged or incomplete.
     """
-    model = load_model(name, dtype).to(device)
-    try:
-        tokenizer = load_tokenizer(_place(name))
-    except ValueError:
-        # The released model uses GPT-2's tokenizer without carrying a copy of it.
-        if not _is_released_format(_config(name)):
-            raise
-        tokenizer = load_tokenizer(GPT2_TOKENIZER)
+    model, tokenizer = load_model(name, dtype).to(device), load_tokenizer_of(name)
     if isinstance(model, BackpackLMHeadModel) and model.config.vocab_size > len(tokenizer):
         model.config.used_vocab_size = len(tokenizer)
     return model, tokenizer
 
 
-def load_model(name, dtype: torch.dtype = torch.float32):
-    """The model alone; see `load`."""
+def load_tokenizer_of(name):
+    """The tokenizer of a model alone; see `load`."""
+    try:
+        return load_tokenizer(_place(name))
+    except ValueError:
+        # The released model uses GPT-2's tokenizer without carrying a copy of it.
+        if not _is_released_format(_config(name)):
+            raise
+        return load_tokenizer(GPT2_TOKENIZER)
+
+
+def load_model(name, dtype: torch.dtype = torch.float32, **changes):
+    """The model alone; see `load`. changes: settings of its configuration to override, such as `resid_pdrop`."""
     kind = from_released_format(_config(name)).get("model_type")
     if kind not in MODELS:
         raise ValueError(f"{str(name)!r} holds a model of type {kind!r}; this suite reads {' and '.join(MODELS)}.")
     try:
         with no_progress_bar():
-            model, info = MODELS[kind].from_pretrained(_place(name), dtype=dtype, output_loading_info=True)
+            model, info = MODELS[kind].from_pretrained(_place(name), dtype=dtype, output_loading_info=True, **changes)
     except (OSError, SafetensorError, RuntimeError, EOFError) as error:
         raise ValueError(f"The weights in {str(name)!r} are missing or damaged: {first_line(error)}") from error
     if info["missing_keys"]:

@@ -3,7 +3,8 @@
 import time
 from contextlib import contextmanager
 
-REDRAW_SECONDS = 2.0  # a live figure is drawn at most so often
+REDRAW_SECONDS = 2.0  # a live figure is drawn at most so often with news, and
+REFRESH_SECONDS = 10.0  # without, to show that training goes on
 
 
 @contextmanager
@@ -56,18 +57,29 @@ class _LiveFigure:
         from IPython.display import HTML, display
 
         self.run = run
-        self.drawn = 0.0
-        self.handle = display(HTML("<i>The first evaluation is on its way.</i>"), display_id=True)
+        self.drawn = time.monotonic()
+        self.handle = display(HTML("<i>Training begins.</i>"), display_id=True)
 
-    def step(self, step: int): ...
+    def step(self, step: int):
+        if time.monotonic() - self.drawn > REFRESH_SECONDS:
+            self._show_progress()
 
     def row(self, history: list[dict]):
         if time.monotonic() - self.drawn > REDRAW_SECONDS:
-            speed = f"{history[-1]['tokens_per_second']:,.0f} tokens/s"
-            self._draw(f"{self.run.config.architecture}, step {self.run.step} of {self.run.config.steps}, {speed}")
+            self._show_progress()
 
     def finish(self):
         self._draw()
+
+    def _show_progress(self):
+        from IPython.display import HTML
+
+        where = f"{self.run.config.architecture}, step {self.run.step:,} of {self.run.config.steps:,}"
+        if self.run.history:
+            self._draw(f"{where}, {self.run.history[-1]['tokens_per_second']:,.0f} tokens/s")
+        else:
+            self.drawn = time.monotonic()
+            self.handle.update(HTML(f"<i>{where}; the first evaluation is on its way.</i>"))
 
     def _draw(self, title: str | None = None):
         import pandas as pd

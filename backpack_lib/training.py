@@ -32,7 +32,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, get_sche
 from backpack_lib.batches import ShuffledBatches, StreamedBatches
 from backpack_lib.checkpoints import RunFolder
 from backpack_lib.config import PRECISIONS, SCHEDULES, TrainingConfig
-from backpack_lib.loading import load_model
+from backpack_lib.loading import load_model, load_tokenizer_of
 from backpack_lib.model import BackpackConfig, BackpackLMHeadModel
 from backpack_lib.progress import make_progress
 
@@ -65,7 +65,7 @@ class Run:
         self.config = config
         self.folder = folder
         self.accelerator = make_accelerator(config)
-        with self.accelerator.main_process_first():
+        with self.accelerator.local_main_process_first():
             self.blocks = blocks or prepare_blocks(config)
         set_seed(config.seed)
         model = make_model(config, self.blocks.tokenizer)
@@ -96,7 +96,7 @@ class Run:
                 stopping = self.agree(interrupts.seen)
                 if evaluating or saving or stopping or self.step % CHECK_EVERY == 0:
                     self.read_losses()
-                    progress.step(self.step)
+                progress.step(self.step)
                 with clock.paused():
                     if evaluating:
                         self.add_row(clock)
@@ -141,10 +141,11 @@ class Run:
         self.model.eval()
         n_rows = min(self.config.eval_blocks, len(self.blocks.valid))
         mine = range(self.accelerator.process_index, n_rows, self.accelerator.num_processes)
-        total = torch.zeros(2, device=self.accelerator.device, dtype=torch.float64)
+        total = torch.zeros(2, device=self.accelerator.device)  # nats per token, summed over sequences, and their number
         for start in range(0, len(mine), self.config.batch_size):
             rows = self.blocks.valid[list(mine[start : start + self.config.batch_size])]["input_ids"]
-            total += torch.tensor([self.loss(rows).double() * len(rows), len(rows)], device=total.device)
+            total[0] += self.loss(rows) * len(rows)
+            total[1] += len(rows)
         nats, count = self.accelerator.reduce(total, "sum").tolist()
         return nats / count
 
@@ -240,7 +241,7 @@ def prepare_blocks(config: TrainingConfig):
         open_corpus(config.corpus, config.per_file, config.streaming),
         block_size=config.block_size,
         vocab_size=config.vocab_size,
-        tokenizer=config.init_from or config.tokenizer,
+        tokenizer=load_tokenizer_of(config.init_from) if config.init_from else config.tokenizer,
         valid_corpus=valid or None,
         valid_fraction=config.valid_fraction,
     )
@@ -249,8 +250,9 @@ def prepare_blocks(config: TrainingConfig):
 def make_model(config: TrainingConfig, tokenizer):
     """A new model of the configured sizes, or the one to start from."""
     kinds = {"backpack": BackpackLMHeadModel, "transformer": GPT2LMHeadModel}
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
     if config.init_from:
-        model = load_model(config.init_from)
+        model = load_model(config.init_from, **dropout)
         if not isinstance(model, kinds[config.architecture]):
             raise ValueError(
                 f"init_from={config.init_from!r} holds a {type(model).__name__}, "
@@ -268,9 +270,7 @@ def make_model(config: TrainingConfig, tokenizer):
         n_embd=config.n_embd,
         n_layer=config.n_layer,
         n_head=config.n_head,
-        resid_pdrop=config.dropout,
-        embd_pdrop=config.dropout,
-        attn_pdrop=config.dropout,
+        **dropout,
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )

@@ -128,6 +128,24 @@ def test_finetuning_starts_from_the_given_weights(tiny):
         train(replace(config, out=tiny.out + "-4", block_size=32))
 
 
+def test_finetuning_uses_the_dropout_that_is_asked_for(tiny):
+    train(replace(tiny, dropout=0.3))
+    config = replace(tiny, init_from=f"{tiny.out}/model", dropout=0.2)
+    model = make_model(config, None)
+    rates = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+    assert rates == {0.2}
+
+
+def test_another_number_of_processes_is_refused(tiny, monkeypatch):
+    from backpack_lib.checkpoints import RunFolder
+
+    monkeypatch.setattr(RunFolder, "finish", lambda *args: None)  # as if killed just before
+    train(tiny)
+    result = run_command(tiny, ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29618"])
+    assert result.returncode != 0
+    assert "holds a run with sequences_per_step=4, which is now 8" in result.stderr
+
+
 def test_compiled_training_gives_the_same_losses(tiny, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: setattr(self, "_compiled_call_impl", torch.compile(self._call_impl, backend="aot_eager")))
     plain = train(replace(tiny, out=tiny.out + "-1", dropout=0.0))
