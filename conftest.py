@@ -1,27 +1,24 @@
-"""For all tests, notebooks included: folders that none of them shares with a user's work, and no network."""
+"""For all tests, notebooks included: no network, and folders that none of them shares with a user's work."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
-# Read when the library is imported, so set before anything else is.
+# Libraries read these when they are imported, so they are set before anything else is; kernels inherit them.
+_FOLDER = tempfile.mkdtemp(prefix="backpack-tests-")
+atexit.register(shutil.rmtree, _FOLDER, ignore_errors=True)
+os.environ["BACKPACK_CACHE"] = f"{_FOLDER}/cache"
+os.environ["BACKPACK_RUNS"] = f"{_FOLDER}/runs"
+os.environ["HF_HOME"] = f"{_FOLDER}/huggingface"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent
-SHARED = Path(os.environ.get("BACKPACK_SHARED", ROOT.parent / "shared"))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def folders_of_their_own(tmp_path_factory):
-    """Caches and runs of the tests, notebooks included, go to a temporary folder; no network is tried."""
-    before = dict(os.environ)
-    os.environ["BACKPACK_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    os.environ["BACKPACK_RUNS"] = str(tmp_path_factory.mktemp("runs"))
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+# Checkpoints and word lists that some tests compare with; they are not part of the project.
+SHARED = Path(os.environ.get("BACKPACK_SHARED", Path(__file__).resolve().parent.parent / "shared"))
 
 
 @pytest.fixture

@@ -340,7 +340,7 @@ class Interrupts:
 
 def main():
     """Trains from the command line. An error that a person can mend is printed as one sentence."""
-    parser = HfArgumentParser(TrainingConfig, prog="python -m backpack_lib.training", description=train.__doc__.split("\n")[0])
+    parser = HfArgumentParser(TrainingConfig, prog="python -m backpack_lib.training", description="Trains a model, or goes on with the run that OUT holds.")
     try:
         (config,) = parser.parse_args_into_dataclasses()
         history = train(config)

@@ -70,7 +70,7 @@ def test_modules_import_one_way():
 
 
 def test_training_loads_nothing_that_a_bare_gpu_machine_lacks():
-    code = "import backpack_lib, sys; print([m for m in sys.modules])"
+    code = "import backpack_lib.training, sys; print([m for m in sys.modules])"
     loaded = eval(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
     assert not {"datasets", "pyarrow", "papermill", "ipywidgets", "IPython", "matplotlib", "seaborn", "pandas"} & set(loaded)
 
