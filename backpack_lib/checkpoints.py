@@ -48,7 +48,9 @@ class RunFolder:
             write_text(file, json.dumps(now, indent=1))
             return
         before = json.loads(file.read_text())
-        changed = [f"{name}={before.get(name)!r}, not {now.get(name)!r}" for name in now if before.get(name) != now.get(name)]
+        changed = [
+            f"{name}={before.get(name)!r}, not {now.get(name)!r}" for name in now if before.get(name) != now.get(name)
+        ]
         if changed:
             raise ValueError(
                 f"{self.config.out!r} already holds a run with {', '.join(changed)}; "
@@ -98,7 +100,8 @@ class RunFolder:
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(building, ignore_errors=True)
             raise OSError(
-                f"The checkpoint of step {progress['step']} could not be written: {first_line(error)}. {self.last_checkpoint()}"
+                f"The checkpoint of step {progress['step']} could not be written: {first_line(error)}. "
+                f"{self.last_checkpoint()}"
             ) from error
         if accelerator.is_main_process:
             for folder in older:

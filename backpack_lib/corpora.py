@@ -363,7 +363,9 @@ def _build_atomically(folder: Path, build: Callable[[Path], None]):
         folder.parent.mkdir(parents=True, exist_ok=True)
         target = Path(tempfile.mkdtemp(prefix="building-", dir=folder.parent))
     except OSError as error:
-        raise OSError(f"The cache folder {folder.parent} cannot be written ({error}); set BACKPACK_CACHE to another.") from error
+        raise OSError(
+            f"The cache folder {folder.parent} cannot be written ({error}); set BACKPACK_CACHE to another."
+        ) from error
     try:
         build(target)
         try:

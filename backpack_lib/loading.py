@@ -56,7 +56,9 @@ def load_model(name, dtype: torch.dtype = torch.float32, **changes):
         raise ValueError(f"The weights in {str(name)!r} are missing or damaged: {first_line(error)}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
-        raise ValueError(f"The weights in {str(name)!r} lack {len(missing)} of the model's tensors, such as {missing[0]}.")
+        raise ValueError(
+            f"The weights in {str(name)!r} lack {len(missing)} of the model's tensors, such as {missing[0]}."
+        )
     model.loss_type = "ForCausalLM"
     return model.eval()
 

@@ -68,7 +68,8 @@ class BackpackConfig(GPT2Config):
         config = from_released_format(config)
         if config.get("model_type", cls.model_type) != cls.model_type:
             raise ValueError(
-                f"{str(pretrained_model_name_or_path)!r} holds a model of type {config['model_type']!r}, not a Backpack."
+                f"{str(pretrained_model_name_or_path)!r} holds a model of type {config['model_type']!r}, "
+                "not a Backpack."
             )
         return config, kwargs
 
@@ -77,7 +78,8 @@ def check_sizes(n_embd: int, n_head: int, num_senses: int = 1):
     """Raises ValueError if the width cannot be divided into the heads or holds too few numbers for the senses."""
     if n_head < 1 or n_embd % n_head:
         raise ValueError(
-            f"n_embd={n_embd} does not divide into n_head={n_head} heads; choose an n_embd that is a multiple of n_head."
+            f"n_embd={n_embd} does not divide into n_head={n_head} heads; "
+            "choose an n_embd that is a multiple of n_head."
         )
     if not 1 <= num_senses <= n_embd:
         raise ValueError(f"num_senses={num_senses} is out of range; choose between 1 and n_embd={n_embd}.")
@@ -333,7 +335,9 @@ class BackpackModel(BackpackPreTrainedModel):
         if torch.compiler.is_compiling():
             return
         if input_ids.dim() != 2 or input_ids.numel() == 0:
-            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; give at least one token as (batch, tokens).")
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)}; give at least one token as (batch, tokens)."
+            )
         length, limit = int(n_past) + input_ids.shape[1], self.config.n_positions
         if length > limit:
             raise ValueError(

@@ -53,7 +53,9 @@ def _finding(histories: dict, floor: float | None) -> str:
 def marked_heatmap(values, marked, title: str, label: str):
     """A heat map of a DataFrame with a box around the cells where `marked`, of the same shape, is true."""
     figure, axes = new_figure(height=0.9 + 0.24 * len(values))
-    sns.heatmap(values, ax=axes, cmap="viridis", annot=True, fmt=".2f", annot_kws={"size": 7}, cbar_kws={"label": label})
+    sns.heatmap(
+        values, ax=axes, cmap="viridis", annot=True, fmt=".2f", annot_kws={"size": 7}, cbar_kws={"label": label}
+    )
     for row, column in zip(*marked.to_numpy().nonzero()):
         axes.add_patch(plt.Rectangle((column, row), 1, 1, fill=False, edgecolor="white", linewidth=2.5))
     set_title(axes, title)

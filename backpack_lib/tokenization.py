@@ -117,4 +117,3 @@ def load_tokenizer(name: str):
     if tokenizer.eos_token_id is None:
         raise ValueError(f"The tokenizer {str(name)!r} has no end-of-text token (eos_token) to put between documents.")
     return tokenizer
-

@@ -106,7 +106,9 @@ class Run:
                     if saving or stopping:
                         self.save()
                 if stopping:
-                    raise KeyboardInterrupt(f"Stopped after step {self.step}, which is saved; the same call goes on from there.")
+                    raise KeyboardInterrupt(
+                        f"Stopped after step {self.step}, which is saved; the same call goes on from there."
+                    )
         if self.accelerator.is_main_process:
             model = self.accelerator.unwrap_model(self.model)
             self.folder.finish(model, self.blocks.tokenizer)
@@ -141,7 +143,9 @@ class Run:
         self.model.eval()
         n_rows = min(self.config.eval_blocks, len(self.blocks.valid))
         mine = range(self.accelerator.process_index, n_rows, self.accelerator.num_processes)
-        total = torch.zeros(2, device=self.accelerator.device)  # nats per token, summed over sequences, and their number
+        total = torch.zeros(
+            2, device=self.accelerator.device
+        )  # nats per token, summed over sequences, and their number
         for start in range(0, len(mine), self.config.batch_size):
             rows = self.blocks.valid[list(mine[start : start + self.config.batch_size])]["input_ids"]
             total[0] += self.loss(rows) * len(rows)
@@ -340,7 +344,11 @@ class Interrupts:
 
 def main():
     """Trains from the command line. An error that a person can mend is printed as one sentence."""
-    parser = HfArgumentParser(TrainingConfig, prog="python -m backpack_lib.training", description="Trains a model, or goes on with the run that OUT holds.")
+    parser = HfArgumentParser(
+        TrainingConfig,
+        prog="python -m backpack_lib.training",
+        description="Trains a model, or goes on with the run that OUT holds.",
+    )
     try:
         (config,) = parser.parse_args_into_dataclasses()
         history = train(config)

@@ -116,7 +116,9 @@ def test_tokens_of_the_planted_corpus_are_its_words_and_the_floor_is_their_mean(
 
 
 def test_validation_text_of_its_own(tmp_path):
-    train, valid = (open_corpus(write(tmp_path / name, texts)) for name, texts in (("a.txt", TEXTS[:200]), ("b.txt", TEXTS[200:])))
+    train, valid = (
+        open_corpus(write(tmp_path / name, texts)) for name, texts in (("a.txt", TEXTS[:200]), ("b.txt", TEXTS[200:]))
+    )
     blocks = prepare(train, 8, 500, valid_corpus=valid)
     assert blocks.tokenizer.decode(blocks.train[0]["input_ids"]).startswith(TEXTS[0][:10])
     assert blocks.tokenizer.decode(blocks.valid[0]["input_ids"]).startswith(TEXTS[200][:10])
@@ -133,7 +135,11 @@ def test_a_second_run_reads_the_cache_and_changed_text_does_not(tmp_path, monkey
     second = prepare(open_corpus(name), 8, 500)
     assert second.fingerprint == first.fingerprint and len(second.train) == len(first.train)
     monkeypatch.undo()
-    fingerprints = {first.fingerprint, prepare(open_corpus(name), 16, 500).fingerprint, prepare(open_corpus(name), 8, 400).fingerprint}
+    fingerprints = {
+        first.fingerprint,
+        prepare(open_corpus(name), 16, 500).fingerprint,
+        prepare(open_corpus(name), 8, 400).fingerprint,
+    }
     write(tmp_path / "a.txt", [*TEXTS, "One more."])
     fingerprints.add(prepare(open_corpus(name), 8, 500).fingerprint)
     assert len(fingerprints) == 4

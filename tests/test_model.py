@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import random_ids, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, pipeline
 
 from backpack_lib import BackpackConfig, BackpackLMHeadModel
-from helpers import random_ids, tiny_config, tiny_model
 
 
 def slow_senses(model, token):
@@ -148,7 +148,11 @@ def test_cached_generation_equals_uncached(options):
     made = []
     for use_cache in (True, False):
         torch.manual_seed(0)
-        made.append(model.generate(ids, attention_mask=mask, max_new_tokens=15, eos_token_id=None, use_cache=use_cache, **options))
+        made.append(
+            model.generate(
+                ids, attention_mask=mask, max_new_tokens=15, eos_token_id=None, use_cache=use_cache, **options
+            )
+        )
     assert made[0].shape == (3, 21)
     assert torch.equal(*made)
 
@@ -162,7 +166,9 @@ def test_caches_of_every_make_hold_the_senses():
         assert len(first.past_key_values.layers) == model.config.n_layer + 1
         rest = [model(ids[:, i : i + 2], past_key_values=first.past_key_values).logits for i in (4, 6, 8)]
         torch.testing.assert_close(torch.cat([first.logits, *rest], 1), whole, atol=1e-5, rtol=1e-4)
-    static = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, cache_implementation="static", disable_compile=True)
+    static = model.generate(
+        ids, max_new_tokens=8, do_sample=False, eos_token_id=None, cache_implementation="static", disable_compile=True
+    )
     assert torch.equal(static, model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None))
 
 
@@ -175,7 +181,11 @@ def test_unused_rows_of_the_vocabulary_are_never_generated():
     ids = random_ids(4, 3, vocab_size=50)
     options = dict(max_new_tokens=20, do_sample=True, eos_token_id=None)
     assert (free.generate(ids, **options) >= 50).any()
-    for extra in (dict(), dict(suppress_tokens=[7]), dict(generation_config=GenerationConfig(suppress_tokens=[7], pad_token_id=0))):
+    for extra in (
+        dict(),
+        dict(suppress_tokens=[7]),
+        dict(generation_config=GenerationConfig(suppress_tokens=[7], pad_token_id=0)),
+    ):
         made = model.generate(ids, **options, **extra)[:, 3:]
         assert made.max() < 50
         assert not extra or (made != 7).all()
@@ -259,7 +269,9 @@ def test_released_format_loads_from_safetensors(shared, tmp_path):
 
     folder, expected = load_golden(shared)
     weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
-    save_file({name: tensor.clone() for name, tensor in weights.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.clone() for name, tensor in weights.items()}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     assert_equals_golden(BackpackLMHeadModel.from_pretrained(tmp_path), expected)
 
@@ -288,7 +300,14 @@ def test_bad_ids_give_one_sentence(ids):
         tiny_model()(ids)
 
 
-@pytest.mark.parametrize("changes, words", [(dict(n_head=3), "n_embd=20.*n_head=3"), (dict(num_senses=21), "num_senses=21"), (dict(num_senses=0), "num_senses=0")])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(n_head=3), "n_embd=20.*n_head=3"),
+        (dict(num_senses=21), "num_senses=21"),
+        (dict(num_senses=0), "num_senses=0"),
+    ],
+)
 def test_sizes_that_do_not_fit_are_named(changes, words):
     with pytest.raises(ValueError, match=words):
         tiny_config(**changes)

@@ -93,7 +93,9 @@ def test_verbs_agree_with_their_noun_and_pronouns_with_the_person(texts):
     singular = {noun for topic in lexicon()["topics"] for noun in nouns(topic)}
     for text in texts[:500]:
         verbs = lexicon()["topics"][text.topic]["verbs"]
-        forms = {noun: set(map(third_person, verbs)) for noun in singular} | {plural(noun): set(verbs) for noun in singular}
+        forms = {noun: set(map(third_person, verbs)) for noun in singular} | {
+            plural(noun): set(verbs) for noun in singular
+        }
         for noun, verb in re.findall(r"The (?:\w+ )?(\w+) (\w+)(?:\.| near)", text.text):
             if noun in forms:
                 assert verb in forms[noun], text.text

@@ -9,10 +9,9 @@ import zipfile
 
 import pytest
 import yaml
+from helpers import ROOT
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-
-from helpers import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -71,14 +70,19 @@ def test_modules_import_one_way():
 
 def test_training_loads_nothing_that_a_bare_gpu_machine_lacks():
     code = "import backpack_lib.training, sys; print([m for m in sys.modules])"
-    loaded = eval(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
-    assert not {"datasets", "pyarrow", "papermill", "ipywidgets", "IPython", "matplotlib", "seaborn", "pandas"} & set(loaded)
+    loaded = eval(
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    )
+    assert not {"datasets", "pyarrow", "papermill", "ipywidgets", "IPython", "matplotlib", "seaborn", "pandas"} & set(
+        loaded
+    )
 
 
 def test_a_wheel_holds_the_data_and_the_notebooks(tmp_path):
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT],
-        check=True, capture_output=True,
+        check=True,
+        capture_output=True,
     )
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -87,7 +91,9 @@ def test_a_wheel_holds_the_data_and_the_notebooks(tmp_path):
         "from backpack_lib import planted, paths, running; import backpack_lib;"
         "print(next(planted.generate(1)).topic, running.ordered_notebooks()[0], backpack_lib.__file__)"
     )
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "site", capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "site", capture_output=True, text=True, check=True
+    )
     topic, notebook, file = result.stdout.split()
     assert (topic, notebook) == ("music", "01_training") and file.startswith(str(tmp_path))
 

@@ -120,7 +120,10 @@ def test_default_parameters_are_the_literals_of_the_tagged_cell(suite, tmp_path)
 def test_table_is_aligned():
     from pathlib import Path
 
-    outcomes = [running.Outcome("01_a", 0.5, "good", Path("x"), False), running.Outcome("02_longer", 12, "fine", Path("y"), False)]
+    outcomes = [
+        running.Outcome("01_a", 0.5, "good", Path("x"), False),
+        running.Outcome("02_longer", 12, "fine", Path("y"), False),
+    ]
     lines = table(outcomes).splitlines()
     assert lines[1].index("good") == lines[3].index("fine") == lines[0].index("result")
     assert json.dumps(lines)

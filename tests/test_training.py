@@ -12,12 +12,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import ROOT
 from transformers import GPT2LMHeadModel
 
 from backpack_lib import BackpackLMHeadModel, TrainingConfig, load, planted, train
 from backpack_lib.batches import ShuffledBatches
 from backpack_lib.training import make_model, make_optimizer
-from helpers import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,9 @@ def test_accumulation_equals_a_larger_batch(tiny):
 
 def test_finetuning_starts_from_the_given_weights(tiny):
     first = train(tiny)
-    config = replace(tiny, out=tiny.out + "-2", init_from=f"{tiny.out}/model", learning_rate=1e-9, eval_every=1, steps=2, warmup=0)
+    config = replace(
+        tiny, out=tiny.out + "-2", init_from=f"{tiny.out}/model", learning_rate=1e-9, eval_every=1, steps=2, warmup=0
+    )
     again = train(config)
     assert again["valid_loss"][0] == pytest.approx(first["valid_loss"].iloc[-1], abs=1e-4)
     with pytest.raises(ValueError, match="holds a BackpackLMHeadModel.*'transformer' was asked for"):
@@ -147,7 +149,11 @@ def test_another_number_of_processes_is_refused(tiny, monkeypatch):
 
 
 def test_compiled_training_gives_the_same_losses(tiny, monkeypatch):
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: setattr(self, "_compiled_call_impl", torch.compile(self._call_impl, backend="aot_eager")))
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda self: setattr(self, "_compiled_call_impl", torch.compile(self._call_impl, backend="aot_eager")),
+    )
     plain = train(replace(tiny, out=tiny.out + "-1", dropout=0.0))
     compiled = train(replace(tiny, out=tiny.out + "-2", dropout=0.0, compile=True))
     np.testing.assert_allclose(plain[RESULTS], compiled[RESULTS], atol=1e-4)
@@ -217,7 +223,9 @@ def test_killed_at_any_moment_it_ends_with_the_same_weights(tiny):
     rng = np.random.default_rng(0)
     kills = 0
     for after_step in (4, 28, 48):
-        process = subprocess.Popen(command(config), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command(config), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
+        )
         while process.poll() is None:
             names = [name for name in os.listdir(config.out)] if os.path.isdir(config.out) else []
             if any(re.fullmatch(r"checkpoint-\d+", name) and int(name[11:]) >= after_step for name in names):
@@ -334,8 +342,11 @@ def test_no_space_is_an_error_before_the_first_step(tiny, monkeypatch):
 def test_a_disk_that_fills_up_leaves_the_last_whole_checkpoint(tiny):
     """A limit on file sizes stands for the full disk: the optimiser's state no longer fits."""
     config = replace(tiny, n_embd=64, n_head=2, steps=6)
-    limited = ["-c", "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000)); sys.argv[0] = 'train';"
-               "import runpy; runpy.run_module('backpack_lib.training', run_name='__main__')"]
+    limited = [
+        "-c",
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000)); sys.argv[0] = 'train';"
+        "import runpy; runpy.run_module('backpack_lib.training', run_name='__main__')",
+    ]
     cmd = command(config)
     result = subprocess.run([cmd[0], *limited, *cmd[3:]], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1, result.stderr
@@ -407,7 +418,9 @@ def test_incomplete_weights_are_one_sentence(tiny):
     tensors = load_file(file)
     tensors.pop("backpack.sense_weight_net.c_attn.weight")
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(ValueError, match="lack 1 of the model's tensors, such as backpack.sense_weight_net.c_attn.weight"):
+    with pytest.raises(
+        ValueError, match="lack 1 of the model's tensors, such as backpack.sense_weight_net.c_attn.weight"
+    ):
         load(f"{tiny.out}/model")
 
 
