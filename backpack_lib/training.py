@@ -143,9 +143,8 @@ class Run:
         self.model.eval()
         n_rows = min(self.config.eval_blocks, len(self.blocks.valid))
         mine = range(self.accelerator.process_index, n_rows, self.accelerator.num_processes)
-        total = torch.zeros(
-            2, device=self.accelerator.device
-        )  # nats per token, summed over sequences, and their number
+        # Nats per token, summed over sequences, and the number of sequences.
+        total = torch.zeros(2, device=self.accelerator.device)
         for start in range(0, len(mine), self.config.batch_size):
             rows = self.blocks.valid[list(mine[start : start + self.config.batch_size])]["input_ids"]
             total[0] += self.loss(rows) * len(rows)
