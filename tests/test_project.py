@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -79,8 +80,10 @@ def test_training_loads_nothing_that_a_bare_gpu_machine_lacks():
 
 
 def test_a_wheel_holds_the_data_and_the_notebooks(tmp_path):
+    source = tmp_path / "source"  # a copy, since building leaves files behind
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "runs", "build", "*.egg-info", "__pycache__"))
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT],
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, source],
         check=True,
         capture_output=True,
     )
