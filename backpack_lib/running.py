@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
         plans = {name: _parameters_for(name, options) for name in names}
         outcomes = []
         for number, (name, parameters) in enumerate(plans.items(), start=1):
-            print(f"[{number}/{len(names)}] {name}", file=sys.stderr, flush=True)
+            print(f"[{number}/{len(plans)}] {name}", file=sys.stderr, flush=True)
             outcomes.append(run_notebook(name, parameters))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
