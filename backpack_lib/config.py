@@ -7,13 +7,15 @@ from dataclasses import asdict, dataclass, field
 from backpack_lib.model import check_sizes
 
 ARCHITECTURES = ("backpack", "transformer")
-SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
+OPTIMIZERS = ("adamw", "muon")
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 CHOICES = {
     "architecture": ARCHITECTURES,
     "schedule": tuple(SCHEDULES),
+    "optimizer": OPTIMIZERS,
     "precision": ("auto", *PRECISIONS),
     "device": DEVICES,
 }
@@ -54,7 +56,9 @@ class TrainingConfig:
     steps: int = option(1000, "optimiser steps")
     learning_rate: float = option(1e-3, "highest learning rate")
     warmup: int = option(100, "steps over which the learning rate rises")
-    schedule: str = option("linear", "'linear' or 'cosine' decay to zero, or 'constant'")
+    schedule: str = option("linear", "'linear' or 'cosine' decay to zero, 'constant', or 'wsd': constant, then linear")
+    decay: float = option(0.2, "share of the steps at the end over which 'wsd' decays to zero")
+    optimizer: str = option("adamw", "'adamw', or 'muon': Muon for the hidden matrices, AdamW for the rest")
     weight_decay: float = option(0.1, "on matrices only, not on biases and norms")
     clip: float = option(1.0, "largest norm of the gradient")
     dropout: float = option(0.0, "everywhere in the model")
@@ -89,6 +93,12 @@ class TrainingConfig:
             raise ValueError(f"weight_decay={self.weight_decay} is out of range; it must be at least 0.")
         if not 0 <= self.warmup <= self.steps:
             raise ValueError(f"warmup={self.warmup} is out of range; it must be between 0 and steps={self.steps}.")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay={self.decay} is out of range; it must be between 0 and 1.")
+        if self.schedule == "wsd" and self.warmup > round(self.steps * (1 - self.decay)):
+            raise ValueError(
+                f"warmup={self.warmup} of steps={self.steps} leave no room for decay={self.decay}; lower one of them."
+            )
         if self.init_from is None:
             check_sizes(self.n_embd, self.n_head, self.num_senses if self.architecture == "backpack" else 1)
 

@@ -17,7 +17,9 @@ What is notable:
 """
 
 import contextlib
+import ctypes
 import math
+import re
 import signal
 import sys
 import threading
@@ -33,9 +35,12 @@ from backpack_lib.batches import ShuffledBatches, StreamedBatches
 from backpack_lib.checkpoints import RunFolder
 from backpack_lib.config import PRECISIONS, SCHEDULES, TrainingConfig
 from backpack_lib.loading import load_model, load_tokenizer_of
+from backpack_lib.loss import LanguageModelLoss
 from backpack_lib.model import BackpackConfig, BackpackLMHeadModel
 from backpack_lib.progress import make_progress
 
+HIDDEN_MATRIX = re.compile(r"\.(attn|mlp)\.c_\w+\.weight$|final_mlp\.c_fc\.weight$|sense_weight_net")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 CHECK_EVERY = 20  # steps between looks at the losses; each look makes a GPU wait
 
 
@@ -65,16 +70,20 @@ class Run:
         self.config = config
         self.folder = folder
         self.accelerator = make_accelerator(config)
+        if self.accelerator.device.type == "cpu":
+            keep_freed_memory()
         with self.accelerator.local_main_process_first():
             self.blocks = blocks or prepare_blocks(config)
         set_seed(config.seed)
         model = make_model(config, self.blocks.tokenizer)
         folder.check_space(model)
+        loss = LanguageModelLoss(model)
         if config.compile:
-            model.compile()
-        optimizer = make_optimizer(model, config, self.accelerator.device)
-        scheduler = get_scheduler(SCHEDULES[config.schedule], optimizer, config.warmup, config.steps)
-        self.model, self.optimizer, self.scheduler = self.accelerator.prepare(model, optimizer, scheduler)
+            loss.compile()
+        optimizers = make_optimizers(model, config, self.accelerator.device)
+        schedulers = [make_scheduler(optimizer, config) for optimizer in optimizers]
+        self.loss, *prepared = self.accelerator.prepare(loss, *optimizers, *schedulers)
+        self.optimizers, self.schedulers = prepared[: len(optimizers)], prepared[len(optimizers) :]
         set_seed(config.seed, device_specific=True)  # dropout differs between processes
         self.batches = make_batches(config, self.blocks, self.accelerator)
         self.sequences_per_step = config.batch_size * config.accumulate * self.accelerator.num_processes
@@ -110,44 +119,42 @@ class Run:
                         f"Stopped after step {self.step}, which is saved; the same call goes on from there."
                     )
         if self.accelerator.is_main_process:
-            model = self.accelerator.unwrap_model(self.model)
-            self.folder.finish(model, self.blocks.tokenizer)
+            self.folder.finish(self.accelerator.unwrap_model(self.loss).model, self.blocks.tokenizer)
         self.accelerator.wait_for_everyone()
 
     def train_one_step(self, batch: list[torch.Tensor]):
         """One optimiser step on `accumulate` batches (batch_size, T)."""
-        self.model.train()
+        self.loss.train()
         total = 0.0
         for number, rows in enumerate(batch, start=1):
             # Gradients of several processes are averaged once, with the last batch.
-            together = contextlib.nullcontext() if number == len(batch) else self.accelerator.no_sync(self.model)
+            together = contextlib.nullcontext() if number == len(batch) else self.accelerator.no_sync(self.loss)
             with together:
-                loss = self.loss(rows) / len(batch)
+                loss = self.loss(self.on_device(rows)) / len(batch)
                 self.accelerator.backward(loss)
             total = total + loss.detach()
-        self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad()
+        self.accelerator.clip_grad_norm_(self.loss.parameters(), self.config.clip)
+        for part in (*self.optimizers, *self.schedulers):
+            part.step()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         self.unread.append(total)
         self.step += 1
 
-    def loss(self, rows: torch.Tensor) -> torch.Tensor:
-        """Mean nats per token of some sequences (n, T)."""
-        rows = rows.to(self.accelerator.device, non_blocking=True)
-        return self.model(rows, labels=rows, use_cache=False).loss
+    def on_device(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.to(self.accelerator.device, non_blocking=True)
 
     @torch.no_grad()
     def evaluate(self) -> float:
         """Mean nats per token over the first `eval_blocks` validation sequences, shared among the processes."""
-        self.model.eval()
+        self.loss.eval()
         n_rows = min(self.config.eval_blocks, len(self.blocks.valid))
         mine = range(self.accelerator.process_index, n_rows, self.accelerator.num_processes)
         # Nats per token, summed over sequences, and the number of sequences.
         total = torch.zeros(2, device=self.accelerator.device)
         for start in range(0, len(mine), self.config.batch_size):
             rows = self.blocks.valid[list(mine[start : start + self.config.batch_size])]["input_ids"]
-            total[0] += self.loss(rows) * len(rows)
+            total[0] += self.loss(self.on_device(rows)) * len(rows)
             total[1] += len(rows)
         nats, count = self.accelerator.reduce(total, "sum").tolist()
         return nats / count
@@ -178,7 +185,7 @@ class Run:
             "tokens": self.tokens(),
             "train_loss": sum(self.losses) / len(self.losses),
             "valid_loss": self.evaluate(),
-            "learning_rate": self.scheduler.get_last_lr()[0],
+            "learning_rate": self.schedulers[0].get_last_lr()[0],
             "tokens_per_second": clock.rate(self.tokens()),
         }
         self.history.append(row if self.blocks.floor is None else row | {"floor": self.blocks.floor})
@@ -236,6 +243,20 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     return Accelerator(mixed_precision=PRECISIONS[precision], cpu=on_cpu, step_scheduler_with_optimizer=False)
 
 
+def keep_freed_memory():
+    """Tells glibc to keep the memory of freed tensors for the next ones.
+
+    Otherwise every large tensor is fresh memory from the system, which clears it page by page: on
+    two cores that took as long as the training itself.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # its upper bound
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def prepare_blocks(config: TrainingConfig):
     from backpack_lib.corpora import open_corpus, prepare
 
@@ -286,12 +307,37 @@ def make_model(config: TrainingConfig, tokenizer):
     return model
 
 
-def make_optimizer(model, config: TrainingConfig, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW that decays matrices, embeddings included, and leaves biases and norms alone."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=device.type != "mps")
+def make_optimizers(model, config: TrainingConfig, device: torch.device) -> list[torch.optim.Optimizer]:
+    """AdamW, which decays matrices, embeddings included, and leaves biases and norms alone.
+
+    With optimizer="muon", Muon takes over the trunk's and the sense network's matrices, but for the
+    last one, which is wide: its orthogonalisation would cost more than it gives. Muon's updates are
+    scaled to the size of AdamW's, so that one learning rate serves both.
+    """
+    by_name = dict(model.named_parameters())
+    matrices = {name: p for name, p in by_name.items() if p.dim() >= 2}
+    others = [p for p in by_name.values() if p.dim() < 2]
+    made = []
+    if config.optimizer == "muon":
+        hidden = [name for name in matrices if HIDDEN_MATRIX.search(name)]
+        settings = {"weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+        made = [torch.optim.Muon([matrices.pop(name) for name in hidden], lr=config.learning_rate, **settings)]
+    groups = [
+        {"params": list(matrices.values()), "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=device.type != "mps")
+    return [adamw, *made]
+
+
+def make_scheduler(optimizer, config: TrainingConfig):
+    specific = {}
+    if config.schedule == "wsd":
+        decay = round(config.steps * config.decay)
+        specific = {"num_decay_steps": decay, "decay_type": "linear"}
+    return get_scheduler(
+        SCHEDULES[config.schedule], optimizer, config.warmup, config.steps, scheduler_specific_kwargs=specific
+    )
 
 
 def make_batches(config: TrainingConfig, blocks, accelerator: Accelerator):

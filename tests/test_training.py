@@ -15,9 +15,11 @@ import torch
 from helpers import ROOT
 from transformers import GPT2LMHeadModel
 
-from backpack_lib import BackpackLMHeadModel, TrainingConfig, load, planted, train
+from backpack_lib import BackpackLMHeadModel, TrainingConfig, load, planted, train, training
+from backpack_lib import loss as loss_module
 from backpack_lib.batches import ShuffledBatches
-from backpack_lib.training import make_model, make_optimizer
+from backpack_lib.loss import LanguageModelLoss
+from backpack_lib.training import make_model, make_optimizers
 
 
 @pytest.fixture(scope="module")
@@ -96,15 +98,73 @@ def test_baseline_sees_the_same_batches_and_has_the_same_trunk(tiny):
 
 def test_only_matrices_decay(tiny):
     model = make_model(tiny, type("T", (), {"eos_token_id": 0, "__len__": lambda self: 400})())
-    decayed, free = make_optimizer(model, tiny, torch.device("cpu")).param_groups
+    (adamw,) = make_optimizers(model, tiny, torch.device("cpu"))
+    decayed, free = adamw.param_groups
     assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0.0
     assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
     names = {id(p): name for name, p in model.named_parameters()}
     assert all("bias" in names[id(p)] or re.search(r"\bln", names[id(p)]) for p in free["params"])
 
 
+def test_muon_takes_the_hidden_matrices_and_adamw_the_rest(tiny):
+    tokenizer = type("T", (), {"eos_token_id": 0, "__len__": lambda self: 400})()
+    for architecture in ("backpack", "transformer"):
+        model = make_model(replace(tiny, architecture=architecture), tokenizer)
+        adamw, muon = make_optimizers(model, replace(tiny, optimizer="muon"), torch.device("cpu"))
+        names = {id(p): name for name, p in model.named_parameters()}
+        taken = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+        left = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
+        assert taken | left == set(names.values()) and not taken & left
+        trunk = {f"h.0.{part}.weight" for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+        assert {name.partition("_model.")[2] or name.removeprefix("transformer.") for name in taken} >= trunk
+        assert not any("wte" in name or "wpe" in name or "bias" in name for name in taken)
+    assert "transformer.wte.weight" in left
+
+
+@pytest.mark.parametrize("architecture", ["backpack", "transformer"])
+def test_a_run_with_muon_learns_and_resumes_exactly(tiny, architecture, monkeypatch):
+
+    config = replace(tiny, architecture=architecture, optimizer="muon", schedule="wsd")
+    whole = train(replace(config, out=config.out + "-whole"))
+    assert whole["valid_loss"].iloc[-1] < whole["valid_loss"].iloc[0]
+    monkeypatch.setattr(training.Run, "save", save_then_stop_at(training.Run.save, 6))
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    monkeypatch.undo()
+    train(config)
+    assert_same_weights(config.out, config.out + "-whole")
+
+
+def save_then_stop_at(save, step):
+    def stopping(self):
+        save(self)
+        if self.step == step:
+            raise KeyboardInterrupt
+
+    return stopping
+
+
+@pytest.mark.parametrize("architecture", ["backpack", "transformer"])
+@pytest.mark.parametrize("logits_at_once", [1, 400 * 7, 2**24])
+def test_the_loss_in_parts_is_the_models_own_with_its_gradients(tiny, architecture, logits_at_once, monkeypatch):
+    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", {"cpu": logits_at_once})
+    tokenizer = type("T", (), {"eos_token_id": 0, "__len__": lambda self: 400})()
+    model = make_model(replace(tiny, architecture=architecture, dropout=0.0), tokenizer)
+    ids = torch.randint(400, (3, 16))
+    own, parts = model(ids, labels=ids).loss, LanguageModelLoss(model)(ids)
+    torch.testing.assert_close(parts, own)
+    names, parameters = zip(*((name, p) for name, p in model.named_parameters()))
+    for name, a, b in zip(names, torch.autograd.grad(3 * parts, parameters), torch.autograd.grad(3 * own, parameters)):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4, msg=name)
+    with torch.no_grad():
+        torch.testing.assert_close(LanguageModelLoss(model)(ids), own)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = LanguageModelLoss(model)(ids)
+    assert low.dtype == torch.float32 and abs(low - own) < 0.01
+
+
 def test_learning_rate_rises_then_falls(tiny):
-    for schedule, middle in (("linear", 0.5), ("cosine", 0.5), ("constant", 1.0)):
+    for schedule, middle in (("linear", 0.5), ("cosine", 0.5), ("constant", 1.0), ("wsd", 1.0)):
         config = replace(tiny, out=f"{tiny.out}-{schedule}", schedule=schedule, warmup=4, steps=12, eval_every=1)
         rates = train(config)["learning_rate"] / config.learning_rate
         assert rates[0] == pytest.approx(0.25) and rates[3] == pytest.approx(1.0)
@@ -244,8 +304,6 @@ def test_an_interrupt_saves_and_stops_and_the_run_goes_on(tiny, monkeypatch):
     whole = replace(tiny, out=tiny.out + "-whole")
     train(whole)
 
-    from backpack_lib import training
-
     step = training.Run.train_one_step
 
     def interrupted_step(self, batch):
@@ -313,14 +371,13 @@ def test_changed_text_is_not_mixed_into_a_run(tiny, monkeypatch, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_checkpoint(tiny, monkeypatch):
-    from backpack_lib import training
+    forward, calls = LanguageModelLoss.forward, []
 
-    loss = training.Run.loss
+    def broken(self, input_ids):
+        calls.append(1)
+        return forward(self, input_ids) * (float("nan") if len(calls) == 7 else 1.0)
 
-    def broken(self, rows):
-        return loss(self, rows) * (float("nan") if self.step == 6 and self.model.training else 1.0)
-
-    monkeypatch.setattr(training.Run, "loss", broken)
+    monkeypatch.setattr(LanguageModelLoss, "forward", broken)
     with pytest.raises(FloatingPointError, match="The loss of step 7 is nan.*checkpoint-00000006"):
         train(replace(tiny, eval_every=100))
     monkeypatch.undo()
@@ -376,6 +433,9 @@ def test_an_unwritable_folder_is_one_sentence(tiny, tmp_path):
         (dict(dropout=1.0), "dropout=1.0 is out of range"),
         (dict(weight_decay=-0.1), "weight_decay=-0.1 is out of range"),
         (dict(warmup=13), "warmup=13 is out of range"),
+        (dict(schedule="wsd", decay=1.1), "decay=1.1 is out of range"),
+        (dict(schedule="wsd", warmup=11, decay=0.5), "leave no room for decay=0.5"),
+        (dict(optimizer="sgd"), "optimizer='sgd' is unknown; choose one of adamw, muon"),
     ],
     ids=lambda x: str(x)[:30],
 )
