@@ -258,7 +258,8 @@ def _token_type(tokenizer) -> type:
     return np.uint16 if len(tokenizer) <= 2**16 else np.uint32
 
 
-def _first_characters(documents: Iterable[str], limit: int) -> Iterator[str]:
+def first_characters(documents: Iterable[str], limit: int) -> Iterator[str]:
+    """The first documents, until they have `limit` characters together."""
     size = 0
     for text in documents:
         yield text
@@ -299,14 +300,14 @@ def prepare(
         return split(corpus.read(), valid_fraction, want_valid)
 
     def build(target: Path):
-        first = _first_characters(documents(want_valid=False), TOKENIZER_CHARACTERS)
+        first = first_characters(documents(want_valid=False), TOKENIZER_CHARACTERS)
         made = existing or train_tokenizer(_not_empty(first, corpus.name), vocab_size, words)
         made.save_pretrained(target / "tokenizer")
         if corpus.stream is None:
             _write_blocks(target / "train.arrow", documents(want_valid=False), made, block_size, corpus.name)
         valid = documents(want_valid=True)
         if corpus.stream is not None:
-            valid = _first_characters(valid, STREAM_VALID_CHARACTERS)
+            valid = first_characters(valid, STREAM_VALID_CHARACTERS)
         valid_name = f"The validation part of {(valid_corpus or corpus).name}"
         measured = _write_blocks(target / "valid.arrow", valid, made, block_size, valid_name)
         if (valid_corpus or corpus).name == PLANTED:

@@ -1,0 +1,96 @@
+"""How well a model knows a language: bits per byte, and BLiMP's minimal pairs (Warstadt et al., 2020)."""
+
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+
+from backpack_lib.errors import first_line
+
+WINDOWS_AT_ONCE, SENTENCES_AT_ONCE = 8, 128
+
+
+@torch.inference_mode()
+def bits_per_byte(model, tokenizer, texts: Iterable[str]) -> float:
+    """Mean bits that the model needs for a byte of UTF-8 text, which does not depend on the tokenizer.
+
+    Each text stands alone behind an end-of-text token. Longer ones are read in windows that overlap by
+    half, so that a token has at least half a window before it; each token counts once.
+    """
+    nats = n_bytes = 0
+    windows = []
+    for text in texts:
+        n_bytes += len(text.encode())
+        windows += _windows(ids_of_text(tokenizer, text), model.config.n_positions)
+    windows.sort(key=lambda window: len(window[0]))
+    for part in _parts(windows, WINDOWS_AT_ONCE):
+        ids, mask = pad_rows([ids for ids, _ in part], tokenizer.pad_token_id)
+        logits = model(ids.to(model.device), attention_mask=mask.to(model.device)).logits
+        for row, (tokens, first) in zip(logits, part):
+            labels = torch.tensor(tokens[first:], device=model.device)
+            nats += F.cross_entropy(row[first - 1 : len(tokens) - 1].float(), labels, reduction="sum").item()
+    return nats / math.log(2) / n_bytes
+
+
+def _windows(ids: list[int], size: int) -> Iterator[tuple[list[int], int]]:
+    """Windows of a text's tokens, and in each the first token that no window before has counted."""
+    start, counted = 0, 1
+    while counted < len(ids):
+        yield ids[start : start + size], counted - start
+        counted = start + size
+        start += size // 2
+
+
+@torch.inference_mode()
+def log_probabilities(model, tokenizer, sentences: list[str]) -> torch.Tensor:
+    """Log-probability of each sentence, the sum over its tokens, (n,)."""
+    found = []
+    for part in _parts(sentences, SENTENCES_AT_ONCE):
+        ids, mask = pad_rows([ids_of_text(tokenizer, sentence) for sentence in part], tokenizer.pad_token_id)
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        log_probs = model(ids, attention_mask=mask).logits[:, :-1].float().log_softmax(-1)
+        found.append((log_probs.gather(2, ids[:, 1:, None])[..., 0] * mask[:, 1:]).sum(1))
+    return torch.cat(found)
+
+
+def blimp_accuracy(model, tokenizer, pairs: pd.DataFrame) -> pd.Series:
+    """The share of each phenomenon's pairs in which the grammatical sentence is the likelier one."""
+    good, bad = (log_probabilities(model, tokenizer, list(pairs[c])) for c in ("sentence_good", "sentence_bad"))
+    return pd.Series((good > bad).cpu().numpy()).groupby(pairs["UID"].to_numpy()).mean()
+
+
+def read_blimp(place: str) -> pd.DataFrame:
+    """BLiMP's pairs, from a folder of its .jsonl files or from the Hugging Face hub."""
+    if Path(place).is_dir():
+        files = sorted(Path(place).glob("*.jsonl"))
+        if not files:
+            raise ValueError(f"The folder {place!r} has no .jsonl file; give one with BLiMP's sets.")
+        return pd.concat([pd.read_json(file, lines=True) for file in files], ignore_index=True)
+    import datasets
+
+    try:
+        names = datasets.get_dataset_config_names(place)
+        return pd.concat([datasets.load_dataset(place, name, split="train").to_pandas() for name in names])
+    except Exception as error:  # the library raises many kinds, from the network's to its own
+        raise ValueError(
+            f"{place!r} is no folder, and BLiMP could not be loaded by that name: {first_line(error)}"
+        ) from error
+
+
+def ids_of_text(tokenizer, text: str) -> list[int]:
+    """A text's token ids behind an end-of-text token, which is where a text begins in training."""
+    return [tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+
+
+def pad_rows(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of ids, padded on the right, and their attention mask."""
+    size = max(map(len, rows))
+    ids = torch.tensor([row + [pad] * (size - len(row)) for row in rows])
+    return ids, torch.tensor([[1] * len(row) + [0] * (size - len(row)) for row in rows])
+
+
+def _parts(items: list, size: int) -> Iterator[list]:
+    return (items[start : start + size] for start in range(0, len(items), size))

@@ -1,0 +1,127 @@
+"""What the senses of a model do, found by asking which pairs of words each sense ties together.
+
+A relation is a list of pairs (x, y): y continues x's word, follows x, is the object of the verb x,
+and so on. A sense holds a relation if it raises true partners above false ones: the AUC is the chance
+that C(x)_l . E_y is greater for a true pair than for the same x with another pair's y. False partners
+come from the same relation, so how frequent y is, or what kind of word, cannot explain an AUC.
+"""
+
+import re
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import rankdata, spearmanr
+
+from backpack_lib.senses import tokens_of_word, vectors_of_tokens
+
+PAIRS_AT_MOST = 20_000  # of a relation
+DETERMINERS = {"the", "a", "an", "his", "her", "its", "their", "this", "that"}
+NEARBY = range(2, 11)  # tokens ahead
+MIN_AUC = 0.6  # below this a sense does not hold a relation
+
+
+def relations_of_text(tokenizer, texts: Iterable[str], verbs: Iterable[str] = ()) -> dict[str, np.ndarray]:
+    """Pairs of token ids, (n, 2), for each relation that text alone can tell.
+
+    verbs: base forms; with them, also what stands behind a verb and a determiner, its object more often than not.
+    """
+    spelled = np.array(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+    starts = np.array([bool(re.fullmatch("Ġ[A-Za-z]+", token)) for token in spelled])
+    goes_on = np.array([bool(re.fullmatch("[a-z]+", token)) for token in spelled])
+    of_verbs = _tokens_of(tokenizer, [form for verb in verbs for form in _forms(verb)])
+    determiners = _tokens_of(tokenizer, DETERMINERS)
+    found = {"rest of the word": [], "next word": [], "words nearby": [], "object of the verb": []}
+    for text in texts:
+        ids = np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        word, piece = starts[ids], goes_on[ids]
+        next_pair = np.stack([ids[:-1], ids[1:]], 1)
+        found["rest of the word"].append(next_pair[word[:-1] & piece[1:]])
+        found["next word"].append(next_pair[word[:-1] & word[1:]])
+        for ahead in NEARBY:
+            both = word[:-ahead] & word[ahead:]
+            found["words nearby"].append(np.stack([ids[:-ahead], ids[ahead:]], 1)[both])
+        third = np.isin(ids[:-2], of_verbs) & np.isin(ids[1:-1], determiners) & word[2:]
+        found["object of the verb"].append(np.stack([ids[:-2], ids[2:]], 1)[third])
+    pairs = {name: np.concatenate(parts) for name, parts in found.items()}
+    # Function words follow everything; what is nearby should be what the text is about.
+    common = np.bincount(np.concatenate([p[:, 1] for p in pairs.values()]), minlength=len(tokenizer)).argsort()[-150:]
+    about = pairs["words nearby"]
+    pairs["words nearby"] = about[~np.isin(about, common).any(1)]
+    return {name: rows for name, rows in pairs.items() if len(rows)}
+
+
+def related_words(tokenizer, pairs: pd.DataFrame, least_score: float) -> np.ndarray:
+    """Pairs of words that people scored `least_score` or more, both ways round, where both are single tokens."""
+    rows = pairs[pairs["score"] >= least_score]
+    ids = [[tokens_of_word(tokenizer, word) for word in (row.word1, row.word2)] for row in rows.itertuples()]
+    single = np.array([[a[0], b[0]] for a, b in ids if len(a) == len(b) == 1 and a != b])
+    return np.concatenate([single, single[:, ::-1]])
+
+
+def relation_auc(model, pairs: np.ndarray, seed: int = 0) -> np.ndarray:
+    """How well each sense tells true pairs from false ones, (k,): .5 is chance, 1 is always."""
+    rng = np.random.default_rng(seed)
+    if len(pairs) > PAIRS_AT_MOST:
+        pairs = rng.choice(pairs, PAIRS_AT_MOST, replace=False)
+    true, false = (_scores(model, pairs[:, 0], y) for y in (pairs[:, 1], rng.permutation(pairs[:, 1])))
+    ranks = rankdata(np.concatenate([true, false]), axis=0)[: len(true)]
+    return (ranks.sum(0) - len(true) * (len(true) + 1) / 2) / len(true) ** 2
+
+
+@torch.no_grad()
+def profession_pronouns(model, tokenizer, professions: pd.DataFrame) -> pd.DataFrame:
+    """For each sense, how its push of "he" over "she" goes with the share of men in a profession.
+
+    professions: profession and percent_women. Columns: rho (Spearman), p, and push, the standard deviation
+    of the push over professions, in logits.
+    """
+    ids = [tokens_of_word(tokenizer, name)[-1] for name in professions["profession"]]
+    he, she = (tokens_of_word(tokenizer, word)[0] for word in ("he", "she"))
+    embeddings = model.get_output_embeddings().weight
+    push = vectors_of_tokens(model, torch.tensor(ids, device=model.device)) @ (embeddings[he] - embeddings[she])
+    push = push.cpu().numpy()
+    tests = [spearmanr(column, 100 - professions["percent_women"]) for column in push.T]
+    return pd.DataFrame(
+        {"rho": [t.statistic for t in tests], "p": [t.pvalue for t in tests], "push": push.std(0, ddof=1)}
+    )
+
+
+def find_roles(auc: pd.DataFrame) -> pd.DataFrame:
+    """One line for each sense: the relation in which it leads the other senses by most, or none.
+
+    auc: senses x relations. Columns: role, auc, and lead, by how many standard deviations over the senses it
+    stands above their mean in that relation. A role needs an AUC of `MIN_AUC` and a lead of one.
+    """
+    lead = (auc - auc.mean()) / auc.std()
+    eligible = lead.where((auc >= MIN_AUC) & (lead >= 1))
+    rows = []
+    for sense in auc.index:
+        if eligible.loc[sense].isna().all():
+            rows.append({"role": "no clear role", "auc": None, "lead": None})
+        else:
+            role = eligible.loc[sense].idxmax()
+            rows.append({"role": role, "auc": auc.at[sense, role], "lead": lead.at[sense, role]})
+    return pd.DataFrame(rows, index=auc.index)
+
+
+@torch.no_grad()
+def _scores(model, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """C(x)_l . E_y of pairs of tokens, (n, k)."""
+    distinct, place = np.unique(x, return_inverse=True)
+    senses = vectors_of_tokens(model, torch.from_numpy(distinct).to(model.device))[place]
+    outputs = model.get_output_embeddings().weight[y]
+    return torch.einsum("nkd,nd->nk", senses, outputs).cpu().numpy()
+
+
+def _forms(verb: str) -> list[str]:
+    """A verb's base and regular forms: open, opens, opened, opening; hope, hopes, hoped, hoping."""
+    stem = verb.removesuffix("e")
+    return [verb, verb + "s", stem + "ed", stem + "ing"]
+
+
+def _tokens_of(tokenizer, words: Iterable[str]) -> np.ndarray:
+    """Ids of those words that are one token."""
+    ids = [tokens_of_word(tokenizer, word) for word in words]
+    return np.array([tokens[0] for tokens in ids if len(tokens) == 1], dtype=int)
