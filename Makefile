@@ -2,6 +2,9 @@
 # make test   run the tests, notebooks included
 # make lab    open the notebooks in JupyterLab
 # make setup  only install, into .venv
+#
+# make demo-model CORPUS='part-*.txt.xz' VALID=valid.txt.xz   train the models that are shipped in data/demo
+# make evaluate TEXT=valid.txt.xz LEXSIM=folder               measure them; BLIMP=folder, CORPUS=... for word2vec
 
 PYTHON ?= python3
 BIN = .venv/bin
@@ -9,7 +12,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 # An index with another build of PyTorch, such as https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 
-.PHONY: run test lab setup notebooks clean
+.PHONY: run test lab setup notebooks demo-model evaluate clean
 
 run: setup
 	$(BIN)/python -m backpack_lib.running
@@ -37,6 +40,17 @@ setup: .venv/installed
 # Executes the notebooks in place, to renew the outputs that are stored with them.
 notebooks: setup
 	$(BIN)/jupyter nbconvert --to notebook --inplace --execute --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+
+demo-model: setup
+	$(BIN)/python data/demo/make.py --corpus '$(CORPUS)' $(if $(VALID),--valid '$(VALID)')
+
+evaluate: .venv/evaluates-with
+	$(BIN)/python data/demo/evaluate.py --text '$(TEXT)' --lexsim '$(LEXSIM)' $(if $(BLIMP),--blimp '$(BLIMP)') \
+		$(if $(CORPUS),--corpus '$(CORPUS)')
+
+.venv/evaluates-with: .venv/installed
+	$(INSTALL) --editable '.[eval]'
+	@touch $@
 
 clean:
 	rm -rf .venv runs

@@ -51,8 +51,9 @@ def log_probabilities(model, tokenizer, sentences: list[str]) -> torch.Tensor:
     for part in _parts(sentences, SENTENCES_AT_ONCE):
         ids, mask = pad_rows([ids_of_text(tokenizer, sentence) for sentence in part], tokenizer.pad_token_id)
         ids, mask = ids.to(model.device), mask.to(model.device)
-        log_probs = model(ids, attention_mask=mask).logits[:, :-1].float().log_softmax(-1)
-        found.append((log_probs.gather(2, ids[:, 1:, None])[..., 0] * mask[:, 1:]).sum(1))
+        logits = model(ids, attention_mask=mask).logits[:, :-1].float()
+        nats = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
+        found.append(-(nats * mask[:, 1:]).sum(1))
     return torch.cat(found)
 
 

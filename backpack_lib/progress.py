@@ -9,7 +9,7 @@ REFRESH_SECONDS = 10.0  # without, to show that training goes on
 
 @contextmanager
 def make_progress(run, shown: bool = True):
-    """Yields an object with `step(step)` and `row(history)`, to be told how a `training.Run` is doing."""
+    """Yields an object with `step()` and `row()`, called when a `training.Run` has made a step or a row of history."""
     if not shown:
         yield _Silent()
     elif _in_notebook():
@@ -20,7 +20,7 @@ def make_progress(run, shown: bool = True):
         from tqdm.auto import tqdm
 
         with tqdm(total=run.config.steps, initial=run.step, desc=run.config.architecture, unit="step") as bar:
-            yield _Bar(bar)
+            yield _Bar(run, bar)
 
 
 def _in_notebook() -> bool:
@@ -32,20 +32,20 @@ def _in_notebook() -> bool:
 
 
 class _Silent:
-    def step(self, step: int): ...
+    def step(self): ...
 
-    def row(self, history: list[dict]): ...
+    def row(self): ...
 
 
 class _Bar:
-    def __init__(self, bar):
-        self.bar = bar
+    def __init__(self, run, bar):
+        self.run, self.bar = run, bar
 
-    def step(self, step: int):
-        self.bar.update(step - self.bar.n)
+    def step(self):
+        self.bar.update(self.run.step - self.bar.n)
 
-    def row(self, history: list[dict]):
-        last = history[-1]
+    def row(self):
+        last = self.run.history[-1]
         known = {name: f"{last[name]:.3f}" for name in ("train_loss", "valid_loss", "floor") if name in last}
         self.bar.set_postfix(known | {"tokens/s": f"{last['tokens_per_second']:,.0f}"})
 
@@ -60,11 +60,11 @@ class _LiveFigure:
         self.drawn = time.monotonic()
         self.handle = display(HTML("<i>Training begins.</i>"), display_id=True)
 
-    def step(self, step: int):
+    def step(self):
         if time.monotonic() - self.drawn > REFRESH_SECONDS:
             self._show_progress()
 
-    def row(self, history: list[dict]):
+    def row(self):
         if time.monotonic() - self.drawn > REDRAW_SECONDS:
             self._show_progress()
 

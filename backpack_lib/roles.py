@@ -19,7 +19,7 @@ from backpack_lib.senses import tokens_of_word, vectors_of_tokens
 PAIRS_AT_MOST = 20_000  # of a relation
 DETERMINERS = {"the", "a", "an", "his", "her", "its", "their", "this", "that"}
 NEARBY = range(2, 11)  # tokens ahead
-MIN_AUC = 0.6  # below this a sense does not hold a relation
+MIN_AUC = 0.6  # from here on a sense holds a relation; from 1 - .6 down it holds against it
 
 
 def relations_of_text(tokenizer, texts: Iterable[str], verbs: Iterable[str] = ()) -> dict[str, np.ndarray]:
@@ -32,10 +32,11 @@ def relations_of_text(tokenizer, texts: Iterable[str], verbs: Iterable[str] = ()
     goes_on = np.array([bool(re.fullmatch("[a-z]+", token)) for token in spelled])
     of_verbs = _tokens_of(tokenizer, [form for verb in verbs for form in _forms(verb)])
     determiners = _tokens_of(tokenizer, DETERMINERS)
-    found = {"rest of the word": [], "next word": [], "words nearby": [], "object of the verb": []}
+    found = {"itself": [], "rest of the word": [], "next word": [], "words nearby": [], "object of the verb": []}
     for text in texts:
         ids = np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         word, piece = starts[ids], goes_on[ids]
+        found["itself"].append(np.stack([ids, ids], 1)[word])
         next_pair = np.stack([ids[:-1], ids[1:]], 1)
         found["rest of the word"].append(next_pair[word[:-1] & piece[1:]])
         found["next word"].append(next_pair[word[:-1] & word[1:]])
@@ -89,20 +90,24 @@ def profession_pronouns(model, tokenizer, professions: pd.DataFrame) -> pd.DataF
 
 
 def find_roles(auc: pd.DataFrame) -> pd.DataFrame:
-    """One line for each sense: the relation in which it leads the other senses by most, or none.
+    """One line for each sense: the relation in which it stands out most from the other senses, if in any.
 
     auc: senses x relations. Columns: role, auc, and lead, by how many standard deviations over the senses it
-    stands above their mean in that relation. A role needs an AUC of `MIN_AUC` and a lead of one.
+    stands above (or, for a role "against" a relation, below) their mean in that relation. A role needs a lead
+    of at least one, and an AUC of at least `MIN_AUC` (at most 1 - `MIN_AUC`).
     """
     lead = (auc - auc.mean()) / auc.std()
-    eligible = lead.where((auc >= MIN_AUC) & (lead >= 1))
+    towards = lead.where((auc >= MIN_AUC) & (lead >= 1), 0.0)
+    against = lead.where((auc <= 1 - MIN_AUC) & (lead <= -1), 0.0)
+    standing_out = towards - against
     rows = []
     for sense in auc.index:
-        if eligible.loc[sense].isna().all():
+        relation = standing_out.loc[sense].idxmax()
+        if standing_out.at[sense, relation] == 0:
             rows.append({"role": "no clear role", "auc": None, "lead": None})
         else:
-            role = eligible.loc[sense].idxmax()
-            rows.append({"role": role, "auc": auc.at[sense, role], "lead": lead.at[sense, role]})
+            sign = "" if towards.at[sense, relation] else "against "
+            rows.append({"role": sign + relation, "auc": auc.at[sense, relation], "lead": lead.at[sense, relation]})
     return pd.DataFrame(rows, index=auc.index)
 
 

@@ -105,11 +105,11 @@ class Run:
                 stopping = self.agree(interrupts.seen)
                 if evaluating or saving or stopping or self.step % CHECK_EVERY == 0:
                     self.read_losses()
-                progress.step(self.step)
+                progress.step()
                 with clock.paused():
                     if evaluating:
                         self.add_row(clock)
-                        progress.row(self.history)
+                        progress.row()
                         if self.accelerator.is_main_process:
                             self.folder.write_history(self.history)
                     if saving or stopping:
@@ -302,7 +302,6 @@ def make_model(config: TrainingConfig, tokenizer):
         model = BackpackLMHeadModel(BackpackConfig(**trunk, num_senses=config.num_senses))
     else:
         model = GPT2LMHeadModel(GPT2Config(**trunk))
-        model.loss_type = "ForCausalLM"  # transformers does not find it from this class' name
     model.generation_config.pad_token_id = tokenizer.eos_token_id
     return model
 

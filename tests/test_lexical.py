@@ -96,6 +96,8 @@ def test_the_sets_are_read_as_they_are_published(tmp_path):
     for name, content in FILES.items():
         (tmp_path / name).write_text(content)
     sets = lexical.read_sets(tmp_path)
+    for name, pairs in lexical.read_sets(f"file://{tmp_path}").items():
+        assert pairs.equals(sets[name])
     assert list(sets) == list(lexical.SETS)
     assert all(list(s.columns) == ["word1", "word2", "score"] and s["score"].dtype == float for s in sets.values())
     firsts = [tuple(s.iloc[0]) for s in sets.values()]
@@ -179,6 +181,10 @@ def test_the_auc_is_the_share_of_true_and_false_pairs_in_order(model):
 def test_a_role_needs_a_high_auc_and_a_lead():
     auc = pd.DataFrame({"a": [0.9, 0.6, 0.6, 0.6], "b": [0.5, 0.52, 0.5, 0.51], "c": [0.8, 0.8, 0.81, 0.8]})
     assert list(roles.find_roles(auc)["role"]) == ["a", "no clear role", "c", "no clear role"]
+    down = pd.DataFrame({"a": [0.2, 0.6, 0.6, 0.6], "b": [0.5, 0.5, 0.5, 0.65]})
+    found = roles.find_roles(down)
+    assert list(found["role"]) == ["against a", "no clear role", "no clear role", "b"]
+    assert found["auc"][0] == 0.2 and found["lead"][0] < -1 < 1 < found["lead"][3]
 
 
 def test_related_words_come_both_ways_round_and_only_above_the_score(tokenizer):

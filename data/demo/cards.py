@@ -1,0 +1,110 @@
+"""The models' cards: `card-*.md`, filled in from `evaluation.json`, `trials.csv` and `recipe.yaml`.
+
+    python data/demo/cards.py
+
+Every figure of a card comes from those files, so a card cannot say what was not measured.
+"""
+
+import json
+from pathlib import Path
+from string import Template
+
+import pandas as pd
+
+from backpack_lib.checkpoints import write_text
+from backpack_lib.roles import find_roles
+
+HERE = Path(__file__).resolve().parent
+ARCHITECTURES = {"backpack": "demo", "transformer": "demo-transformer"}
+
+
+def write_cards():
+    """Writes `README.md` into each model's folder."""
+    found = json.loads((HERE / "evaluation.json").read_text())
+    for architecture, name in ARCHITECTURES.items():
+        template = Template((HERE / f"card-{architecture}.md").read_text())
+        write_text(HERE / architecture / "README.md", template.substitute(fields(found, name)))
+
+
+def fields(found: dict, name: str) -> dict[str, str]:
+    """What the placeholders of a template stand for, for one model."""
+    model = found["models"][name]
+    return {
+        "parameters": f"{model['parameters'] / 1e6:.1f}",
+        "tokens_seen": f"{model['tokens_seen'] / 1e6:.1f}",
+        "bits_per_byte": f"{model['bits_per_byte']:.3f}",
+        "recipe": (HERE / "recipe.yaml").read_text().strip(),
+        "machine": found["machine"],
+        "versions": ", ".join(f"{package} {version}" for package, version in found["versions"].items()),
+        "documents": str(found["text"]["documents"]),
+        "pronoun_ratio": f"{model['pronouns']['ratio']:.1f}",
+        "pronoun_rho": f"{model['pronouns']['rho']:.2f}",
+        "figures": figures(found),
+        "similarity": similarity(found),
+        "blimp_sets": blimp_sets(found),
+        "trials": table(pd.read_csv(HERE / "trials.csv")),
+        "roles": sense_table(model["roles"]) if "roles" in model else "",
+        "samples": "\n\n".join("> " + text.replace("\n", " ") for text in model["samples"]),
+    }
+
+
+def figures(found: dict) -> str:
+    """The main figures, one column for each model."""
+    rows = {
+        "parameters (millions)": lambda m: f"{m['parameters'] / 1e6:.2f}",
+        "tokens of training (millions)": lambda m: f"{m['tokens_seen'] / 1e6:.1f}",
+        "bits per byte of validation text": lambda m: f"{m['bits_per_byte']:.3f}",
+        f"BLiMP, accuracy over {found['blimp_pairs']:,} pairs": lambda m: f"{m['blimp']['mean']:.1%}",
+        "training, tokens per second": lambda m: f"{m['training_tokens_per_second']:,.0f}",
+        "generation, tokens per second": lambda m: f"{m['generation_tokens_per_second']:,.0f}",
+    }
+    columns = {name: {label: show(model) for label, show in rows.items()} for name, model in found["models"].items()}
+    return table(pd.DataFrame(columns).rename_axis("").reset_index())
+
+
+def similarity(found: dict) -> str:
+    """Spearman's rho of every similarity on every set: the Backpack's, then those of the others."""
+    parts = {name: model["similarity"] for name, model in found["models"].items()}
+    if "word2vec" in found:
+        parts["word2vec"] = found["word2vec"]["similarity"]
+    tables = []
+    for name, columns in parts.items():
+        values = pd.DataFrame(columns)
+        values.index = [name if len(values) == 1 else f"{name}, {row}" for row in values.index]
+        tables.append(values)
+    return table(pd.concat(tables).map("{:.3f}".format).rename_axis("similarity").reset_index())
+
+
+def blimp_sets(found: dict) -> str:
+    """The five sets of BLiMP that the Backpack does best and worst."""
+    by_set = pd.DataFrame({name: model["blimp"]["by_set"] for name, model in found["models"].items()})
+    ordered = by_set.sort_values("demo", ascending=False)
+    ends = pd.concat([ordered.head(5), ordered.tail(5)]).map("{:.0%}".format)
+    return table(ends.rename_axis("set").reset_index())
+
+
+def sense_table(evidence: dict) -> str:
+    """One line for each sense: its role, the evidence, and its AUC in every relation."""
+    auc = pd.DataFrame(evidence["auc"])
+    found = find_roles(auc)
+    pronouns = pd.DataFrame(evidence["pronouns"])
+    lines = auc.map("{:.2f}".format)
+    lines.insert(0, "what it does", [_role(row) for row in found.itertuples()])
+    lines["he/she and profession: rho (push)"] = [f"{p.rho:.2f} ({p.push:.2f})" for p in pronouns.itertuples()]
+    return table(lines.rename_axis("sense").reset_index())
+
+
+def _role(row) -> str:
+    if pd.isna(row.auc):
+        return row.role
+    return f"**{row.role}** (AUC {row.auc:.2f}, {row.lead:+.1f} sd)"
+
+
+def table(frame: pd.DataFrame) -> str:
+    """A DataFrame as a Markdown table."""
+    lines = [list(map(str, frame.columns)), ["---"] * len(frame.columns), *frame.astype(str).values.tolist()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    write_cards()

@@ -1,0 +1,191 @@
+"""Measures the demo model and its baseline, and writes what it found into this folder.
+
+    python data/demo/evaluate.py --text valid.txt.xz --lexsim lexsim --corpus "part-*.txt.xz"
+
+`evaluation.json` holds every figure; each model's card is `card.md` filled in from it.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+
+import pandas as pd
+import torch
+from cards import write_cards
+from make import HERE, recipe
+from scipy.stats import spearmanr
+from transformers import set_seed
+
+from backpack_lib import lexical, load, roles
+from backpack_lib.checkpoints import write_text
+from backpack_lib.config import TrainingConfig
+from backpack_lib.corpora import first_characters, open_corpus, prepare
+from backpack_lib.evaluation import bits_per_byte, blimp_accuracy, ids_of_text, pad_rows, read_blimp
+from backpack_lib.training import keep_freed_memory, train
+
+FOLDERS = {"demo": HERE / "backpack", "demo-transformer": HERE / "transformer"}
+TIMED_STEPS, TIMED_TOKENS, TIMES = 20, 200, 3
+RELATED = 7.0  # of ten: from this score on, two words are related
+SAMPLE_SETTINGS = {"do_sample": True, "top_p": 0.9, "temperature": 0.8, "max_new_tokens": 60}
+PRONOUN_PROMPTS = ("The {} said that", "The {} was late because", "The {} went home, and the next day")
+
+
+def pronouns(model, tokenizer, professions: pd.DataFrame) -> dict:
+    """How strongly, and how truly to the world, the model ties "he" and "she" to professions.
+
+    ratio: mean of the likelier of the two over the other; rho: Spearman's, of log p(he)/p(she) and the
+    share of men. Both over `PRONOUN_PROMPTS`.
+    """
+    he, she = (tokenizer.convert_tokens_to_ids(token) for token in ("Ġhe", "Ġshe"))
+    odds = []
+    for prompt in PRONOUN_PROMPTS:
+        texts = [prompt.format(name) for name in professions["profession"]]
+        ids, mask = pad_rows([ids_of_text(tokenizer, text) for text in texts], tokenizer.pad_token_id)
+        with torch.inference_mode():
+            logits = model(ids.to(model.device), attention_mask=mask.to(model.device)).logits
+        last = logits[torch.arange(len(ids)), mask.sum(1) - 1]
+        odds.append((last[:, he] - last[:, she]).cpu())
+    odds = torch.stack(odds)
+    rho = spearmanr(odds.mean(0), 100 - professions["percent_women"]).statistic
+    return {"ratio": odds.abs().exp().mean().item(), "rho": float(rho)}
+
+
+def samples(model, tokenizer, prompts: list[str], seed: int = 0) -> list[str]:
+    """A continuation of each prompt, the same for the same seed."""
+    texts = []
+    for prompt in prompts:
+        set_seed(seed)
+        ids = torch.tensor([ids_of_text(tokenizer, prompt)], device=model.device)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **SAMPLE_SETTINGS)
+        texts.append(tokenizer.decode(out[0], skip_special_tokens=True))
+    return texts
+
+
+# ---------------------------------------------------------------- speed
+
+
+def generation_speed(model) -> float:
+    """Tokens per second of one text of `TIMED_TOKENS` tokens with a cache, the median of `TIMES` after a warm-up."""
+    ids = torch.ones(1, 1, dtype=torch.long, device=model.device)
+    seconds = []
+    for _ in range(TIMES + 1):
+        began = time.perf_counter()
+        model.generate(
+            ids, attention_mask=ids, min_new_tokens=TIMED_TOKENS, max_new_tokens=TIMED_TOKENS, do_sample=False
+        )
+        seconds.append(time.perf_counter() - began)
+    return TIMED_TOKENS / statistics.median(seconds[1:])
+
+
+def training_speed(name: str, blocks, device: str) -> float:
+    """Tokens per second of `TIMED_STEPS` training steps at the recipe's settings, after as many for warming up."""
+    settings = recipe(device) | {"steps": 2 * TIMED_STEPS, "eval_every": TIMED_STEPS, "eval_blocks": 1, "warmup": 1}
+    architecture = "transformer" if name.endswith("transformer") else "backpack"
+    with tempfile.TemporaryDirectory() as out:
+        history = train(
+            TrainingConfig(corpus="", out=out, architecture=architecture, device=device, **settings), blocks
+        )
+    return history["tokens_per_second"].iloc[-1]
+
+
+# ---------------------------------------------------------------- everything
+
+
+def sense_roles(model, tokenizer, texts: list[str], sets: dict[str, pd.DataFrame], professions: pd.DataFrame) -> dict:
+    """The evidence for what each sense does; see `roles.py`."""
+    verbs = sorted({*sets["SimVerb-3500"]["word1"]}) if "SimVerb-3500" in sets else []
+    pairs = roles.relations_of_text(tokenizer, texts, verbs)
+    if "WS-353" in sets:
+        pairs["related word"] = roles.related_words(tokenizer, sets["WS-353"], RELATED)
+    auc = pd.DataFrame({name: roles.relation_auc(model, rows) for name, rows in pairs.items()})
+    return {
+        "auc": auc.to_dict("list"),
+        "pairs": {name: len(rows) for name, rows in pairs.items()},
+        "pronouns": roles.profession_pronouns(model, tokenizer, professions).to_dict("list"),
+    }
+
+
+def word2vec(corpus: str, characters: int, width: int, seed: int = 0):
+    """gensim's skip-gram with negative sampling, five passes over the first `characters` of a corpus."""
+    from gensim.models import Word2Vec
+    from gensim.utils import simple_preprocess
+
+    words = [simple_preprocess(text) for text in first_characters(open_corpus(corpus).read(), characters)]
+    made = Word2Vec(words, vector_size=width, window=5, min_count=5, sg=1, negative=5, epochs=5, workers=2, seed=seed)
+    return made.wv
+
+
+def evaluate_model(name: str, texts: list[str], blimp, sets, professions, blocks, device: str) -> dict:
+    """Every figure of one model."""
+    model, tokenizer = load(name, device=device)
+    history = pd.read_csv(FOLDERS[name] / "history.csv")
+    accuracy = blimp_accuracy(model, tokenizer, blimp)
+    found = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tokens_seen": int(history["tokens"].iloc[-1]),
+        "bits_per_byte": bits_per_byte(model, tokenizer, texts),
+        "blimp": {"mean": accuracy.mean(), "by_set": accuracy.to_dict()},
+        "similarity": lexical.similarity_table(lexical.of_model(model, tokenizer), sets).to_dict(),
+        "pronouns": pronouns(model, tokenizer, professions),
+        "generation_tokens_per_second": generation_speed(model),
+        "training_tokens_per_second": training_speed(name, blocks, device),
+        "samples": samples(model, tokenizer, (HERE / "prompts.txt").read_text().splitlines()),
+    }
+    if name == "demo":
+        found["roles"] = sense_roles(model, tokenizer, texts, sets, professions)
+    return found
+
+
+def evaluate(given) -> dict:
+    """All figures: of both models, and of word2vec on as much text as they saw."""
+    text = open_corpus(given.text)
+    texts, sets, blimp = list(text.read()), lexical.read_sets(given.lexsim), read_blimp(given.blimp)
+    professions = pd.read_csv(HERE.parent / "professions.csv")
+    model, tokenizer = load("demo")
+    blocks = prepare(text, recipe(given.device)["block_size"], tokenizer=tokenizer)
+    found = {
+        "machine": f"{given.device}, {torch.get_num_threads()} threads, {platform.machine()}",
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "text": {"documents": len(texts), "bytes": sum(len(t.encode()) for t in texts)},
+        "blimp_pairs": len(blimp),
+        "models": {},
+    }
+    for name in FOLDERS:
+        print(f"evaluating {name}", flush=True)
+        found["models"][name] = evaluate_model(name, texts, blimp, sets, professions, blocks, given.device)
+    if given.corpus:
+        print("training word2vec", flush=True)
+        characters = int(found["models"]["demo"]["tokens_seen"] * blocks.bytes_per_token)
+        vectors = word2vec(given.corpus, characters, model.config.n_embd)
+        table = lexical.similarity_table(lexical.of_word2vec(vectors), sets)
+        found["word2vec"] = {"characters": characters, "words": len(vectors), "similarity": table.to_dict()}
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--text", required=True, help="text that was not trained on: paths or globs, commas between them"
+    )
+    parser.add_argument("--lexsim", required=True, help="folder or URL of the word similarity sets")
+    parser.add_argument("--blimp", default="nyu-mll/blimp", help="folder of BLiMP's .jsonl files, or a hub id")
+    parser.add_argument("--corpus", help="the training text, for word2vec; left out without it")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    keep_freed_memory()
+    try:
+        found = evaluate(parser.parse_args())
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    write_text(HERE / "evaluation.json", json.dumps(found, indent=1) + "\n")
+    write_cards()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+"""How the demo models are made and measured, in small; and what is shipped."""
+
+import importlib
+import json
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from helpers import ROOT
+from safetensors import safe_open
+from transformers import GPT2LMHeadModel
+
+from backpack_lib import BackpackLMHeadModel, TrainingConfig, load, planted
+from backpack_lib.evaluation import bits_per_byte, read_blimp
+from backpack_lib.senses import tokens_of_word
+
+DEMO = ROOT / "data" / "demo"
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """The scripts beside the demo models, as modules."""
+    monkeypatch.syspath_prepend(str(DEMO))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    names = ("make", "cards", "evaluate")
+    yield type("Scripts", (), {name: importlib.import_module(name) for name in names})
+    for name in names:
+        sys.modules.pop(name)
+
+
+# ---------------------------------------------------------------- in small
+
+
+TINY = """
+both: {n_layer: 1, n_head: 2, n_embd: 16, num_senses: 2, vocab_size: 6000, block_size: 32, batch_size: 4,
+       warmup: 1, eval_every: 4, eval_blocks: 4, optimizer: muon, schedule: wsd, learning_rate: 3.0e-3}
+cpu: {steps: 8}
+cuda: {steps: 8}
+"""
+
+
+@pytest.fixture
+def small(scripts, tmp_path, monkeypatch):
+    """A demo folder of its own, with a recipe of seconds and a corpus of planted texts."""
+    folder = tmp_path / "data" / "demo"
+    folder.mkdir(parents=True)
+    for name in ("words.txt", "prompts.txt", "card-backpack.md", "card-transformer.md", "trials.csv"):
+        (folder / name).write_text((DEMO / name).read_text())
+    for name in ("professions.csv", "topics.json"):
+        (folder.parent / name).write_text((ROOT / "data" / name).read_text())
+    (folder / "recipe.yaml").write_text(TINY)
+    for module in (scripts.make, scripts.cards, scripts.evaluate):
+        monkeypatch.setattr(module, "HERE", folder)
+    monkeypatch.setattr(scripts.evaluate, "FOLDERS", {n: folder / f.name for n, f in scripts.evaluate.FOLDERS.items()})
+    texts = [text.text for text in planted.generate(600)]
+    (tmp_path / "text.txt").write_text("\n\n".join(texts[:550]))
+    (tmp_path / "valid.txt").write_text("\n\n".join(texts[550:]))
+    return scripts, folder, tmp_path
+
+
+def test_making_trains_both_on_the_same_tokens_and_exports_half_precision(small, capsys):
+    scripts, folder, tmp_path = small
+    arguments = (str(tmp_path / "text.txt"), str(tmp_path / "valid.txt"), tmp_path / "runs", "cpu")
+    scripts.make.make_demo(*arguments)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["backpack", "transformer"] and "bits per byte" in lines[0]
+    for architecture, kind in (("backpack", BackpackLMHeadModel), ("transformer", GPT2LMHeadModel)):
+        model, tokenizer = load(folder / architecture)
+        assert isinstance(model, kind) and model.dtype == torch.float32
+        with safe_open(folder / architecture / "model.safetensors", "pt") as file:
+            assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}
+        trained, _ = load(tmp_path / "runs" / architecture / "model")
+        for name, p in trained.named_parameters():
+            torch.testing.assert_close(model.get_parameter(name), p, atol=1e-4, rtol=1e-3)
+        history = pd.read_csv(folder / architecture / "history.csv")
+        assert history["tokens"].iloc[-1] == 8 * 4 * 32
+        missed = [w for w in scripts.make.studied_words() if len(tokens_of_word(tokenizer, w)) > 1]
+        assert not missed
+    before = (folder / "backpack" / "model.safetensors").read_bytes()
+    scripts.make.make_demo(*arguments)  # nothing is left to do
+    assert (folder / "backpack" / "model.safetensors").read_bytes() == before
+
+
+def test_common_words_are_counted_as_they_are_written_after_a_space(scripts):
+    texts = ["The cat saw the cat.", "A cat saw, the dog ran and the dog sat"]
+    assert scripts.make.common_words(texts, 3) == ["cat", "the", "saw"]
+
+
+def test_the_evaluation_fills_the_file_and_the_cards(small, monkeypatch):
+    scripts, folder, tmp_path = small
+    scripts.make.make_demo(str(tmp_path / "text.txt"), str(tmp_path / "valid.txt"), tmp_path / "runs", "cpu")
+    monkeypatch.setattr(scripts.evaluate, "load", lambda name, **kw: load(scripts.evaluate.FOLDERS[name], **kw))
+    monkeypatch.setattr(scripts.evaluate, "TIMED_TOKENS", 20)
+    monkeypatch.setattr(scripts.evaluate, "TIMED_STEPS", 2)
+    monkeypatch.setattr(scripts.evaluate, "SAMPLE_SETTINGS", {"do_sample": True, "max_new_tokens": 8})
+    (tmp_path / "WS353.csv").write_text("Word 1,Word 2,Human\nnurse,doctor,8\nking,queen,9\nbank,river,2\ncar,cat,1\n")
+    pair = {"sentence_good": "He sleeps.", "sentence_bad": "He sleep.", "UID": "agreement"}
+    (tmp_path / "set.jsonl").write_text(json.dumps(pair) + "\n")
+    arguments = ["--text", tmp_path / "valid.txt", "--lexsim", tmp_path, "--blimp", tmp_path, "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    assert scripts.evaluate.main() == 0
+    found = json.loads((folder / "evaluation.json").read_text())
+    for name, architecture in (("demo", "backpack"), ("demo-transformer", "transformer")):
+        model, tokenizer = load(folder / architecture)
+        texts = (tmp_path / "valid.txt").read_text().split("\n\n")
+        measured = found["models"][name]
+        assert measured["bits_per_byte"] == pytest.approx(bits_per_byte(model, tokenizer, texts), rel=1e-4)
+        assert measured["parameters"] == sum(p.numel() for p in model.parameters())
+        assert set(measured["similarity"]) == {"WS-353"} and set(measured["blimp"]["by_set"]) == {"agreement"}
+        assert measured["training_tokens_per_second"] > 0 and measured["generation_tokens_per_second"] > 0
+        assert len(measured["samples"]) == 10
+        card = (folder / architecture / "README.md").read_text()
+        assert f"{measured['bits_per_byte']:.3f}" in card and "$" not in card
+    assert set(found["models"]["demo"]["roles"]["auc"]) >= {"next word", "words nearby", "related word"}
+
+
+def test_word2vec_learns_from_the_first_characters_of_the_corpus(scripts, tmp_path):
+    texts = [text.text for text in planted.generate(3000)]
+    (tmp_path / "text.txt").write_text("\n\n".join([*texts, "zebra " * 9]))
+    vectors = scripts.evaluate.word2vec(str(tmp_path / "text.txt"), characters=100_000, width=16)
+    assert "concert" in vectors and "zebra" not in vectors and vectors.vector_size == 16
+
+
+def test_wrong_places_are_one_sentence(small, monkeypatch, capsys):
+    scripts, _, tmp_path = small
+    monkeypatch.setattr(sys, "argv", ["make.py", "--corpus", str(tmp_path / "none.txt"), "--device", "cpu"])
+    assert scripts.make.main() == 1
+    assert capsys.readouterr().err.startswith("error: No file matches")
+    (tmp_path / "WS353.csv").write_text("a,b,c\nnurse,doctor,8\n")
+    arguments = ["--text", tmp_path / "none.txt", "--lexsim", tmp_path]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    assert scripts.evaluate.main() == 1
+    assert capsys.readouterr().err.startswith("error: No file matches")
+
+
+def test_tables_of_the_cards_are_markdown(scripts):
+    frame = pd.DataFrame({"a": [1, 2], "b c": ["x", "y"]})
+    assert scripts.cards.table(frame) == "| a | b c |\n| --- | --- |\n| 1 | x |\n| 2 | y |"
+
+
+# ---------------------------------------------------------------- as shipped
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load("demo")
+
+
+@pytest.fixture(scope="module")
+def baseline():
+    return load("demo-transformer")
+
+
+@pytest.fixture(scope="module")
+def evaluation():
+    return json.loads((DEMO / "evaluation.json").read_text())
+
+
+def test_the_models_are_small_and_have_what_the_notebooks_need(demo, baseline):
+    model, tokenizer = demo
+    assert sum(p.numel() for p in model.parameters()) <= 16e6
+    assert model.config.num_senses == 16 and model.config.n_positions >= 256
+    assert baseline[0].config.n_positions == model.config.n_positions and 15_000 <= len(tokenizer) <= 17_000
+    assert tokenizer.get_vocab() == baseline[1].get_vocab()
+    for folder, megabytes in (("backpack", 30), ("transformer", 20)):
+        assert sum(file.stat().st_size for file in (DEMO / folder).iterdir()) <= megabytes * 1e6
+    trunk = {name: p.shape for name, p in baseline[0].transformer.named_parameters()}
+    assert trunk == {name: p.shape for name, p in model.backpack.gpt2_model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-transformer"])
+def test_loading_takes_less_than_two_seconds(name):
+    load(name)
+    began = time.perf_counter()
+    load(name)
+    assert time.perf_counter() - began < 2
+
+
+def test_every_studied_word_is_one_token(demo, scripts):
+    words = scripts.make.studied_words()
+    professions = pd.read_csv(ROOT / "data" / "professions.csv")["profession"]
+    assert len(professions) == 40 and {part for name in professions for part in name.split()} <= set(words)
+    assert {"he", "she", "him", "her", "his", "hers", "himself", "herself"} <= set(words)
+    assert [word for word in words if len(tokens_of_word(demo[1], word)) > 1] == []
+
+
+def test_there_are_seventeen_topics_with_words_of_their_own():
+    topics = json.loads((ROOT / "data" / "topics.json").read_text())
+    assert len(topics) == 17
+    words = [word for topic in topics for word in topic["words"] + topic["steer"]]
+    assert len(words) == len(set(words)) and all(len(topic["words"]) >= 40 for topic in topics)
+    assert all(1 <= len(topic["steer"]) <= 3 for topic in topics)
+
+
+def test_the_commonest_words_of_the_corpus_are_single_tokens(demo, scripts, shared):
+    from backpack_lib.corpora import first_characters, open_corpus
+
+    texts = first_characters(open_corpus(str(shared / "corpus" / "part-3.txt.xz")).read(), 20_000_000)
+    words = scripts.make.common_words(texts)
+    missed = [word for word in words if len(tokens_of_word(demo[1], word)) > 1]
+    assert len(words) == 2000 and len(missed) <= 2, missed
+
+
+def test_the_recipe_is_the_models(demo, baseline, scripts):
+    recipe = yaml.safe_load((DEMO / "recipe.yaml").read_text())
+    for device in ("cpu", "cuda"):
+        settings = scripts.make.recipe(device)
+        TrainingConfig(corpus="x", out="x", **settings)
+        for model, _ in (demo, baseline):
+            for name in ("n_layer", "n_head", "n_embd", "vocab_size"):
+                assert getattr(model.config, name) == settings[name]
+            assert model.config.n_positions == settings["block_size"]
+    assert set(recipe) == {"both", "cpu", "cuda"}
+
+
+def test_the_cards_say_what_the_evaluation_found(scripts, evaluation, tmp_path, monkeypatch):
+    for architecture, name in scripts.cards.ARCHITECTURES.items():
+        from string import Template
+
+        template = Template((DEMO / f"card-{architecture}.md").read_text())
+        expected = template.substitute(scripts.cards.fields(evaluation, name))
+        assert (DEMO / architecture / "README.md").read_text() == expected
+    card = (DEMO / "backpack" / "README.md").read_text()
+    for word in ("SimLex-999", "SimVerb-3500", "RG-65", "WS-353", "word2vec", "BLiMP", "bits per byte"):
+        assert word in card
+
+
+def test_the_backpack_is_as_good_as_its_baseline(evaluation):
+    backpack, transformer = (evaluation["models"][name] for name in ("demo", "demo-transformer"))
+    assert backpack["tokens_seen"] == transformer["tokens_seen"]
+    assert backpack["bits_per_byte"] <= 1.02 * transformer["bits_per_byte"]
+
+
+def test_the_evaluation_is_of_these_weights(demo, evaluation, shared):
+    """Remeasured on all of the text that the file's figure is of."""
+    from backpack_lib.corpora import open_corpus
+
+    texts = list(open_corpus(str(shared / "corpus" / "valid.txt.xz")).read())
+    assert len(texts) == evaluation["text"]["documents"]
+    found = bits_per_byte(*demo, texts)
+    assert found == pytest.approx(evaluation["models"]["demo"]["bits_per_byte"], rel=1e-3)
+    assert len(read_blimp(str(shared / "blimp"))) == evaluation["blimp_pairs"]
+
+
+def test_samples_come_out_again_with_the_same_seed(demo, evaluation, scripts):
+    prompts = (DEMO / "prompts.txt").read_text().splitlines()
+    found = evaluation["models"]["demo"]["samples"]
+    assert len(prompts) == len(found) == 10
+    assert all(text.startswith(prompt) for prompt, text in zip(prompts, found))
+    again = scripts.evaluate.samples(*demo, prompts[:1])
+    assert again == scripts.evaluate.samples(*demo, prompts[:1])
+
+
+def test_it_loads_without_a_network_from_another_folder(tmp_path):
+    code = "from backpack_lib import load; m, t = load('demo'); print(m.config.num_senses, len(t))"
+    env = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert result.stdout.split() == ["16", "16000"] and result.stderr == ""
