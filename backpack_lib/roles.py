@@ -1,9 +1,9 @@
 """What the senses of a model do, found by asking which pairs of words each sense ties together.
 
 A relation is a list of pairs (x, y): y continues x's word, follows x, is the object of the verb x,
-and so on. A sense holds a relation if it raises true partners above false ones: the AUC is the chance
-that C(x)_l . E_y is greater for a true pair than for the same x with another pair's y. False partners
-come from the same relation, so how frequent y is, or what kind of word, cannot explain an AUC.
+and so on. A sense holds a relation if it pushes true partners more than false ones: the AUC is the
+chance that C(x)_l . E_y is greater for a true pair than for a false one. False pairs are the true ones
+with their y shuffled, so how frequent a word is, or of what kind, cannot explain an AUC.
 """
 
 import re
@@ -57,12 +57,17 @@ def related_words(tokenizer, pairs: pd.DataFrame, least_score: float) -> np.ndar
     """Pairs of words that people scored `least_score` or more, both ways round, where both are single tokens."""
     rows = pairs[pairs["score"] >= least_score]
     ids = [[tokens_of_word(tokenizer, word) for word in (row.word1, row.word2)] for row in rows.itertuples()]
-    single = np.array([[a[0], b[0]] for a, b in ids if len(a) == len(b) == 1 and a != b])
+    single = np.array([(a[0], b[0]) for a, b in ids if len(a) == len(b) == 1 and a != b], dtype=int).reshape(-1, 2)
     return np.concatenate([single, single[:, ::-1]])
 
 
 def relation_auc(model, pairs: np.ndarray, seed: int = 0) -> np.ndarray:
-    """How well each sense tells true pairs from false ones, (k,): .5 is chance, 1 is always."""
+    """How well each sense tells true pairs, (n, 2), from false ones: (k,); .5 is chance, 1 is always.
+
+    Raises ValueError if there is no pair.
+    """
+    if not len(pairs):
+        raise ValueError("There are no pairs to tell from false ones; give more text, or other words.")
     rng = np.random.default_rng(seed)
     if len(pairs) > PAIRS_AT_MOST:
         pairs = rng.choice(pairs, PAIRS_AT_MOST, replace=False)

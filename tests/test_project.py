@@ -92,14 +92,15 @@ def test_a_wheel_holds_the_data_and_the_notebooks(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     code = (
-        "from backpack_lib import planted, paths, running; import backpack_lib;"
-        "print(next(planted.generate(1)).topic, running.ordered_notebooks()[0], backpack_lib.__file__)"
+        "from backpack_lib import load, planted, running; import backpack_lib;"
+        "senses = [getattr(load(name)[0].config, 'num_senses', 0) for name in ('demo', 'demo-transformer')];"
+        "print(next(planted.generate(1)).topic, running.ordered_notebooks()[0], *senses, backpack_lib.__file__)"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path / "site", capture_output=True, text=True, check=True
     )
-    topic, notebook, file = result.stdout.split()
-    assert (topic, notebook) == ("music", "01_training") and file.startswith(str(tmp_path))
+    *found, file = result.stdout.split()
+    assert found == ["music", "01_training", "16", "0"] and file.startswith(str(tmp_path))
 
 
 # ---------------------------------------------------------------- the notebooks as a visitor sees them

@@ -90,8 +90,13 @@ def sense_table(evidence: dict) -> str:
     pronouns = pd.DataFrame(evidence["pronouns"])
     lines = auc.map("{:.2f}".format)
     lines.insert(0, "what it does", [_role(row) for row in found.itertuples()])
-    lines["he/she and profession: rho (push)"] = [f"{p.rho:.2f} ({p.push:.2f})" for p in pronouns.itertuples()]
+    lines["he/she and profession: rho (push)"] = [_pronouns(row, len(pronouns)) for row in pronouns.itertuples()]
     return table(lines.rename_axis("sense").reset_index())
+
+
+def _pronouns(row, n_tests: int) -> str:
+    shown = f"{row.rho:.2f} ({row.push:.2f})"
+    return f"**{shown}**" if row.p * n_tests < 0.05 else shown
 
 
 def _role(row) -> str:

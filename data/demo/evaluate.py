@@ -102,7 +102,7 @@ def sense_roles(model, tokenizer, texts: list[str], sets: dict[str, pd.DataFrame
     pairs = roles.relations_of_text(tokenizer, texts, verbs)
     if "WS-353" in sets:
         pairs["related word"] = roles.related_words(tokenizer, sets["WS-353"], RELATED)
-    auc = pd.DataFrame({name: roles.relation_auc(model, rows) for name, rows in pairs.items()})
+    auc = pd.DataFrame({name: roles.relation_auc(model, rows) for name, rows in pairs.items() if len(rows)})
     return {
         "auc": auc.to_dict("list"),
         "pairs": {name: len(rows) for name, rows in pairs.items()},
@@ -111,7 +111,10 @@ def sense_roles(model, tokenizer, texts: list[str], sets: dict[str, pd.DataFrame
 
 
 def word2vec(corpus: str, characters: int, width: int, seed: int = 0):
-    """gensim's skip-gram with negative sampling, five passes over the first `characters` of a corpus."""
+    """gensim's skip-gram with negative sampling, five passes over the first `characters` of a corpus.
+
+    Its two workers race, so its figures differ by a hair from run to run.
+    """
     from gensim.models import Word2Vec
     from gensim.utils import simple_preprocess
 
