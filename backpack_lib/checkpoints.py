@@ -167,11 +167,9 @@ def no_warning_of_shared_weights():
 
 def write_text(path: Path, text: str):
     """Writes a file under another name and renames it, so that it is there whole or not at all."""
-    handle, name = tempfile.mkstemp(prefix=path.name, dir=path.parent)
+    building = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        building.write_text(text)
+        building.replace(path)
+    finally:
+        building.unlink(missing_ok=True)

@@ -3,10 +3,12 @@
 A relation is a list of pairs (x, y): y continues x's word, follows x, is the object of the verb x,
 and so on. A sense holds a relation if it pushes true partners more than false ones: the AUC is the
 chance that C(x)_l . E_y is greater for a true pair than for a false one. False pairs are the true ones
-with their y shuffled, so how frequent a word is, or of what kind, cannot explain an AUC.
+with their y shuffled, so how frequent a word is, or of what kind, cannot explain an AUC. For pronouns,
+where most y fit most x, they are other words x with the same y.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 
 import numpy as np
@@ -18,21 +20,22 @@ from backpack_lib.senses import tokens_of_word, vectors_of_tokens
 
 PAIRS_AT_MOST = 20_000  # of a relation
 DETERMINERS = {"the", "a", "an", "his", "her", "its", "their", "this", "that"}
+PRONOUNS = {"he", "him", "his", "himself", "she", "her", "hers", "herself"}
 NEARBY = range(2, 11)  # tokens ahead
 MIN_AUC = 0.6  # from here on a sense holds a relation; from 1 - .6 down it holds against it
 
 
 def relations_of_text(tokenizer, texts: Iterable[str], verbs: Iterable[str] = ()) -> dict[str, np.ndarray]:
-    """Pairs of token ids, (n, 2), for each relation that text alone can tell.
+    """Pairs of token ids, (n, 2), for each relation that the text shows.
 
-    verbs: base forms; with them, also what stands behind a verb and a determiner, its object more often than not.
+    verbs: base forms; what stands behind a verb and a determiner is its object more often than not.
     """
     spelled = np.array(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
     starts = np.array([bool(re.fullmatch("Ġ[A-Za-z]+", token)) for token in spelled])
     goes_on = np.array([bool(re.fullmatch("[a-z]+", token)) for token in spelled])
     of_verbs = _tokens_of(tokenizer, [form for verb in verbs for form in _forms(verb)])
     determiners = _tokens_of(tokenizer, DETERMINERS)
-    found = {"itself": [], "rest of the word": [], "next word": [], "words nearby": [], "object of the verb": []}
+    found = defaultdict(list)
     for text in texts:
         ids = np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         word, piece = starts[ids], goes_on[ids]
@@ -61,8 +64,19 @@ def related_words(tokenizer, pairs: pd.DataFrame, least_score: float) -> np.ndar
     return np.concatenate([single, single[:, ::-1]])
 
 
-def relation_auc(model, pairs: np.ndarray, seed: int = 0) -> np.ndarray:
+def persons_and_pronouns(tokenizer, people: Iterable[str], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Each word for a person with each pronoun, and the false pairs: as many other words with each pronoun."""
+    persons, pronouns = _tokens_of(tokenizer, people), _tokens_of(tokenizer, PRONOUNS)
+    words = [i for token, i in tokenizer.get_vocab().items() if re.fullmatch("Ġ[a-z]{3,}", token)]
+    others = np.random.default_rng(seed).choice(np.setdiff1d(words, [*persons, *pronouns]), len(persons), replace=False)
+    true, false = (np.stack(np.meshgrid(x, pronouns), -1).reshape(-1, 2) for x in (persons, others))
+    return true, false
+
+
+def relation_auc(model, pairs: np.ndarray, false_pairs: np.ndarray | None = None, seed: int = 0) -> np.ndarray:
     """How well each sense tells true pairs, (n, 2), from false ones: (k,); .5 is chance, 1 is always.
+
+    false_pairs: (m, 2); None shuffles the second words of the true ones.
 
     Raises ValueError if there is no pair.
     """
@@ -71,9 +85,11 @@ def relation_auc(model, pairs: np.ndarray, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     if len(pairs) > PAIRS_AT_MOST:
         pairs = rng.choice(pairs, PAIRS_AT_MOST, replace=False)
-    true, false = (_scores(model, pairs[:, 0], y) for y in (pairs[:, 1], rng.permutation(pairs[:, 1])))
+    if false_pairs is None:
+        false_pairs = np.stack([pairs[:, 0], rng.permutation(pairs[:, 1])], 1)
+    true, false = (_scores(model, *rows.T) for rows in (pairs, false_pairs))
     ranks = rankdata(np.concatenate([true, false]), axis=0)[: len(true)]
-    return (ranks.sum(0) - len(true) * (len(true) + 1) / 2) / len(true) ** 2
+    return (ranks.sum(0) - len(true) * (len(true) + 1) / 2) / (len(true) * len(false))
 
 
 @torch.no_grad()

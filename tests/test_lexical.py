@@ -143,13 +143,15 @@ def test_word2vec_knows_lower_case_and_gives_unknown_words_zeros():
 
 def test_pairs_of_each_relation_are_those_of_the_text(tokenizer):
     (known,) = {word for word in ("concert",) if len(tokens_of_word(tokenizer, word)) == 1}
-    text = f"x the {known} nurse played a {known}"
+    text = f"x the {known} nurse played a {known}, she said"
     found = roles.relations_of_text(tokenizer, [text], verbs=["play"])
     spell = tokenizer.convert_ids_to_tokens
     words = [tuple(spell(row.tolist())) for row in found["next word"]]
     assert ("Ġthe", "Ġconcert") in words and ("Ġconcert", "Ġnurse") in words
     objects = [tuple(spell(row.tolist())) for row in found.get("object of the verb", [])]
     assert objects == ([("Ġplayed", "Ġconcert")] if len(tokens_of_word(tokenizer, "played")) == 1 else [])
+    assert all(x == y for x, y in found["itself"])
+    assert set(spell(found["itself"][:, 0].tolist())) >= {"Ġthe", "Ġconcert", "Ġnurse", "Ġshe"}
     for x, y in found.get("rest of the word", np.zeros((0, 2), int)):
         assert spell(int(x)).startswith("Ġ") and not spell(int(y)).startswith("Ġ")
 
@@ -176,6 +178,23 @@ def test_the_auc_is_the_share_of_true_and_false_pairs_in_order(model):
     false = roles._scores(model, pairs[:, 0], shuffled)
     slow = [np.mean([(t > f) + (t == f) / 2 for t in true[:, l] for f in false[:, l]]) for l in range(4)]
     np.testing.assert_allclose(roles.relation_auc(model, pairs), slow)
+
+
+def test_persons_are_paired_with_every_pronoun_and_so_are_as_many_other_words(tokenizer):
+    true, false = roles.persons_and_pronouns(tokenizer, ["nurse", "teacher", "no single token"])
+    persons = {tokens_of_word(tokenizer, "nurse")[0], *tokens_of_word(tokenizer, "teacher")[:1]}
+    assert set(true[:, 0]) <= persons and not set(false[:, 0]) & persons and len(true) == len(false)
+    assert sorted(true[:, 1]) == sorted(false[:, 1])
+    assert set(true[:, 1]) >= {tokens_of_word(tokenizer, word)[0] for word in ("he", "she")}
+
+
+def test_given_false_pairs_are_the_ones_compared_with(model):
+    true, false = np.array([(3, 9), (4, 9), (5, 11)]), np.array([(7, 9), (8, 11)])
+    pairs = [(roles._scores(model, *t[:, None]), roles._scores(model, *f[:, None])) for t in true for f in false]
+    slow = np.mean([(a > b)[0] for a, b in pairs], axis=0)
+    np.testing.assert_allclose(roles.relation_auc(model, true, false), slow)
+    with pytest.raises(ValueError, match="no pairs to tell from false ones"):
+        roles.relation_auc(model, true[:0])
 
 
 def test_a_role_needs_a_high_auc_and_a_lead():

@@ -31,7 +31,9 @@ from backpack_lib.training import keep_freed_memory, train
 FOLDERS = {"demo": HERE / "backpack", "demo-transformer": HERE / "transformer"}
 TIMED_STEPS, TIMED_TOKENS, TIMES = 20, 200, 3
 RELATED = 7.0  # of ten: from this score on, two words are related
-SAMPLE_SETTINGS = {"do_sample": True, "top_p": 0.9, "temperature": 0.8, "max_new_tokens": 60}
+SAMPLE_SETTINGS = {"do_sample": True, "top_p": 0.8, "temperature": 0.9, "repetition_penalty": 1.2, "max_new_tokens": 60}
+PEOPLE = """man woman boy girl king queen prince princess mother father husband wife son daughter brother sister
+            actor actress director singer doctor professor player artist author""".split()
 PRONOUN_PROMPTS = ("The {} said that", "The {} was late because", "The {} went home, and the next day")
 
 
@@ -103,6 +105,9 @@ def sense_roles(model, tokenizer, texts: list[str], sets: dict[str, pd.DataFrame
     if "WS-353" in sets:
         pairs["related word"] = roles.related_words(tokenizer, sets["WS-353"], RELATED)
     auc = pd.DataFrame({name: roles.relation_auc(model, rows) for name, rows in pairs.items() if len(rows)})
+    people = [*professions["profession"], *PEOPLE]
+    pairs["pronoun of a person"], others = roles.persons_and_pronouns(tokenizer, people)
+    auc["pronoun of a person"] = roles.relation_auc(model, pairs["pronoun of a person"], others)
     return {
         "auc": auc.to_dict("list"),
         "pairs": {name: len(rows) for name, rows in pairs.items()},

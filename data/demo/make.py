@@ -9,7 +9,6 @@ import argparse
 import csv
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -75,7 +74,8 @@ def export(run: Path, target: Path):
         shutil.copy(run / "history.csv", building)
         target.mkdir(exist_ok=True)
         for file in Path(building).iterdir():
-            os.replace(file, target / file.name)
+            file.chmod(0o644)  # weights and temporary files are written for the owner alone
+            file.replace(target / file.name)
 
 
 def make_demo(corpus: str, valid: str | None, runs: Path, device: str):
