@@ -34,6 +34,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, get_sche
 from backpack_lib.batches import ShuffledBatches, StreamedBatches
 from backpack_lib.checkpoints import RunFolder
 from backpack_lib.config import PRECISIONS, SCHEDULES, TrainingConfig
+from backpack_lib.errors import exit_status
 from backpack_lib.loading import load_model, load_tokenizer_of
 from backpack_lib.loss import LanguageModelLoss
 from backpack_lib.model import BackpackConfig, BackpackLMHeadModel
@@ -386,26 +387,22 @@ class Interrupts:
             signal.signal(number, handler)
 
 
-def main():
-    """Trains from the command line. An error that a person can mend is printed as one sentence."""
+def main() -> int:
+    """Trains from the command line."""
     parser = HfArgumentParser(
         TrainingConfig,
         prog="python -m backpack_lib.training",
         description="Trains a model, or goes on with the run that OUT holds.",
     )
-    try:
+
+    def work():
         (config,) = parser.parse_args_into_dataclasses()
         history = train(config)
-    except KeyboardInterrupt as interrupt:
-        print(interrupt, file=sys.stderr)
-        return 130
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if PartialState().is_main_process:
-        print(history.tail(1).to_string(index=False))
-        print(f"The model is in {config.out}/model.")
-    return 0
+        if PartialState().is_main_process:
+            print(history.tail(1).to_string(index=False))
+            print(f"The model is in {config.out}/model.")
+
+    return exit_status(work)
 
 
 if __name__ == "__main__":

@@ -96,8 +96,17 @@ def test_baseline_sees_the_same_batches_and_has_the_same_trunk(tiny):
     assert shapes == {name: p.shape for name, p in backpack.backpack.gpt2_model.named_parameters()}
 
 
+class FakeTokenizer:
+    """All that a new model needs to know of its tokenizer."""
+
+    eos_token_id = 0
+
+    def __len__(self):
+        return 400
+
+
 def test_only_matrices_decay(tiny):
-    model = make_model(tiny, type("T", (), {"eos_token_id": 0, "__len__": lambda self: 400})())
+    model = make_model(tiny, FakeTokenizer())
     (adamw,) = make_optimizers(model, tiny, torch.device("cpu"))
     decayed, free = adamw.param_groups
     assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0.0
@@ -107,9 +116,8 @@ def test_only_matrices_decay(tiny):
 
 
 def test_muon_takes_the_hidden_matrices_and_adamw_the_rest(tiny):
-    tokenizer = type("T", (), {"eos_token_id": 0, "__len__": lambda self: 400})()
     for architecture in ("backpack", "transformer"):
-        model = make_model(replace(tiny, architecture=architecture), tokenizer)
+        model = make_model(replace(tiny, architecture=architecture), FakeTokenizer())
         adamw, muon = make_optimizers(model, replace(tiny, optimizer="muon"), torch.device("cpu"))
         names = {id(p): name for name, p in model.named_parameters()}
         taken = {names[id(p)] for group in muon.param_groups for p in group["params"]}
@@ -123,7 +131,6 @@ def test_muon_takes_the_hidden_matrices_and_adamw_the_rest(tiny):
 
 @pytest.mark.parametrize("architecture", ["backpack", "transformer"])
 def test_a_run_with_muon_learns_and_resumes_exactly(tiny, architecture, monkeypatch):
-
     config = replace(tiny, architecture=architecture, optimizer="muon", schedule="wsd")
     whole = train(replace(config, out=config.out + "-whole"))
     assert whole["valid_loss"].iloc[-1] < whole["valid_loss"].iloc[0]
@@ -148,8 +155,7 @@ def save_then_stop_at(save, step):
 @pytest.mark.parametrize("logits_at_once", [1, 400 * 7, 2**24])
 def test_the_loss_in_parts_is_the_models_own_with_its_gradients(tiny, architecture, logits_at_once, monkeypatch):
     monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", {"cpu": logits_at_once})
-    tokenizer = type("T", (), {"eos_token_id": 0, "__len__": lambda self: 400})()
-    model = make_model(replace(tiny, architecture=architecture, dropout=0.0), tokenizer)
+    model = make_model(replace(tiny, architecture=architecture, dropout=0.0), FakeTokenizer())
     ids = torch.randint(400, (3, 16))
     own, parts = model(ids, labels=ids).loss, LanguageModelLoss(model)(ids)
     torch.testing.assert_close(parts, own)

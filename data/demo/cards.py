@@ -12,18 +12,24 @@ from string import Template
 import pandas as pd
 
 from backpack_lib.checkpoints import write_text
+from backpack_lib.loading import SHIPPED
 from backpack_lib.roles import find_roles
 
 HERE = Path(__file__).resolve().parent
-ARCHITECTURES = {"backpack": "demo", "transformer": "demo-transformer"}
+ARCHITECTURE_OF = {name: Path(place).name for name, place in SHIPPED.items()}
 
 
 def write_cards():
     """Writes `README.md` into each model's folder."""
     found = json.loads((HERE / "evaluation.json").read_text())
-    for architecture, name in ARCHITECTURES.items():
-        template = Template((HERE / f"card-{architecture}.md").read_text())
-        write_text(HERE / architecture / "README.md", template.substitute(fields(found, name)))
+    for name, architecture in ARCHITECTURE_OF.items():
+        write_text(HERE / architecture / "README.md", card(found, name))
+
+
+def card(found: dict, name: str) -> str:
+    """The text of one model's card."""
+    template = Template((HERE / f"card-{ARCHITECTURE_OF[name]}.md").read_text())
+    return template.substitute(fields(found, name))
 
 
 def fields(found: dict, name: str) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
     python data/demo/evaluate.py --text valid.txt.xz --lexsim lexsim --corpus "part-*.txt.xz"
 
-`evaluation.json` holds every figure; each model's card is `card.md` filled in from it.
+`evaluation.json` holds every figure; each model's card is written from it by `cards.py`.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from importlib.metadata import version
 
 import pandas as pd
 import torch
-from cards import write_cards
+from cards import ARCHITECTURE_OF, write_cards
 from make import HERE, recipe
 from scipy.stats import spearmanr
 from transformers import set_seed
@@ -25,10 +25,10 @@ from backpack_lib import lexical, load, roles
 from backpack_lib.checkpoints import write_text
 from backpack_lib.config import TrainingConfig
 from backpack_lib.corpora import first_characters, open_corpus, prepare
+from backpack_lib.errors import exit_status
 from backpack_lib.evaluation import bits_per_byte, blimp_accuracy, ids_of_text, pad_rows, read_blimp
 from backpack_lib.training import keep_freed_memory, train
 
-FOLDERS = {"demo": HERE / "backpack", "demo-transformer": HERE / "transformer"}
 TIMED_STEPS, TIMED_TOKENS, TIMES = 20, 200, 3
 RELATED = 7.0  # of ten: from this score on, two words are related
 SAMPLE_SETTINGS = {"do_sample": True, "top_p": 0.8, "temperature": 0.9, "repetition_penalty": 1.2, "max_new_tokens": 60}
@@ -87,10 +87,9 @@ def generation_speed(model) -> float:
 def training_speed(name: str, blocks, device: str) -> float:
     """Tokens per second of `TIMED_STEPS` training steps at the recipe's settings, after as many for warming up."""
     settings = recipe(device) | {"steps": 2 * TIMED_STEPS, "eval_every": TIMED_STEPS, "eval_blocks": 1, "warmup": 1}
-    architecture = "transformer" if name.endswith("transformer") else "backpack"
     with tempfile.TemporaryDirectory() as out:
         history = train(
-            TrainingConfig(corpus="", out=out, architecture=architecture, device=device, **settings), blocks
+            TrainingConfig(corpus="", out=out, architecture=ARCHITECTURE_OF[name], device=device, **settings), blocks
         )
     return history["tokens_per_second"].iloc[-1]
 
@@ -131,7 +130,7 @@ def word2vec(corpus: str, characters: int, width: int, seed: int = 0):
 def evaluate_model(name: str, texts: list[str], blimp, sets, professions, blocks, device: str) -> dict:
     """Every figure of one model."""
     model, tokenizer = load(name, device=device)
-    history = pd.read_csv(FOLDERS[name] / "history.csv")
+    history = pd.read_csv(HERE / ARCHITECTURE_OF[name] / "history.csv")
     accuracy = blimp_accuracy(model, tokenizer, blimp)
     found = {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -154,8 +153,8 @@ def evaluate(given) -> dict:
     text = open_corpus(given.text)
     texts, sets, blimp = list(text.read()), lexical.read_sets(given.lexsim), read_blimp(given.blimp)
     professions = pd.read_csv(HERE.parent / "professions.csv")
-    model, tokenizer = load("demo")
-    blocks = prepare(text, recipe(given.device)["block_size"], tokenizer=tokenizer)
+    settings, (_, tokenizer) = recipe(given.device), load("demo")
+    blocks = prepare(text, settings["block_size"], tokenizer=tokenizer)
     found = {
         "machine": f"{given.device}, {torch.get_num_threads()} threads, {platform.machine()}",
         "versions": {name: version(name) for name in ("torch", "transformers")},
@@ -163,19 +162,19 @@ def evaluate(given) -> dict:
         "blimp_pairs": len(blimp),
         "models": {},
     }
-    for name in FOLDERS:
+    for name in ARCHITECTURE_OF:
         print(f"evaluating {name}", flush=True)
         found["models"][name] = evaluate_model(name, texts, blimp, sets, professions, blocks, given.device)
     if given.corpus:
         print("training word2vec", flush=True)
         characters = int(found["models"]["demo"]["tokens_seen"] * blocks.bytes_per_token)
-        vectors = word2vec(given.corpus, characters, model.config.n_embd)
+        vectors = word2vec(given.corpus, characters, settings["n_embd"])
         table = lexical.similarity_table(lexical.of_word2vec(vectors), sets)
         found["word2vec"] = {"characters": characters, "words": len(vectors), "similarity": table.to_dict()}
     return found
 
 
-def main():
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--text", required=True, help="text that was not trained on: paths or globs, commas between them"
@@ -184,15 +183,14 @@ def main():
     parser.add_argument("--blimp", default="nyu-mll/blimp", help="folder of BLiMP's .jsonl files, or a hub id")
     parser.add_argument("--corpus", help="the training text, for word2vec; left out without it")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    given = parser.parse_args()
+
+    def work():
+        write_text(HERE / "evaluation.json", json.dumps(evaluate(given), indent=1) + "\n")
+        write_cards()
+
     keep_freed_memory()
-    try:
-        found = evaluate(parser.parse_args())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    write_text(HERE / "evaluation.json", json.dumps(found, indent=1) + "\n")
-    write_cards()
-    return 0
+    return exit_status(work)
 
 
 if __name__ == "__main__":

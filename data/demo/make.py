@@ -22,6 +22,7 @@ import yaml
 
 from backpack_lib.config import ARCHITECTURES, TrainingConfig
 from backpack_lib.corpora import TOKENIZER_CHARACTERS, Blocks, first_characters, open_corpus, prepare
+from backpack_lib.errors import exit_status
 from backpack_lib.loading import load, no_progress_bar
 from backpack_lib.paths import runs_folder
 from backpack_lib.training import train
@@ -93,7 +94,7 @@ def make_demo(corpus: str, valid: str | None, runs: Path, device: str):
         print(f"{architecture}: {bits:.3f} bits per byte after {history['tokens'].iloc[-1] / 1e6:.1f} million tokens")
 
 
-def main():
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", required=True, help="training text: paths or globs, commas between them")
     parser.add_argument("--valid", help="validation text; without it, a part of the corpus is set aside")
@@ -102,15 +103,7 @@ def main():
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
-    try:
-        make_demo(given.corpus, given.valid, given.runs, given.device)
-    except KeyboardInterrupt as interrupt:
-        print(interrupt, file=sys.stderr)
-        return 130
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: make_demo(given.corpus, given.valid, given.runs, given.device))
 
 
 if __name__ == "__main__":
