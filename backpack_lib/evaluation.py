@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from backpack_lib.errors import first_line
+from backpack_lib.texts import ids_of_text, pad_rows
 
 WINDOWS_AT_ONCE, SENTENCES_AT_ONCE = 8, 128
 
@@ -79,18 +80,6 @@ def read_blimp(place: str) -> pd.DataFrame:
         raise ValueError(
             f"{place!r} is no folder, and BLiMP could not be loaded by that name: {first_line(error)}"
         ) from error
-
-
-def ids_of_text(tokenizer, text: str) -> list[int]:
-    """A text's token ids behind an end-of-text token, which is where a text begins in training."""
-    return [tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
-
-
-def pad_rows(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of ids, padded on the right, and their attention mask."""
-    size = max(map(len, rows))
-    ids = torch.tensor([row + [pad] * (size - len(row)) for row in rows])
-    return ids, torch.tensor([[1] * len(row) + [0] * (size - len(row)) for row in rows])
 
 
 def _parts(items: list, size: int) -> Iterator[list]:

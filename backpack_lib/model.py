@@ -8,6 +8,7 @@ What is notable:
   each earlier token goes into each prediction (the contextualisation weights, alpha).
 - A prediction is their weighted sum, so every logit is linear in the sense vectors.
 - Senses are computed for the distinct tokens of a batch only, and summed in one product.
+- `patches` may change senses as they are computed, which is how `SenseEdits` work.
 - The sense layer is one more attention layer whose values are sense vectors, so it lives in
   transformers' cache as layer number `n_layer`, and `generate()` works unchanged.
 - Parameter names are those of the released checkpoint (stanfordnlp/backpack-gpt2), which
@@ -260,6 +261,8 @@ class BackpackModel(BackpackPreTrainedModel):
         self.gpt2_model = GPT2Model(config)
         self.sense_network = SenseNetwork(config)
         self.sense_weight_net = SenseWeightNetwork(config)
+        # Functions of (token_ids, senses) -> senses, called in order; see `edits.py`. No part of the weights.
+        self.patches = []
         self.post_init()
 
     def get_input_embeddings(self):
@@ -270,7 +273,10 @@ class BackpackModel(BackpackPreTrainedModel):
 
     def sense_vectors(self, token_ids):
         """Sense vectors of each token, without any context. (n,) -> (n, k, d)"""
-        return self.sense_network(self.gpt2_model.wte(token_ids))
+        senses = self.sense_network(self.gpt2_model.wte(token_ids))
+        for patch in self.patches:
+            senses = patch(token_ids, senses)
+        return senses
 
     def senses_of_text(self, input_ids):
         """Sense vectors at each position of a batch. (B, T) -> (B, k, T, d)

@@ -1,8 +1,14 @@
-"""Look-ups on the sense table: what each sense of a word holds, whatever the context."""
+"""Look-ups on the sense table: what each sense of a word holds, whatever the context.
+
+A word is given as it is written, or as the id of one token. What a sense pushes up or down is its
+projection E C(x)_l: exactly what it adds to each word's logit when it goes in with weight one.
+"""
 
 import torch
+import torch.nn.functional as F
 
-MULTI_TOKEN = ("mean", "first")
+MULTI_TOKEN = ("mean", "first", "last")
+TOKENS_AT_ONCE = 2048
 
 
 def tokens_of_word(tokenizer, word: str) -> list[int]:
@@ -12,17 +18,66 @@ def tokens_of_word(tokenizer, word: str) -> list[int]:
     return tokenizer(" " + word.strip(), add_special_tokens=False)["input_ids"]
 
 
+def token_of_word(tokenizer, word: str | int) -> int:
+    """The one token of a word, or a token id as it is.
+
+    Raises ValueError for a word of several tokens, naming them, and for an id outside the vocabulary.
+    """
+    if not isinstance(word, str):
+        if not 0 <= word < len(tokenizer):
+            raise ValueError(f"There is no token {word}; this vocabulary has the ids 0 to {len(tokenizer) - 1}.")
+        return int(word)
+    ids = tokens_of_word(tokenizer, word)
+    if len(ids) > 1:
+        parts = ", ".join(f"{name!r} ({i})" for i, name in zip(ids, spell(tokenizer, ids)))
+        raise ValueError(f"{word!r} is {len(ids)} tokens here: {parts}; give one of these ids, or choose another word.")
+    return ids[0]
+
+
+def spell(tokenizer, ids) -> list[str]:
+    """Tokens to show on their own: a word without its space, "…ing" for what continues a word, visible line ends."""
+    return [_spell(tokenizer, int(i)) for i in ids]
+
+
+def _spell(tokenizer, i: int) -> str:
+    if i in tokenizer.all_special_ids:
+        return tokenizer.convert_ids_to_tokens(i)
+    text = tokenizer.decode([i])
+    if "\N{REPLACEMENT CHARACTER}" in text:  # some of a character's bytes
+        return tokenizer.convert_ids_to_tokens(i)
+    if not text.strip():
+        return text.replace("\n", "↵").replace("\t", "⇥").replace(" ", "␣")
+    return text[1:] if text[0] == " " else "…" + text if text[0].isalnum() else text
+
+
+def has_senses(model) -> bool:
+    return hasattr(model, "sense_vectors")
+
+
+def require_senses(model):
+    """Raises ValueError if the model is no Backpack."""
+    if not has_senses(model):
+        raise ValueError(f"This takes a Backpack; a {type(model).__name__} has no sense vectors.")
+
+
+def check_sense(model, sense: int) -> int:
+    """Raises ValueError if the model has no such sense."""
+    k = model.config.num_senses
+    if isinstance(sense, bool) or not isinstance(sense, int) or not 0 <= sense < k:
+        raise ValueError(f"sense={sense!r} is out of range; this model has the senses 0 to {k - 1}.")
+    return sense
+
+
 @torch.no_grad()
-def senses_of_words(model, tokenizer, words: list[str], multi_token: str = "mean") -> torch.Tensor:
+def senses_of_words(model, tokenizer, words: list[str], multi_token: str | int = "mean") -> torch.Tensor:
     """Sense vectors of words, (n, k, d). A Transformer has none; its input embeddings stand in as one sense.
 
-    multi_token: what becomes of a word of several tokens: the "mean" of their senses, or those of the "first".
+    multi_token: what becomes of a word of several tokens: the "mean" of their senses, or those of the
+        "first", of the "last", or of the one that an index from 0 names.
 
-    Raises ValueError for an empty word or an unknown `multi_token`.
+    Raises ValueError for an empty word, an unknown `multi_token`, or an index that a word is too short for.
     """
-    if multi_token not in MULTI_TOKEN:
-        raise ValueError(f"multi_token={multi_token!r} is unknown; choose one of {', '.join(MULTI_TOKEN)}.")
-    ids = [tokens_of_word(tokenizer, word)[: None if multi_token == "mean" else 1] for word in words]
+    ids = [choose_tokens(tokenizer, word, multi_token) for word in words]
     distinct, place = torch.tensor([i for tokens in ids for i in tokens], device=model.device).unique(
         return_inverse=True
     )
@@ -30,8 +85,79 @@ def senses_of_words(model, tokenizer, words: list[str], multi_token: str = "mean
     return torch.stack([part.mean(0) for part in table.split([len(tokens) for tokens in ids])])
 
 
+def choose_tokens(tokenizer, word: str, multi_token: str | int) -> list[int]:
+    """Those of a word's tokens that stand for it; see `senses_of_words`."""
+    ids = tokens_of_word(tokenizer, word)
+    if multi_token == "mean":
+        return ids
+    if multi_token in ("first", "last"):
+        return [ids[0 if multi_token == "first" else -1]]
+    if not isinstance(multi_token, int):
+        choices = ", ".join(MULTI_TOKEN)
+        raise ValueError(f"multi_token={multi_token!r} is unknown; choose one of {choices}, or a token's index.")
+    if not 0 <= multi_token < len(ids):
+        parts = ", ".join(map(repr, spell(tokenizer, ids)))
+        raise ValueError(f"{word!r} has no token number {multi_token}; from 0, its tokens are {parts}.")
+    return [ids[multi_token]]
+
+
 def vectors_of_tokens(model, token_ids: torch.Tensor) -> torch.Tensor:
     """Sense vectors of tokens, (n, k, d); of a Transformer, its input embeddings, (n, 1, d)."""
-    if hasattr(model, "sense_vectors"):
+    if has_senses(model):
         return model.sense_vectors(token_ids)
     return model.get_input_embeddings()(token_ids)[:, None]
+
+
+@torch.no_grad()
+def pushes(model, senses: torch.Tensor) -> torch.Tensor:
+    """What sense vectors add to each logit at weight one, E C(x)_l. (..., d) -> (..., V)"""
+    return senses @ model.get_output_embeddings().weight.T
+
+
+def pushed_most(model, senses: torch.Tensor, n: int = 8, among: torch.Tensor | None = None) -> tuple:
+    """The tokens that each of k senses pushes up most and down most.
+
+    senses: (k, d). among: ids of the tokens to choose from; None: the whole vocabulary.
+    -> (ids up, scores up, ids down, scores down), each (k, n), the strongest first.
+    """
+    if among is None:
+        used = getattr(model.config, "used_vocab_size", None) or model.config.vocab_size
+        among = torch.arange(used, device=senses.device)
+    found = pushes(model, senses)[:, among]
+    n = min(n, len(among))
+    up, down = found.topk(n), found.topk(n, largest=False)
+    return among[up.indices], up.values, among[down.indices], down.values
+
+
+@torch.no_grad()
+def sense_table(model, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Sense vectors of the whole vocabulary, (V, k, d), V x k x d numbers: 262 MB for the demo model in float32.
+
+    dtype: of the table; None: the model's.
+    """
+    require_senses(model)
+    config = model.config
+    table = torch.empty(
+        config.vocab_size, config.num_senses, config.n_embd, dtype=dtype or model.dtype, device=model.device
+    )
+    for ids in torch.arange(config.vocab_size, device=model.device).split(TOKENS_AT_ONCE):
+        table[ids] = model.sense_vectors(ids).to(table.dtype)
+    return table
+
+
+def neighbours(table: torch.Tensor, vector: torch.Tensor, sense: int, n: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens whose sense lies nearest to a vector, by cosine: ids and cosines, (n,) each, nearest first.
+
+    table: (V, k, d), as `sense_table` returns it; vector: (d,).
+    """
+    cosines = F.cosine_similarity(table[:, sense].float(), vector.float()[None], dim=-1)
+    return tuple(reversed(cosines.topk(min(n, len(cosines)))))
+
+
+def likeness_of_senses(table: torch.Tensor) -> torch.Tensor:
+    """How alike the senses of one word are: the cosine of C(x)_l and C(x)_m, averaged over all x. (V, k, d) -> (k, k)"""
+    total = torch.zeros(table.shape[1], table.shape[1], device=table.device)
+    for part in table.split(TOKENS_AT_ONCE):
+        unit = F.normalize(part.float(), dim=-1)
+        total += torch.einsum("vkd,vld->kl", unit, unit)
+    return total / len(table)

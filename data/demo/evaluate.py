@@ -19,19 +19,19 @@ import torch
 from cards import ARCHITECTURE_OF, write_cards
 from make import HERE, recipe
 from scipy.stats import spearmanr
-from transformers import set_seed
 
 from backpack_lib import lexical, load, roles
 from backpack_lib.checkpoints import write_text
 from backpack_lib.config import TrainingConfig
 from backpack_lib.corpora import first_characters, open_corpus, prepare
 from backpack_lib.errors import exit_status
-from backpack_lib.evaluation import bits_per_byte, blimp_accuracy, ids_of_text, pad_rows, read_blimp
+from backpack_lib.evaluation import bits_per_byte, blimp_accuracy, read_blimp
+from backpack_lib.texts import continue_text, ids_of_text, pad_rows
 from backpack_lib.training import keep_freed_memory, train
 
 TIMED_STEPS, TIMED_TOKENS, TIMES = 20, 200, 3
 RELATED = 7.0  # of ten: from this score on, two words are related
-SAMPLE_SETTINGS = {"do_sample": True, "top_p": 0.8, "temperature": 0.9, "repetition_penalty": 1.2, "max_new_tokens": 60}
+SAMPLE_SETTINGS = {"top_p": 0.8, "temperature": 0.9, "repetition_penalty": 1.2, "max_new_tokens": 60}
 PEOPLE = """man woman boy girl king queen prince princess mother father husband wife son daughter brother sister
             actor actress director singer doctor professor player artist author""".split()
 PRONOUN_PROMPTS = ("The {} said that", "The {} was late because", "The {} went home, and the next day")
@@ -55,17 +55,6 @@ def pronouns(model, tokenizer, professions: pd.DataFrame) -> dict:
     odds = torch.stack(odds)
     rho = spearmanr(odds.mean(0), 100 - professions["percent_women"]).statistic
     return {"ratio": odds.abs().exp().mean().item(), "rho": float(rho)}
-
-
-def samples(model, tokenizer, prompts: list[str], seed: int = 0) -> list[str]:
-    """A continuation of each prompt, the same for the same seed."""
-    texts = []
-    for prompt in prompts:
-        set_seed(seed)
-        ids = torch.tensor([ids_of_text(tokenizer, prompt)], device=model.device)
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), **SAMPLE_SETTINGS)
-        texts.append(tokenizer.decode(out[0], skip_special_tokens=True))
-    return texts
 
 
 # ---------------------------------------------------------------- speed
@@ -141,7 +130,10 @@ def evaluate_model(name: str, texts: list[str], blimp, sets, professions, blocks
         "pronouns": pronouns(model, tokenizer, professions),
         "generation_tokens_per_second": generation_speed(model),
         "training_tokens_per_second": training_speed(name, blocks, device),
-        "samples": samples(model, tokenizer, (HERE / "prompts.txt").read_text().splitlines()),
+        "samples": [
+            continue_text(model, tokenizer, prompt, **SAMPLE_SETTINGS)
+            for prompt in (HERE / "prompts.txt").read_text().splitlines()
+        ],
     }
     if name == "demo":
         found["roles"] = sense_roles(model, tokenizer, texts, sets, professions)
