@@ -1,10 +1,21 @@
 """Learn, train and take apart Backpack language models."""
 
+from backpack_lib.attribution import attribute
 from backpack_lib.config import TrainingConfig
+from backpack_lib.edits import SenseEdits
 from backpack_lib.loading import load
 from backpack_lib.model import BackpackConfig, BackpackLMHeadModel, BackpackModel
 
-__all__ = ["BackpackConfig", "BackpackLMHeadModel", "BackpackModel", "TrainingConfig", "load", "train"]
+__all__ = [
+    "BackpackConfig",
+    "BackpackLMHeadModel",
+    "BackpackModel",
+    "SenseEdits",
+    "TrainingConfig",
+    "attribute",
+    "load",
+    "train",
+]
 
 
 def __getattr__(name: str):

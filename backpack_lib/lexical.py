@@ -6,6 +6,9 @@
 The similarities are those of Hewitt et al. (2023), section 4: the cosine of one matched sense, the
 least and the greatest over matched senses and over all pairs of senses, and the cosine of all senses
 laid end to end. All pairs are kept, also those of words that fall into several tokens.
+
+The best of many similarities on a set flatters the model if it is picked and scored on the same pairs.
+`held_out_table` picks it on some pairs and scores it on others, and gives an interval.
 """
 
 from dataclasses import dataclass
@@ -15,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from scipy.stats import spearmanr
+from scipy.stats import bootstrap, spearmanr
 
 from backpack_lib.senses import senses_of_words
 
@@ -89,6 +92,55 @@ def similarity_table(senses_of, sets: dict[str, pd.DataFrame]) -> pd.DataFrame:
             similarity: spearmanr(values, pairs["score"]).statistic for similarity, values in found.items()
         }
     return pd.DataFrame(columns)
+
+
+def held_out(found: dict[str, np.ndarray], scores: np.ndarray, folds: int = 10, seed: int = 0):
+    """What the similarity that does best on the other folds says of each pair, and which one that was, for each fold.
+
+    Different folds may choose similarities of different scale, so a value is given as the share of the values
+    of its similarity, on the folds it was chosen on, that lie below it: (n,) between 0 and 1. An only
+    similarity's values stay as they are.
+    """
+    if len(found) == 1:  # nothing to choose
+        ((only, values),) = found.items()
+        return values, [only]
+    predicted, chosen = np.empty(len(scores)), []
+    for fold in np.array_split(np.random.default_rng(seed).permutation(len(scores)), folds):
+        rest = np.setdiff1d(np.arange(len(scores)), fold)
+        best = max(found, key=lambda name: spearmanr(found[name][rest], scores[rest]).statistic)
+        predicted[fold] = np.searchsorted(np.sort(found[best][rest]), found[best][fold]) / len(rest)
+        chosen.append(best)
+    return predicted, chosen
+
+
+def held_out_table(senses_of, sets: dict[str, pd.DataFrame], seed: int = 0, resamples: int = 1000) -> pd.DataFrame:
+    """How well the best similarity does where it was not picked: one row for each set.
+
+    Columns: rho (Spearman's, of the held-out predictions), low and high (95 % bootstrap interval over pairs),
+    and chosen (the similarity that most folds picked, and how many of them).
+    """
+    rows = {}
+    for name, pairs in sets.items():
+        scores = pairs["score"].to_numpy()
+        found = similarities(senses_of(list(pairs["word1"])), senses_of(list(pairs["word2"])))
+        predicted, chosen = held_out(found, scores, seed=seed)
+        low, high = bootstrap(
+            (predicted, scores),
+            lambda x, y: spearmanr(x, y).statistic,
+            paired=True,
+            vectorized=False,
+            n_resamples=resamples,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
+        most = max(sorted(set(chosen)), key=chosen.count)
+        rows[name] = {
+            "rho": spearmanr(predicted, scores).statistic,
+            "low": low,
+            "high": high,
+            "chosen": most if len(found) == 1 else f"{most} ({chosen.count(most)} of {len(chosen)} folds)",
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def of_model(model, tokenizer, multi_token: str = "mean"):

@@ -1,10 +1,12 @@
 """Small random models and inputs."""
 
+from functools import cache
 from pathlib import Path
 
 import torch
 
-from backpack_lib import BackpackConfig, BackpackLMHeadModel
+from backpack_lib import BackpackConfig, BackpackLMHeadModel, planted
+from backpack_lib.tokenization import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,3 +27,9 @@ def tiny_model(seed=0, **changes):
 def random_ids(*shape, seed=0, vocab_size=61):
     """Token ids above 0, which stands for padding and for the end of text."""
     return torch.randint(1, vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@cache
+def tiny_tokenizer(vocab_size=500):
+    """A tokenizer of planted text, in which "nurse" and "concert" are single tokens."""
+    return train_tokenizer([text.text for text in planted.generate(300)], vocab_size, words=["nurse", "concert"])

@@ -17,6 +17,7 @@ from transformers import GPT2LMHeadModel
 from backpack_lib import BackpackLMHeadModel, TrainingConfig, load, planted
 from backpack_lib.evaluation import bits_per_byte, read_blimp
 from backpack_lib.senses import tokens_of_word
+from backpack_lib.texts import continue_text
 
 DEMO = ROOT / "data" / "demo"
 
@@ -96,7 +97,7 @@ def test_the_evaluation_fills_the_file_and_the_cards(small, monkeypatch):
     monkeypatch.setattr(scripts.evaluate, "load", lambda name, **kw: load(folder / architecture_of[name], **kw))
     monkeypatch.setattr(scripts.evaluate, "TIMED_TOKENS", 20)
     monkeypatch.setattr(scripts.evaluate, "TIMED_STEPS", 2)
-    monkeypatch.setattr(scripts.evaluate, "SAMPLE_SETTINGS", {"do_sample": True, "max_new_tokens": 8})
+    monkeypatch.setattr(scripts.evaluate, "SAMPLE_SETTINGS", {"max_new_tokens": 8})
     (tmp_path / "WS353.csv").write_text("Word 1,Word 2,Human\nnurse,doctor,8\nking,queen,9\nbank,river,2\ncar,cat,1\n")
     pair = {"sentence_good": "He sleeps.", "sentence_bad": "He sleep.", "UID": "agreement"}
     (tmp_path / "set.jsonl").write_text(json.dumps(pair) + "\n")
@@ -247,8 +248,8 @@ def test_samples_come_out_again_with_the_same_seed(demo, evaluation, scripts):
     found = evaluation["models"]["demo"]["samples"]
     assert len(prompts) == len(found) == 10
     assert all(text.startswith(prompt) for prompt, text in zip(prompts, found))
-    again = scripts.evaluate.samples(*demo, prompts[:1])
-    assert again == scripts.evaluate.samples(*demo, prompts[:1])
+    again = [continue_text(*demo, prompts[0], **scripts.evaluate.SAMPLE_SETTINGS) for _ in range(2)]
+    assert again[0] == again[1] and again[0].startswith(prompts[0])
 
 
 def test_it_loads_without_a_network_from_another_folder(tmp_path):

@@ -4,59 +4,24 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import tiny_model
+from helpers import tiny_model, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.distance import cosine
 from scipy.stats import spearmanr
-from transformers import GPT2Config, GPT2LMHeadModel
 
-from backpack_lib import lexical, planted, roles
+from backpack_lib import lexical, roles
 from backpack_lib.senses import senses_of_words, tokens_of_word
-from backpack_lib.tokenization import train_tokenizer
-
-TEXTS = [text.text for text in planted.generate(300)]
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(TEXTS, 500, words=["nurse", "concert"])
+    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
     return tiny_model(vocab_size=len(tokenizer), num_senses=4)
-
-
-# ---------------------------------------------------------------- senses of words
-
-
-def test_a_word_has_the_senses_of_its_token_after_a_space(model, tokenizer):
-    found = senses_of_words(model, tokenizer, ["nurse", "concert", "nurse"])
-    for row, word in zip(found, ["nurse", "concert", "nurse"]):
-        (token,) = tokenizer(" " + word)["input_ids"]
-        torch.testing.assert_close(row, model.sense_vectors(torch.tensor([token]))[0])
-
-
-def test_a_word_of_several_tokens_takes_their_mean_or_the_first(model, tokenizer):
-    ids = tokens_of_word(tokenizer, "zebra")
-    assert len(ids) > 1
-    parts = model.sense_vectors(torch.tensor(ids))
-    torch.testing.assert_close(senses_of_words(model, tokenizer, ["nurse", "zebra"])[1], parts.mean(0))
-    torch.testing.assert_close(senses_of_words(model, tokenizer, ["nurse", "zebra"], "first")[1], parts[0])
-
-
-def test_a_transformer_lends_its_embeddings(tokenizer):
-    baseline = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=1))
-    found = senses_of_words(baseline, tokenizer, ["nurse"])
-    torch.testing.assert_close(found[0, 0], baseline.transformer.wte.weight[tokens_of_word(tokenizer, "nurse")[0]])
-
-
-def test_no_word_is_one_sentence(model, tokenizer):
-    with pytest.raises(ValueError, match="' ' is no word"):
-        senses_of_words(model, tokenizer, ["nurse", " "])
-    with pytest.raises(ValueError, match="multi_token='last' is unknown; choose one of mean, first"):
-        senses_of_words(model, tokenizer, ["nurse"], "last")
 
 
 # ---------------------------------------------------------------- similarity
@@ -128,6 +93,53 @@ def test_the_table_has_the_rank_correlation_of_each_similarity(model, tokenizer)
         values = [1 - cosine(a[sense], b[sense]) for a, b in zip(one, two)]
         expected = spearmanr(values, pairs["score"]).statistic
         assert table.at[f"sense {sense}", "some"] == pytest.approx(expected)
+
+
+def test_the_best_of_many_that_know_nothing_scores_nothing_on_average():
+    peeked, without = [], []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        scores, noise = rng.random(120), {f"noise {i}": rng.random(120) for i in range(20)}
+        peeked.append(max(spearmanr(values, scores).statistic for values in noise.values()))
+        without.append(spearmanr(lexical.held_out(noise, scores, seed=seed)[0], scores).statistic)
+    assert np.mean(peeked) > 0.15 and np.mean(without) < 0.06
+
+
+def test_the_one_that_knows_is_found_on_every_fold():
+    rng = np.random.default_rng(0)
+    scores, noise = rng.random(120), {f"noise {i}": rng.random(120) for i in range(40)}
+    true = scores + 0.3 * rng.random(120)
+    predicted, chosen = lexical.held_out(noise | {"true": true}, scores)
+    assert chosen == ["true"] * 10
+    assert spearmanr(predicted, scores).statistic == pytest.approx(spearmanr(true, scores).statistic, abs=0.02)
+
+
+def test_similarities_of_other_scales_are_mixed_fairly():
+    rng = np.random.default_rng(1)
+    scores = rng.random(200)
+    found = {"small": scores + 0.2 * rng.random(200), "large": 1e3 * (scores + 0.2 * rng.random(200))}
+    predicted, chosen = lexical.held_out(found, scores)
+    least = min(spearmanr(values, scores).statistic for values in found.values())
+    assert 0 <= predicted.min() and predicted.max() <= 1
+    assert spearmanr(predicted, scores).statistic > least - 0.02
+
+
+def test_the_held_out_table_has_an_interval_for_each_set(model, tokenizer):
+    rng = np.random.default_rng(0)
+    vocabulary = ["nurse", "concert", "band", "song", "bank", "river", "he", "she", "bat", "chip"]
+    pairs = pd.DataFrame({"word1": rng.choice(vocabulary, 60), "word2": rng.choice(vocabulary, 60)})
+    sums = {word: number for number, word in enumerate(vocabulary)}
+    vectors = {word: torch.full((1, 2), 1.0) + torch.tensor([[0.0, sums[word] ** 1.5]]) for word in vocabulary}
+
+    def of_one_vector(words):
+        return torch.stack([vectors[word] for word in words])
+
+    (similar,) = lexical.similarities(of_one_vector(pairs["word1"]), of_one_vector(pairs["word2"])).values()
+    pairs["score"] = similar
+    row = lexical.held_out_table(of_one_vector, {"some": pairs}, resamples=99).loc["some"]
+    assert row["rho"] == pytest.approx(1) and row["low"] > 0.99 and row["chosen"] == "sense 0"
+    row = lexical.held_out_table(lexical.of_model(model, tokenizer), {"some": pairs}, resamples=99).loc["some"]
+    assert row["low"] < row["rho"] < row["high"] and "of 10 folds" in row["chosen"]
 
 
 def test_word2vec_knows_lower_case_and_gives_unknown_words_zeros():

@@ -47,6 +47,7 @@ def fields(found: dict, name: str) -> dict[str, str]:
         "pronoun_rho": f"{model['pronouns']['rho']:.2f}",
         "figures": figures(found),
         "similarity": similarity(found),
+        "held_out": held_out(found),
         "blimp_sets": blimp_sets(found),
         "trials": table(pd.read_csv(HERE / "trials.csv")),
         "roles": sense_table(model["roles"]) if "roles" in model else "",
@@ -79,6 +80,22 @@ def similarity(found: dict) -> str:
         values.index = [name if len(values) == 1 else f"{name}, {row}" for row in values.index]
         tables.append(values)
     return table(pd.concat(tables).map("{:.3f}".format).rename_axis("similarity").reset_index())
+
+
+def held_out(found: dict) -> str:
+    """Spearman's rho of each model's best similarity where it was not picked, with its interval."""
+    parts = {name: model["similarity_held_out"] for name, model in found["models"].items()}
+    if "word2vec" in found:
+        parts["word2vec"] = found["word2vec"]["similarity_held_out"]
+    columns = {
+        name: {
+            set_name: f"{row['rho']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+            + (f", {row['chosen']}" if "folds" in row["chosen"] else "")
+            for set_name, row in rows.items()
+        }
+        for name, rows in parts.items()
+    }
+    return table(pd.DataFrame(columns).rename_axis("set").reset_index())
 
 
 def blimp_sets(found: dict) -> str:

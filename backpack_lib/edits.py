@@ -1,0 +1,312 @@
+"""Edits of senses: small patches to the sense table that stack, undo, save, and never touch a weight.
+
+    edits = SenseEdits(model, tokenizer)
+    edits.scale("nurse", sense=14, by=0)
+    edits.project("macbook", remove="apple", add="hp")
+    with edits.applied(model):
+        model.generate(...)
+    edits.save("mine.safetensors")
+
+Contextualisation weights are read off the trunk, which sees embeddings and not senses. So in a given text
+an edit leaves them as they are, and moves each logit by exactly what it changes in the senses' contributions:
+one scaled by s moves it by (s - 1) times its contribution.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from backpack_lib.errors import first_line
+from backpack_lib.senses import check_sense, require_senses, spell, token_of_word
+
+FORMAT = "backpack sense edits, 1"
+PROBES = 8  # tokens by whose senses a model is recognised
+PROBE_TOLERANCE = 0.05  # relative; lets bf16 and a little fine-tuning pass, another training run does not
+
+Words = str | int | Iterable[str | int] | None
+Senses = int | Iterable[int] | None
+
+
+@dataclass(frozen=True)
+class Edit:
+    """C(x)_l  <-  by C(x)_l + (C(x)_l . read) write + plus,  for some tokens x and senses l; None stands for all.
+
+    Every kind of edit is of this one form. read, write: (d,); plus: (d,), or one row for each sense, (m, d).
+    """
+
+    note: str
+    tokens: torch.Tensor | None
+    senses: torch.Tensor | None
+    by: float = 1.0
+    read: torch.Tensor | None = None
+    write: torch.Tensor | None = None
+    plus: torch.Tensor | None = None
+
+    def __call__(self, token_ids: torch.Tensor, senses: torch.Tensor) -> torch.Tensor:
+        """Edited sense vectors of tokens. (n,), (n, k, d) -> (n, k, d)"""
+        rows = torch.arange(len(token_ids), device=senses.device)
+        if self.tokens is not None:
+            rows = rows[torch.isin(token_ids, self.tokens.to(token_ids.device))]
+            if not len(rows):
+                return senses
+        columns = torch.arange(senses.shape[1]) if self.senses is None else self.senses
+        place = rows[:, None], columns.to(senses.device)
+        old = senses[place]
+        new = self.by * old
+        if self.read is not None:
+            new = new + (old @ self.read.to(old))[..., None] * self.write.to(old)
+        if self.plus is not None:
+            new = new + self.plus.to(old)
+        return senses.index_put(place, new)
+
+
+class SenseEdits:
+    """A stack of edits to the senses of one model; see the module's example.
+
+    `word` is a word of one token, a token id, several of either, or None for all words; `sense` is an index,
+    several, or None for all senses. Each method that edits returns the stack, so calls can be chained.
+
+    Raises ValueError, with nothing added, for words of several tokens, senses out of range, and numbers that
+    are not finite.
+    """
+
+    def __init__(self, model, tokenizer, description: str = ""):
+        require_senses(model)
+        self.model, self.tokenizer, self.description = model, tokenizer, description
+        self._edits: list[Edit] = []
+
+    def __len__(self) -> int:
+        return len(self._edits)
+
+    def __iter__(self) -> Iterator[Edit]:
+        return iter(self._edits)
+
+    def __repr__(self) -> str:
+        lines = [f"{number}. {edit.note}" for number, edit in enumerate(self, start=1)]
+        return "\n".join(lines) or "no edits"
+
+    # ------------------------------------------------------------ making edits
+
+    def scale(self, word: Words, sense: Senses = None, by: float = 0.0) -> "SenseEdits":
+        """Multiplies senses by a number; 0 silences them."""
+        if not math.isfinite(by):
+            raise ValueError(f"by={by} is not a finite number; give one such as 0 or 0.5.")
+        return self._push(f"scale {self._name(word, sense)} by {by:g}", word, sense, by=float(by))
+
+    def replace(self, word: Words, sense: Senses, vector: torch.Tensor | str | int) -> "SenseEdits":
+        """Puts a vector, (d,), or the same senses of another word, in the place of senses."""
+        note = "a vector"
+        if isinstance(vector, (str, int)):
+            note = f"those of {self._spell(vector)}"
+            columns = self._senses(sense)
+            vector = self._senses_of(vector)[slice(None) if columns is None else columns]
+        return self._push(f"replace {self._name(word, sense)} by {note}", word, sense, by=0.0, plus=vector)
+
+    def add(self, word: Words, sense: Senses, vector: torch.Tensor) -> "SenseEdits":
+        """Adds a vector, (d,), to senses."""
+        return self._push(f"add a vector to {self._name(word, sense)}", word, sense, plus=vector)
+
+    def project(self, word: Words, remove: str | int, add: str | int | None = None, sense: Senses = None):
+        """Takes out of senses what they push `remove`, and, with `add`, lets them push that word as much instead.
+
+        With E_r and E_a the two embeddings and c = C(x)_l . E_r / |E_r|^2, the new sense is
+        C(x)_l - c E_r + c E_a |E_r|^2 / |E_a|^2 (Hewitt et al., 2023, section 6, knowledge editing).
+        """
+        e_r = self._embedding(remove)
+        write, note = -e_r, f"take {self._spell(remove)} out of {self._name(word, sense)}"
+        if add is not None:
+            e_a = self._embedding(add)
+            write = e_a * (e_r @ e_r / (e_a @ e_a)) - e_r
+            note += f" and put {self._spell(add)} in"
+        return self._push(note, word, sense, read=e_r / (e_r @ e_r), write=write)
+
+    def undo(self) -> "SenseEdits":
+        """Takes the last edit back. Raises ValueError if there is none."""
+        if not self._edits:
+            raise ValueError("There is no edit to undo.")
+        self._edits.pop()
+        return self
+
+    def clear(self) -> "SenseEdits":
+        """Takes all edits back."""
+        self._edits.clear()
+        return self
+
+    # ------------------------------------------------------------ applying them
+
+    @contextmanager
+    def applied(self, model=None):
+        """The model with these edits, for as long as the `with` lasts: forward passes, `generate()`, look-ups.
+
+        model: the one they were made for, or another copy of it, on any device; None: the very one.
+        Blocks may nest; edits of an inner block come after those of the outer. A cache that was filled outside
+        the block keeps the senses of its time.
+
+        Raises ValueError if the edits do not fit the model.
+        """
+        model = self.model if model is None else model
+        if model is not self.model:
+            check_fit(model, probe(self.model))
+        edits = tuple(self._edits)  # as they are now
+
+        def patch(token_ids, senses):
+            for edit in edits:
+                senses = edit(token_ids, senses)
+            return senses
+
+        patches = model.backpack.patches
+        patches.append(patch)
+        try:
+            yield model
+        finally:
+            patches[:] = [other for other in patches if other is not patch]
+
+    # ------------------------------------------------------------ saving and loading
+
+    def save(self, path: str | Path):
+        """Writes the edits into one small safetensors file, whole or not at all."""
+        path, tensors, edits = Path(path), {"probe": probe(self.model)}, []
+        for number, edit in enumerate(self):
+            edits.append({"note": edit.note, "by": edit.by})
+            for name in ("tokens", "senses", "read", "write", "plus"):
+                if (value := getattr(edit, name)) is not None:
+                    tensors[f"{number}.{name}"] = value.contiguous().cpu()
+        name = self.model.config.name_or_path
+        metadata = {
+            "format": FORMAT,
+            "description": self.description,
+            "model": Path(name).name if Path(name).is_dir() else name,
+            "vocabulary": vocabulary_fingerprint(self.tokenizer),
+            "edits": json.dumps(edits),
+        }
+        building = path.with_name(f"{path.name}.{os.getpid()}")
+        try:
+            save_file(tensors, building, metadata)
+            building.replace(path)
+        finally:
+            building.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path, model, tokenizer) -> "SenseEdits":
+        """Edits from a file that `save` wrote, for a model that they fit.
+
+        Raises ValueError if the file is missing, damaged or of another kind, or if it was made for another
+        vocabulary or another model.
+        """
+        metadata, tensors = _read_file(path)
+        try:
+            name = f"{str(path)!r} (for the model {metadata['model']!r})"
+            if metadata["vocabulary"] != vocabulary_fingerprint(tokenizer):
+                raise ValueError(f"{name} holds edits for another vocabulary; load the model that they were made for.")
+            made = cls(model, tokenizer, metadata["description"])
+            check_fit(model, tensors.pop("probe"), name)
+            edits = json.loads(metadata["edits"])
+        except KeyError as error:
+            raise ValueError(f"{str(path)!r} is damaged: it has no {error}.") from error
+        for number, edit in enumerate(edits):
+            parts = {name.split(".")[1]: value for name, value in tensors.items() if name.startswith(f"{number}.")}
+            made._edits.append(Edit(**({"tokens": None, "senses": None} | edit | parts)))
+        return made
+
+    # ------------------------------------------------------------ what was given
+
+    def _push(self, note: str, word: Words, sense: Senses, **parts) -> "SenseEdits":
+        edit = Edit(note, self._tokens(word), self._senses(sense), **parts)
+        width, senses = self.model.config.n_embd, self.model.config.num_senses
+        if edit.plus is not None:
+            m = senses if edit.senses is None else len(edit.senses)
+            if tuple(edit.plus.shape) not in {(width,), (m, width)}:
+                raise ValueError(f"The vector has shape {tuple(edit.plus.shape)}; this takes ({width},).")
+            if not edit.plus.isfinite().all():
+                raise ValueError("The vector holds numbers that are not finite.")
+        self._edits.append(edit)
+        return self
+
+    def _tokens(self, word: Words) -> torch.Tensor | None:
+        if word is None:
+            return None
+        words = [word] if isinstance(word, (str, int)) else list(word)
+        if not words:
+            raise ValueError("There is no word to edit in an empty list; give one, or None for all words.")
+        return torch.tensor([token_of_word(self.tokenizer, w) for w in words])
+
+    def _senses(self, sense: Senses) -> torch.Tensor | None:
+        if sense is None:
+            return None
+        senses = [sense] if isinstance(sense, int) else list(sense)
+        if not senses:
+            raise ValueError("There is no sense to edit in an empty list; give one, or None for all senses.")
+        return torch.tensor([check_sense(self.model, s) for s in senses])
+
+    @torch.no_grad()
+    def _embedding(self, word: str | int) -> torch.Tensor:
+        return self.model.get_output_embeddings().weight[token_of_word(self.tokenizer, word)].float()
+
+    @torch.no_grad()
+    def _senses_of(self, word: str | int) -> torch.Tensor:
+        token = token_of_word(self.tokenizer, word)
+        return self.model.sense_vectors(torch.tensor([token], device=self.model.device))[0].float()
+
+    def _spell(self, word: str | int) -> str:
+        return f"“{word.strip() if isinstance(word, str) else spell(self.tokenizer, [word])[0]}”"
+
+    def _name(self, word: Words, sense: Senses) -> str:
+        senses = "all senses" if sense is None else f"sense {sense}"
+        if word is None:
+            return f"{senses} of all words"
+        words = [word] if isinstance(word, (str, int)) else list(word)
+        more = f" and {len(words) - 3} more" if len(words) > 3 else ""
+        return f"{senses} of {', '.join(map(self._spell, words[:3]))}{more}"
+
+
+def vocabulary_fingerprint(tokenizer) -> str:
+    """A short name for a vocabulary: the same only for the same tokens with the same ids."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
+
+
+@torch.no_grad()
+def probe(model) -> torch.Tensor:
+    """The lengths of the unedited senses of a few tokens, by which a model is recognised, (`PROBES`, k)."""
+    require_senses(model)
+    backpack = model.backpack
+    ids = torch.linspace(0, model.config.vocab_size - 1, PROBES, device=model.device).long()
+    return backpack.sense_network(backpack.gpt2_model.wte(ids)).float().norm(dim=-1).cpu()
+
+
+def check_fit(model, expected: torch.Tensor, name: str = "These edits"):
+    """Raises ValueError if a model's probe is another than the expected one."""
+    found = probe(model)
+    if found.shape != expected.shape:
+        raise ValueError(
+            f"{name}: made for a model of {expected.shape[1]} senses, but this one has {found.shape[1]}; "
+            "load the model that they were made for."
+        )
+    if not torch.allclose(found, expected, rtol=PROBE_TOLERANCE):
+        raise ValueError(
+            f"{name}: made for a model whose senses are others than this one's; load the model that they were made for."
+        )
+
+
+def _read_file(path: str | Path) -> tuple[dict, dict]:
+    """Metadata and tensors of a file of edits."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except OSError as error:
+        raise ValueError(f"There is no file {str(path)!r} that can be read: {first_line(error)}") from error
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r} is damaged or no safetensors file: {first_line(error)}") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{str(path)!r} holds no sense edits (format {metadata.get('format')!r}, not {FORMAT!r}).")
+    return metadata, tensors

@@ -1,0 +1,321 @@
+"""Edits change the senses they name, exactly as they say, for as long as they are applied, and nothing else."""
+
+import copy
+import json
+
+import pytest
+import torch
+from helpers import random_ids, tiny_model, tiny_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from backpack_lib import BackpackLMHeadModel, SenseEdits, attribute
+from backpack_lib.senses import spell
+
+TOKENIZER = tiny_tokenizer()
+V, K, D = len(TOKENIZER), 4, 20
+MODEL = tiny_model(vocab_size=V, num_senses=K)
+
+words = st.none() | st.integers(1, V - 1) | st.lists(st.integers(1, V - 1), min_size=1, max_size=4)
+some_senses = st.none() | st.integers(0, K - 1) | st.lists(st.integers(0, K - 1), min_size=1, max_size=K, unique=True)
+numbers = st.floats(-3, 3)
+
+
+def vector(seed):
+    return torch.randn(D, generator=torch.Generator().manual_seed(seed))
+
+
+@st.composite
+def edits(draw, most=3):
+    """A stack of one to `most` random edits."""
+    made = SenseEdits(MODEL, TOKENIZER)
+    for kind in draw(st.lists(st.sampled_from(["scale", "replace", "add", "project"]), min_size=1, max_size=most)):
+        word, sense = draw(words), draw(some_senses)
+        if kind == "scale":
+            made.scale(word, sense, draw(numbers))
+        elif kind == "project":
+            made.project(word, draw(st.integers(1, V - 1)), draw(st.none() | st.integers(1, V - 1)), sense)
+        else:
+            getattr(made, kind)(word, sense, vector(draw(st.integers(0, 99))))
+    return made
+
+
+def table(*stacks):
+    """The whole sense table with stacks of edits applied one inside the other."""
+    if stacks:
+        with stacks[0].applied(MODEL):
+            return table(*stacks[1:])
+    with torch.no_grad():
+        return MODEL.sense_vectors(torch.arange(V))
+
+
+def logits(ids, model=MODEL):
+    with torch.no_grad():
+        return model(ids).logits
+
+
+# ---------------------------------------------------------------- each kind of edit
+
+
+def test_each_kind_of_edit_is_its_formula():
+    before, E = table(), MODEL.lm_head.weight.detach()
+    v, r, a = vector(1), E[30], E[40]
+    made = SenseEdits(MODEL, TOKENIZER).scale(5, 1, by=0.5).replace(6, [0, 2], v).add([7, 8], None, v)
+    made.project(9, remove=30, add=40).project(10, remove=30, sense=3).replace(11, [1, 3], 12)
+    expected = before.clone()
+    expected[5, 1] *= 0.5
+    expected[6, 0] = expected[6, 2] = v
+    expected[7] += v
+    expected[8] += v
+    for l in range(K):
+        c = before[9, l] @ r / (r @ r)
+        expected[9, l] = before[9, l] - c * r + c * a * (r @ r) / (a @ a)
+    expected[10, 3] = before[10, 3] - (before[10, 3] @ r / (r @ r)) * r
+    expected[11, [1, 3]] = before[12, [1, 3]]
+    torch.testing.assert_close(table(made), expected)
+
+
+def test_no_word_or_sense_means_all_of_them():
+    before = table()
+    for made, chosen in (
+        (SenseEdits(MODEL, TOKENIZER).scale(None, 2, 0), (slice(None), 2)),
+        (SenseEdits(MODEL, TOKENIZER).scale(5, None, 0), (5, slice(None))),
+        (SenseEdits(MODEL, TOKENIZER).scale(None, None, 0), (slice(None), slice(None))),
+    ):
+        expected = before.clone()
+        expected[chosen] = 0
+        assert torch.equal(table(made), expected)
+
+
+def test_words_are_edited_as_they_stand_after_a_space():
+    (nurse,) = TOKENIZER(" nurse")["input_ids"]
+    assert torch.equal(
+        table(SenseEdits(MODEL, TOKENIZER).scale("nurse", 0, 0)), table(SenseEdits(MODEL, TOKENIZER).scale(nurse, 0, 0))
+    )
+
+
+def test_a_projected_word_pushes_no_longer_what_was_removed():
+    with SenseEdits(MODEL, TOKENIZER).project(9, remove=30).applied(MODEL):
+        pushed = MODEL.sense_vectors(torch.tensor([9]))[0] @ MODEL.lm_head.weight[30]
+    assert pushed.abs().max() < 1e-5
+
+
+# ---------------------------------------------------------------- properties
+
+
+@settings(deadline=None)
+@given(words, some_senses, st.integers(1, V - 1), st.integers(0, 99))
+def test_an_identity_changes_nothing_bitwise(word, sense, other, seed):
+    same = SenseEdits(MODEL, TOKENIZER).scale(word, sense, 1).add(word, sense, torch.zeros(D))
+    same.project(word, remove=other, add=other, sense=sense)
+    ids = random_ids(2, 9, seed=seed, vocab_size=V)
+    before = logits(ids)
+    with same.applied(MODEL):
+        assert torch.equal(logits(ids), before)
+
+
+@settings(deadline=None)
+@given(words, some_senses, st.floats(0.05, 20) | st.floats(-20, -0.05))
+def test_scaling_there_and_back_restores(word, sense, by):
+    there = SenseEdits(MODEL, TOKENIZER).scale(word, sense, by)
+    back = SenseEdits(MODEL, TOKENIZER).scale(word, sense, 1 / by)
+    torch.testing.assert_close(table(there, back), table(), rtol=1e-6, atol=1e-6)
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_edits_of_different_words_or_of_different_senses_commute(data):
+    if data.draw(st.booleans()):
+        kinds = [{"word": 5, "sense": data.draw(some_senses)}, {"word": 6, "sense": data.draw(some_senses)}]
+    else:
+        kinds = [{"word": data.draw(words), "sense": [0, 1]}, {"word": data.draw(words), "sense": [2, 3]}]
+    one, two = (SenseEdits(MODEL, TOKENIZER) for _ in range(2))
+    for made, where in zip((one, two), kinds):
+        made.scale(**where, by=data.draw(numbers)).add(**where, vector=vector(3)).project(**where, remove=30, add=31)
+    assert torch.equal(table(one, two), table(two, one))
+
+
+@settings(deadline=None)
+@given(words, some_senses, words, some_senses, numbers, numbers)
+def test_scalings_commute(word1, sense1, word2, sense2, by1, by2):
+    one = SenseEdits(MODEL, TOKENIZER).scale(word1, sense1, by1)
+    two = SenseEdits(MODEL, TOKENIZER).scale(word2, sense2, by2)
+    torch.testing.assert_close(table(one, two), table(two, one))
+
+
+@settings(deadline=None)
+@given(edits(), edits())
+def test_nested_blocks_compose_as_one_stack_does(outer, inner):
+    both = SenseEdits(MODEL, TOKENIZER)
+    both._edits = [*outer, *inner]
+    assert torch.equal(table(outer, inner), table(both))
+
+
+@settings(deadline=None)
+@given(edits())
+def test_saved_and_loaded_edits_act_the_same(tmp_path_factory, made):
+    path = tmp_path_factory.mktemp("edits") / "made.safetensors"
+    made.description = "a try"
+    made.save(path)
+    loaded = SenseEdits.load(path, MODEL, TOKENIZER)
+    assert loaded.description == "a try" and repr(loaded) == repr(made)
+    torch.testing.assert_close(table(loaded), table(made), rtol=1e-6, atol=1e-6)
+    assert [file.name for file in path.parent.iterdir()] == ["made.safetensors"]
+
+
+@settings(deadline=None)
+@given(st.integers(1, V - 1), st.integers(0, K - 1), numbers, st.integers(0, 99))
+def test_a_scaled_sense_moves_each_logit_by_its_contribution(word, sense, by, seed):
+    ids = random_ids(8, seed=seed, vocab_size=V)
+    ids[3] = word
+    share = attribute(MODEL, ids, target=7)[ids == word, sense].sum()
+    before = logits(ids[None])[0, -1, 7]
+    with SenseEdits(MODEL, TOKENIZER).scale(word, sense, by).applied(MODEL):
+        after = logits(ids[None])[0, -1, 7]
+    assert (after - before).item() == pytest.approx(((by - 1) * share).item(), abs=1e-4)
+
+
+# ---------------------------------------------------------------- where they reach
+
+
+def test_generation_with_and_without_a_cache_in_a_padded_batch():
+    made = SenseEdits(MODEL, TOKENIZER).scale([*range(1, V, 2)], 1, -2).add(None, 0, vector(0))
+    ids = random_ids(2, 6, vocab_size=V)
+    mask = torch.ones_like(ids)
+    ids[0, :2] = mask[0, :2] = 0
+    arguments = dict(attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=V + 1)
+    plain = MODEL.generate(ids, **arguments)
+    with made.applied(MODEL):
+        cached, slow = (MODEL.generate(ids, use_cache=use_cache, **arguments) for use_cache in (True, False))
+        alone = MODEL.generate(ids[:1, 2:], **arguments | {"attention_mask": mask[:1, 2:]})
+    assert torch.equal(cached, slow) and not torch.equal(cached, plain)
+    assert torch.equal(alone[0], cached[0, 2:])
+    assert torch.equal(MODEL.generate(ids, **arguments), plain)
+
+
+def test_weights_stay_and_leaving_restores_also_after_an_exception():
+    made = SenseEdits(MODEL, TOKENIZER).scale(None, None, 0)
+    weights, before = copy.deepcopy(MODEL.state_dict()), table()
+    with pytest.raises(RuntimeError, match="inside"):
+        with made.applied(MODEL):
+            assert table().abs().max() == 0
+            with made.applied(MODEL):
+                raise RuntimeError("inside")
+    assert torch.equal(table(), before) and not MODEL.backpack.patches
+    assert all(torch.equal(value, weights[name]) for name, value in MODEL.state_dict().items())
+
+
+def test_gradients_flow_through_edited_senses():
+    model = copy.deepcopy(MODEL)
+    with SenseEdits(model, TOKENIZER).scale(5, 1, 0.5).project(6, remove=7).applied(model):
+        model(torch.tensor([[5, 6, 9]]), labels=torch.tensor([[5, 6, 9]])).loss.backward()
+    assert model.backpack.sense_network.final_mlp.c_proj.weight.grad.abs().sum() > 0
+
+
+def test_a_block_keeps_the_edits_that_it_began_with():
+    made = SenseEdits(MODEL, TOKENIZER).scale(5, 1, 0)
+    with made.applied(MODEL):
+        inside = table()
+        made.scale(6, 1, 0)
+        assert torch.equal(table(), inside)
+
+
+def test_edits_also_act_on_a_copy_of_the_model(tmp_path):
+    made = SenseEdits(MODEL, TOKENIZER).scale(5, 1, 0)
+    MODEL.save_pretrained(tmp_path)
+    again = BackpackLMHeadModel.from_pretrained(tmp_path).bfloat16()
+    with made.applied(again):
+        assert again.sense_vectors(torch.tensor([5]))[0, 1].abs().max() == 0
+    assert again.sense_vectors(torch.tensor([5]))[0, 1].abs().max() > 0
+
+
+# ---------------------------------------------------------------- the stack
+
+
+def test_edits_are_listed_undone_and_cleared():
+    made = SenseEdits(MODEL, TOKENIZER)
+    assert repr(made) == "no edits"
+    made.scale("nurse", 3, by=0).project("concert", remove="nurse", add="he").add([1, 2, 3, 4], None, vector(0))
+    assert [line.split(" ", 1)[1] for line in repr(made).splitlines()] == [
+        "scale sense 3 of “nurse” by 0",
+        "take “nurse” out of all senses of “concert” and put “he” in",
+        f"add a vector to all senses of {', '.join(f'“{name}”' for name in spell(TOKENIZER, [1, 2, 3]))} and 1 more",
+    ]
+    assert len(made.undo()) == 2 and [edit.by for edit in made] == [0.0, 1.0]
+    assert len(made.clear()) == 0 and torch.equal(table(made), table())
+    with pytest.raises(ValueError, match="There is no edit to undo"):
+        made.undo()
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda e: e.scale("", 0), "'' is no word"),
+        (lambda e: e.scale("zebra", 0), r"'zebra' is \d tokens here"),
+        (lambda e: e.scale([], 0), "no word to edit in an empty list"),
+        (lambda e: e.scale(V, 0), f"no token {V}; this vocabulary has the ids 0 to {V - 1}"),
+        (lambda e: e.scale("nurse", K), "sense=4 is out of range; this model has the senses 0 to 3"),
+        (lambda e: e.scale("nurse", -1), "sense=-1 is out of range"),
+        (lambda e: e.scale("nurse", []), "no sense to edit in an empty list"),
+        (lambda e: e.scale("nurse", 0, float("nan")), "by=nan is not a finite number"),
+        (lambda e: e.scale("nurse", 0, float("inf")), "by=inf is not a finite number"),
+        (lambda e: e.add("nurse", 0, torch.full((D,), torch.nan)), "numbers that are not finite"),
+        (lambda e: e.replace("nurse", 0, torch.zeros(D + 1)), r"shape \(21,\); this takes \(20,\)"),
+        (lambda e: e.replace("nurse", 0, "zebra"), "'zebra' is"),
+        (lambda e: e.project("nurse", remove="zebra"), "'zebra' is"),
+        (lambda e: e.project("nurse", remove="he", add=" "), "' ' is no word"),
+    ],
+)
+def test_a_bad_edit_is_one_sentence_and_leaves_the_stack_as_it_was(edit, message):
+    made = SenseEdits(MODEL, TOKENIZER).scale(5, 1, 0)
+    with pytest.raises(ValueError, match=message):
+        edit(made)
+    assert len(made) == 1
+
+
+def test_a_transformer_takes_no_edits():
+    with pytest.raises(ValueError, match="takes a Backpack; a GPT2LMHeadModel has no sense vectors"):
+        SenseEdits(GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1)), TOKENIZER)
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_the_file_says_what_it_holds(tmp_path):
+    SenseEdits(MODEL, TOKENIZER, "turn nurse down").scale("nurse", 3, by=0).save(tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["description"] == "turn nurse down" and set(metadata) >= {"model", "vocabulary", "format"}
+    assert json.loads(metadata["edits"]) == [{"note": "scale sense 3 of “nurse” by 0", "by": 0.0}]
+    assert (tmp_path / "a.safetensors").stat().st_size < 2000
+
+
+def test_edits_for_another_vocabulary_or_model_are_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    made = SenseEdits(MODEL, TOKENIZER).scale("nurse", 3, by=0)
+    made.save(path)
+    other = tiny_model(seed=1, vocab_size=V, num_senses=K)
+    with pytest.raises(ValueError, match="a.safetensors' .*holds edits for another vocabulary"):
+        SenseEdits.load(path, MODEL, tiny_tokenizer(480))
+    with pytest.raises(ValueError, match="made for a model whose senses are others than this one's"):
+        SenseEdits.load(path, other, TOKENIZER)
+    with pytest.raises(ValueError, match="made for a model of 4 senses, but this one has 3"):
+        SenseEdits.load(path, tiny_model(vocab_size=V, num_senses=3), TOKENIZER)
+    with pytest.raises(ValueError, match="These edits: made for a model whose senses are others"):
+        with made.applied(other):
+            pass
+    assert not other.backpack.patches
+
+
+def test_a_missing_damaged_or_foreign_file_is_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match="There is no file .*none.safetensors' that can be read"):
+        SenseEdits.load(tmp_path / "none.safetensors", MODEL, TOKENIZER)
+    (tmp_path / "damaged.safetensors").write_bytes(b"\x10\x00")
+    with pytest.raises(ValueError, match="is damaged or no safetensors file"):
+        SenseEdits.load(tmp_path / "damaged.safetensors", MODEL, TOKENIZER)
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(ValueError, match="holds no sense edits"):
+        SenseEdits.load(tmp_path / "foreign.safetensors", MODEL, TOKENIZER)

@@ -1,0 +1,129 @@
+"""Look-ups on the sense table, against slow versions of their definitions."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import tiny_model, tiny_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from backpack_lib import senses
+from backpack_lib.senses import senses_of_words, spell, token_of_word, tokens_of_word
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return tiny_model(vocab_size=len(tokenizer), num_senses=4)
+
+
+# ---------------------------------------------------------------- words and tokens
+
+
+def test_a_word_has_the_senses_of_its_token_after_a_space(model, tokenizer):
+    found = senses_of_words(model, tokenizer, ["nurse", "concert", "nurse"])
+    for row, word in zip(found, ["nurse", "concert", "nurse"]):
+        (token,) = tokenizer(" " + word)["input_ids"]
+        torch.testing.assert_close(row, model.sense_vectors(torch.tensor([token]))[0])
+
+
+def test_a_word_of_several_tokens_takes_their_mean_or_the_one_that_is_chosen(model, tokenizer):
+    ids = tokens_of_word(tokenizer, "zebra")
+    assert len(ids) > 1
+    parts = model.sense_vectors(torch.tensor(ids))
+    torch.testing.assert_close(senses_of_words(model, tokenizer, ["nurse", "zebra"])[1], parts.mean(0))
+    for choice, part in (("first", parts[0]), ("last", parts[-1]), (1, parts[1])):
+        torch.testing.assert_close(senses_of_words(model, tokenizer, ["zebra"], choice)[0], part)
+
+
+def test_a_transformer_lends_its_embeddings(tokenizer):
+    baseline = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=1))
+    found = senses_of_words(baseline, tokenizer, ["nurse"])
+    torch.testing.assert_close(found[0, 0], baseline.transformer.wte.weight[tokens_of_word(tokenizer, "nurse")[0]])
+
+
+def test_a_token_is_named_by_its_word_or_its_id(tokenizer):
+    (nurse,) = tokens_of_word(tokenizer, "nurse")
+    assert token_of_word(tokenizer, "nurse") == token_of_word(tokenizer, " nurse ") == nurse
+    assert token_of_word(tokenizer, nurse) == nurse
+
+
+def test_tokens_show_where_words_begin_and_what_cannot_be_seen(tokenizer):
+    def show(text):
+        return spell(tokenizer, tokenizer(text)["input_ids"])
+
+    assert show(" nurse") == ["nurse"] and show(" nurse.\n") == ["nurse", ".", "↵"]
+    first, *rest = show(" zebra")
+    assert not first.startswith("…") and all(part.startswith("…") for part in rest)
+    assert spell(tokenizer, [tokenizer.eos_token_id]) == ["<|endoftext|>"]
+    assert "\N{REPLACEMENT CHARACTER}" not in "".join(show("é"))
+
+
+def test_bad_words_and_choices_are_one_sentence(model, tokenizer):
+    with pytest.raises(ValueError, match="' ' is no word"):
+        senses_of_words(model, tokenizer, ["nurse", " "])
+    with pytest.raises(ValueError, match="multi_token='all' is unknown; choose one of mean, first, last, or a token"):
+        senses_of_words(model, tokenizer, ["nurse"], "all")
+    with pytest.raises(ValueError, match="'nurse' has no token number 1; from 0, its tokens are 'nurse'"):
+        senses_of_words(model, tokenizer, ["nurse"], 1)
+    with pytest.raises(ValueError, match=r"'zebra' is \d tokens here: .*'….*; give one of these ids"):
+        token_of_word(tokenizer, "zebra")
+    with pytest.raises(ValueError, match=f"no token 10000; this vocabulary has the ids 0 to {len(tokenizer) - 1}"):
+        token_of_word(tokenizer, 10000)
+    with pytest.raises(ValueError, match="takes a Backpack; a GPT2LMHeadModel has no sense vectors"):
+        senses.sense_table(GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1)))
+
+
+# ---------------------------------------------------------------- what senses push
+
+
+def test_pushes_are_what_a_sense_adds_to_the_logits(model):
+    ids = torch.tensor([[3, 9]])
+    out = model(ids, output_senses=True)
+    pushed = senses.pushes(model, out.senses[0])  # (k, T, V)
+    logits = torch.einsum("kj,kjv->v", out.contextualization[0, :, -1], pushed)
+    torch.testing.assert_close(logits, out.logits[0, -1], atol=1e-5, rtol=1e-4)
+
+
+@given(st.integers(1, 30), st.integers(0, 2**16))
+def test_pushed_most_are_the_ends_of_the_sorted_pushes(n, seed):
+    model = tiny_model(vocab_size=40, used_vocab_size=37)
+    vectors = torch.randn(3, 20, generator=torch.Generator().manual_seed(seed))
+    up, up_scores, down, down_scores = senses.pushed_most(model, vectors, n)
+    for sense in range(3):
+        order = senses.pushes(model, vectors)[sense, :37].sort(descending=True)
+        assert up[sense].tolist() == order.indices[:n].tolist()
+        assert down[sense].tolist() == order.indices.flip(0)[:n].tolist()
+        assert torch.equal(up_scores[sense], order.values[:n])
+        assert torch.equal(down_scores[sense], order.values.flip(0)[:n])
+
+
+def test_pushed_most_chooses_among_the_tokens_given(model):
+    among = torch.tensor([5, 80, 7])
+    up, _, down, _ = senses.pushed_most(model, model.sense_vectors(torch.tensor([9]))[0], 10, among)
+    assert all(sorted(row) == [5, 7, 80] for row in up.tolist()) and torch.equal(up.flip(1), down)
+
+
+def test_the_table_holds_every_token_and_the_nearest_are_nearest(model, monkeypatch):
+    monkeypatch.setattr(senses, "TOKENS_AT_ONCE", 64)
+    table = senses.sense_table(model)
+    torch.testing.assert_close(table, model.sense_vectors(torch.arange(model.config.vocab_size)))
+    ids, cosines = senses.neighbours(table, table[12, 2], sense=2, n=5)
+    slow = [F.cosine_similarity(table[12, 2], row, dim=0).item() for row in table[:, 2]]
+    assert ids.tolist() == sorted(range(len(slow)), key=slow.__getitem__, reverse=True)[:5]
+    assert ids[0] == 12 and cosines.tolist() == pytest.approx(sorted(slow, reverse=True)[:5], abs=1e-5)
+
+
+def test_likeness_of_senses_is_the_mean_cosine_over_words(model):
+    table = senses.sense_table(model)
+    found = senses.likeness_of_senses(table)
+    for a in range(4):
+        for b in range(4):
+            assert found[a, b].item() == pytest.approx(
+                F.cosine_similarity(table[:, a], table[:, b], dim=-1).mean().item(), abs=1e-5
+            )
