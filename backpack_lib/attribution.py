@@ -70,12 +70,13 @@ def read(model, input_ids, position: int = -1) -> Reading:
     if not -len(ids) <= position < len(ids):
         raise ValueError(f"There is no position {position} in a text of {len(ids)} tokens (0 to {len(ids) - 1}).")
     ids = ids[: position % len(ids) + 1]  # what stands behind a position does not reach it
-    out = model(ids[None], output_senses=True, use_cache=False, logits_to_keep=1)
+    whole = torch.ones_like(ids)[None]  # said openly, since transformers takes the end of text for padding
+    out = model(ids[None], attention_mask=whole, output_senses=True, use_cache=False, logits_to_keep=1)
     return Reading(
         weights=out.contextualization[0, :, -1].T,
         senses=out.senses[0].transpose(0, 1),
         logits=out.logits[0, -1],
-        embeddings=model.get_output_embeddings().weight,
+        embeddings=model.get_output_embeddings().weight.detach(),
     )
 
 

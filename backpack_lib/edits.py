@@ -129,6 +129,11 @@ class SenseEdits:
             note += f" and put {self._spell(add)} in"
         return self._push(note, word, sense, read=e_r / (e_r @ e_r), write=write)
 
+    def extend(self, edits: Iterable[Edit]) -> "SenseEdits":
+        """Adds another stack's edits, which were made for the same model."""
+        self._edits.extend(edits)
+        return self
+
     def undo(self) -> "SenseEdits":
         """Takes the last edit back. Raises ValueError if there is none."""
         if not self._edits:
@@ -173,7 +178,7 @@ class SenseEdits:
     # ------------------------------------------------------------ saving and loading
 
     def save(self, path: str | Path):
-        """Writes the edits into one small safetensors file, whole or not at all."""
+        """Writes the edits into one small safetensors file, whole or not at all. Raises ValueError where it cannot."""
         path, tensors, edits = Path(path), {"probe": probe(self.model)}, []
         for number, edit in enumerate(self):
             edits.append({"note": edit.note, "by": edit.by})
@@ -192,6 +197,8 @@ class SenseEdits:
         try:
             save_file(tensors, building, metadata)
             building.replace(path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"The edits could not be written to {str(path)!r}: {first_line(error)}") from error
         finally:
             building.unlink(missing_ok=True)
 

@@ -1,5 +1,6 @@
 """Models and tokenizers by name: those shipped with the suite, folders, and the Hugging Face hub."""
 
+import json
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,10 +11,11 @@ from transformers.utils import logging
 
 from backpack_lib.errors import first_line
 from backpack_lib.model import BackpackLMHeadModel, from_released_format
-from backpack_lib.paths import data_folder
+from backpack_lib.paths import data_folder, runs_folder
 from backpack_lib.tokenization import load_tokenizer
 
 SHIPPED = {"demo": "demo/backpack", "demo-transformer": "demo/transformer"}
+PLANTED = {"planted": "backpack", "planted-transformer": "transformer"}  # trained by the notebook 01_training
 MODELS = {"backpack": BackpackLMHeadModel, "gpt2": GPT2LMHeadModel}
 GPT2_TOKENIZER = "openai-community/gpt2"
 
@@ -21,8 +23,9 @@ GPT2_TOKENIZER = "openai-community/gpt2"
 def load(name, device: str = "cpu", dtype: torch.dtype = torch.float32):
     """A model in evaluation mode, and its tokenizer.
 
-    name: "demo" or "demo-transformer" (shipped with the suite); a folder that training or
-        `save_pretrained` wrote; or a hub id such as "stanfordnlp/backpack-gpt2".
+    name: "demo" or "demo-transformer" (shipped with the suite); "planted" or "planted-transformer" (the
+        last that 01_training trained on planted text); a folder that training or `save_pretrained`
+        wrote; or a hub id such as "stanfordnlp/backpack-gpt2".
 
     Raises ValueError if there is no such model, if it is neither a Backpack nor a GPT-2, or if its
     files are damaged or incomplete.
@@ -63,8 +66,24 @@ def load_model(name, dtype: torch.dtype = torch.float32, **changes):
     return model.eval()
 
 
+def is_planted(name) -> bool:
+    """Whether a model was trained on planted text, as the settings beside its folder say."""
+    settings = Path(_place(name)).parent / "settings.json"
+    return settings.is_file() and json.loads(settings.read_text()).get("corpus") == "planted"
+
+
 def _place(name) -> str:
+    if name in PLANTED:
+        return _last_planted(PLANTED[name])
     return str(data_folder() / SHIPPED[name]) if name in SHIPPED else str(name)
+
+
+def _last_planted(architecture: str) -> str:
+    made = (runs_folder() / "01_training").glob(f"{architecture}-*/model")
+    made = sorted((folder for folder in made if is_planted(folder)), key=lambda folder: folder.stat().st_mtime)
+    if not made:
+        raise ValueError("No model has been trained on planted text yet; run the notebook 01_training first.")
+    return str(made[-1])
 
 
 def _config(name) -> dict:

@@ -75,3 +75,61 @@ def against_truth(values, title: str, xlabel: str, ylabel: str):
     set_title(axes, title)
     axes.legend()
     return figure
+
+
+def heatmap(values, title: str, label: str):
+    """A heat map of a DataFrame: blue above zero, orange below."""
+    figure, axes = new_figure(height=1.1 + 0.25 * len(values))
+    greatest, signed = values.abs().max().max(), (values < 0).any(axis=None)
+    colors = (
+        sns.diverging_palette(35, 245, s=90, as_cmap=True) if signed else sns.light_palette("#2079b8", as_cmap=True)
+    )
+    sns.heatmap(
+        values, ax=axes, cmap=colors, vmin=-greatest if signed else 0, vmax=greatest, linewidths=0.4,
+        annot=values.round(1) + 0.0, fmt=".1f", annot_kws={"size": 6.5}, cbar_kws={"label": label},
+    )  # fmt: skip
+    axes.tick_params(axis="y", rotation=0)
+    set_title(axes, title)
+    return figure
+
+
+def grouped_bars(values, title: str, xlabel: str):
+    """Horizontal bars of a DataFrame: a group for each row, a bar for each column."""
+    figure, axes = new_figure(height=1.2 + 0.34 * len(values))
+    long = values.reset_index(drop=True).melt(ignore_index=False, var_name="column", value_name="value")
+    colors = sns.color_palette("colorblind")[: len(values.columns)]
+    sns.barplot(long, y=long.index, x="value", hue="column", orient="h", ax=axes, palette=colors)
+    axes.set_yticks(range(len(values)), values.index)
+    axes.set(xlabel=xlabel, ylabel="")
+    axes.legend(title=None)
+    set_title(axes, title)
+    return figure
+
+
+def intervals(tables: dict, title: str, ylabel: str):
+    """Points with their intervals: for each name a DataFrame with a row for each group and columns rho, low, high."""
+    figure, axes = new_figure()
+    colors = sns.color_palette("colorblind")
+    for number, (name, table) in enumerate(tables.items()):
+        x = [place + 0.18 * (number - (len(tables) - 1) / 2) for place in range(len(table))]
+        errors = [table["rho"] - table["low"], table["high"] - table["rho"]]
+        axes.errorbar(x, table["rho"], yerr=errors, fmt="o", capsize=3, color=colors[number], label=name)
+    axes.set_xticks(range(len(table)), table.index)
+    axes.axhline(0, color="gray", linewidth=1)
+    axes.set(ylabel=ylabel)
+    axes.legend()
+    set_title(axes, title)
+    return figure
+
+
+def prediction_line(x, predicted, measured, title: str, xlabel: str, ylabel: str):
+    """What was predicted as a line, and what was measured as points on it, or off it."""
+    figure, axes = new_figure()
+    blue, orange = sns.color_palette("colorblind")[:2]
+    axes.axhline(0, color="gray", linewidth=1)
+    axes.plot(x, predicted, color=blue, label="predicted")
+    axes.plot(x, measured, "o", color=orange, label="measured")
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.legend()
+    set_title(axes, title)
+    return figure

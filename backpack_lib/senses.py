@@ -8,14 +8,20 @@ import torch
 import torch.nn.functional as F
 
 MULTI_TOKEN = ("mean", "first", "last")
+CONTINUES = "…"  # shown before a token that continues a word
 TOKENS_AT_ONCE = 2048
 
 
 def tokens_of_word(tokenizer, word: str) -> list[int]:
-    """The token ids of a word as it stands in a text, after a space. Raises ValueError for an empty word."""
-    if not word.strip():
+    """The token ids of a word as it stands in a text: after a space, but for punctuation, and for "…ing" and its like.
+
+    Raises ValueError for an empty word.
+    """
+    text = word.strip()
+    if not text.strip(CONTINUES):
         raise ValueError(f"{word!r} is no word; give at least one letter.")
-    return tokenizer(" " + word.strip(), add_special_tokens=False)["input_ids"]
+    text = " " + text if text[0].isalnum() else text.removeprefix(CONTINUES)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def token_of_word(tokenizer, word: str | int) -> int:
@@ -35,8 +41,21 @@ def token_of_word(tokenizer, word: str | int) -> int:
 
 
 def spell(tokenizer, ids) -> list[str]:
-    """Tokens to show on their own: a word without its space, "…ing" for what continues a word, visible line ends."""
+    """Tokens to show on their own: a word without its space, "…ing" for what continues a word, visible line ends.
+
+    `token_of_word` reads most of them back.
+    """
     return [_spell(tokenizer, int(i)) for i in ids]
+
+
+def spell_text(tokenizer, ids) -> list[str]:
+    """The tokens of a text to show in their order; where a word begins without a space before it, "…" is left out."""
+    names, before = spell(tokenizer, ids), ""
+    for place, i in enumerate(ids):
+        if not before[-1:].isalnum():
+            names[place] = names[place].removeprefix(CONTINUES) or CONTINUES
+        before = tokenizer.decode([int(i)])
+    return names
 
 
 def _spell(tokenizer, i: int) -> str:
@@ -47,7 +66,9 @@ def _spell(tokenizer, i: int) -> str:
         return tokenizer.convert_ids_to_tokens(i)
     if not text.strip():
         return text.replace("\n", "↵").replace("\t", "⇥").replace(" ", "␣")
-    return text[1:] if text[0] == " " else "…" + text if text[0].isalnum() else text
+    if text[0] == " ":
+        return text[1:]
+    return CONTINUES + text if text[0].isalnum() else text
 
 
 def has_senses(model) -> bool:
@@ -130,34 +151,24 @@ def pushed_most(model, senses: torch.Tensor, n: int = 8, among: torch.Tensor | N
 
 
 @torch.no_grad()
-def sense_table(model, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Sense vectors of the whole vocabulary, (V, k, d), V x k x d numbers: 262 MB for the demo model in float32.
-
-    dtype: of the table; None: the model's.
-    """
+def sense_directions(model) -> torch.Tensor:
+    """Sense vectors of the whole vocabulary, scaled to length one, (k, V, d): 262 MB for the demo model."""
     require_senses(model)
     config = model.config
-    table = torch.empty(
-        config.vocab_size, config.num_senses, config.n_embd, dtype=dtype or model.dtype, device=model.device
-    )
+    found = torch.empty(config.num_senses, config.vocab_size, config.n_embd, dtype=model.dtype, device=model.device)
     for ids in torch.arange(config.vocab_size, device=model.device).split(TOKENS_AT_ONCE):
-        table[ids] = model.sense_vectors(ids).to(table.dtype)
-    return table
+        found[:, ids] = F.normalize(model.sense_vectors(ids), dim=-1).transpose(0, 1)
+    return found
 
 
-def neighbours(table: torch.Tensor, vector: torch.Tensor, sense: int, n: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens whose sense lies nearest to a vector, by cosine: ids and cosines, (n,) each, nearest first.
-
-    table: (V, k, d), as `sense_table` returns it; vector: (d,).
-    """
-    cosines = F.cosine_similarity(table[:, sense].float(), vector.float()[None], dim=-1)
-    return tuple(reversed(cosines.topk(min(n, len(cosines)))))
+def neighbours(directions: torch.Tensor, vectors: torch.Tensor, n: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each of a word's senses, (k, d), the tokens whose same sense lies nearest: ids and cosines, (k, n) each."""
+    cosines = (directions @ F.normalize(vectors, dim=-1)[..., None])[..., 0]
+    nearest = cosines.topk(min(n, cosines.shape[1]))
+    return nearest.indices, nearest.values
 
 
-def likeness_of_senses(table: torch.Tensor) -> torch.Tensor:
-    """How alike the senses of one word are: the cosine of C(x)_l and C(x)_m, averaged over all x. (V, k, d) -> (k, k)"""
-    total = torch.zeros(table.shape[1], table.shape[1], device=table.device)
-    for part in table.split(TOKENS_AT_ONCE):
-        unit = F.normalize(part.float(), dim=-1)
-        total += torch.einsum("vkd,vld->kl", unit, unit)
-    return total / len(table)
+def likeness_of_senses(directions: torch.Tensor) -> torch.Tensor:
+    """How alike the senses of one word are: the cosine of C(x)_l and C(x)_m, averaged over all x. -> (k, k)"""
+    flat = directions.flatten(1)
+    return flat @ flat.T / directions.shape[1]

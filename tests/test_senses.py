@@ -64,9 +64,28 @@ def test_tokens_show_where_words_begin_and_what_cannot_be_seen(tokenizer):
     assert "\N{REPLACEMENT CHARACTER}" not in "".join(show("é"))
 
 
+def test_in_a_text_only_what_continues_a_word_is_marked(tokenizer):
+    ids = [tokenizer.eos_token_id, *tokenizer('nurse "nurse concertts')["input_ids"]]
+    shown = senses.spell_text(tokenizer, ids)
+    assert "".join(shown[1:]).replace("…", "").replace("␣", "") == 'nurse"nurseconcertts'
+    assert [name for name in shown if name.startswith("…")] == [
+        name for name, before in zip(spell(tokenizer, ids)[1:], shown) if name.startswith("…") and before[-1].isalnum()
+    ]
+    assert not shown[1].startswith("…") and shown[-1] == "…ts"
+
+
+def test_what_is_shown_can_be_typed(tokenizer):
+    ids = tokenizer(" nurse, the concertts.")["input_ids"]
+    assert "…ts" in spell(tokenizer, ids)
+    assert [token_of_word(tokenizer, shown) for shown in spell(tokenizer, ids)] == ids
+    assert token_of_word(tokenizer, tokenizer.eos_token) == tokenizer.eos_token_id
+
+
 def test_bad_words_and_choices_are_one_sentence(model, tokenizer):
     with pytest.raises(ValueError, match="' ' is no word"):
         senses_of_words(model, tokenizer, ["nurse", " "])
+    with pytest.raises(ValueError, match="'…' is no word"):
+        tokens_of_word(tokenizer, "…")
     with pytest.raises(ValueError, match="multi_token='all' is unknown; choose one of mean, first, last, or a token"):
         senses_of_words(model, tokenizer, ["nurse"], "all")
     with pytest.raises(ValueError, match="'nurse' has no token number 1; from 0, its tokens are 'nurse'"):
@@ -76,7 +95,7 @@ def test_bad_words_and_choices_are_one_sentence(model, tokenizer):
     with pytest.raises(ValueError, match=f"no token 10000; this vocabulary has the ids 0 to {len(tokenizer) - 1}"):
         token_of_word(tokenizer, 10000)
     with pytest.raises(ValueError, match="takes a Backpack; a GPT2LMHeadModel has no sense vectors"):
-        senses.sense_table(GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1)))
+        senses.sense_directions(GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1)))
 
 
 # ---------------------------------------------------------------- what senses push
@@ -109,21 +128,23 @@ def test_pushed_most_chooses_among_the_tokens_given(model):
     assert all(sorted(row) == [5, 7, 80] for row in up.tolist()) and torch.equal(up.flip(1), down)
 
 
-def test_the_table_holds_every_token_and_the_nearest_are_nearest(model, monkeypatch):
+def test_the_nearest_words_are_nearest(model, monkeypatch):
     monkeypatch.setattr(senses, "TOKENS_AT_ONCE", 64)
-    table = senses.sense_table(model)
-    torch.testing.assert_close(table, model.sense_vectors(torch.arange(model.config.vocab_size)))
-    ids, cosines = senses.neighbours(table, table[12, 2], sense=2, n=5)
-    slow = [F.cosine_similarity(table[12, 2], row, dim=0).item() for row in table[:, 2]]
-    assert ids.tolist() == sorted(range(len(slow)), key=slow.__getitem__, reverse=True)[:5]
-    assert ids[0] == 12 and cosines.tolist() == pytest.approx(sorted(slow, reverse=True)[:5], abs=1e-5)
+    table = model.sense_vectors(torch.arange(model.config.vocab_size)).detach()
+    directions = senses.sense_directions(model)
+    torch.testing.assert_close(directions, F.normalize(table, dim=-1).transpose(0, 1))
+    ids, cosines = senses.neighbours(directions, table[12], n=5)
+    for sense in range(4):
+        slow = [F.cosine_similarity(table[12, sense], row, dim=0).item() for row in table[:, sense]]
+        assert ids[sense].tolist() == sorted(range(len(slow)), key=slow.__getitem__, reverse=True)[:5]
+        assert cosines[sense].tolist() == pytest.approx(sorted(slow, reverse=True)[:5], abs=1e-5)
+    assert (ids[:, 0] == 12).all()
 
 
 def test_likeness_of_senses_is_the_mean_cosine_over_words(model):
-    table = senses.sense_table(model)
-    found = senses.likeness_of_senses(table)
+    table = model.sense_vectors(torch.arange(model.config.vocab_size)).detach()
+    found = senses.likeness_of_senses(senses.sense_directions(model))
     for a in range(4):
         for b in range(4):
-            assert found[a, b].item() == pytest.approx(
-                F.cosine_similarity(table[:, a], table[:, b], dim=-1).mean().item(), abs=1e-5
-            )
+            expected = F.cosine_similarity(table[:, a], table[:, b], dim=-1).mean().item()
+            assert found[a, b].item() == pytest.approx(expected, abs=1e-5)

@@ -1,0 +1,246 @@
+"""Explorers to click on: controls over the functions of `views.py`, which do all the work.
+
+    SenseExplorer(model, tokenizer, "film")
+    SentenceExplorer(model, tokenizer, "The film was directed by a woman who", "was", "had")
+    EditWorkbench(model, tokenizer, "The nurse said that")
+
+Each shows what a function of `views.py` returns, and, for bad input, what it raises, in one sentence; the last
+good page stays. Controls are attributes, so `explorer.word.value = "king"` does what typing does.
+"""
+
+from html import escape
+
+import ipywidgets as W
+import torch
+
+from backpack_lib import views
+from backpack_lib.attribution import read
+from backpack_lib.edits import SenseEdits
+from backpack_lib.senses import require_senses, senses_of_words, spell, token_of_word, tokens_of_word
+from backpack_lib.texts import continue_text, ids_of_text
+
+ALL = "all"
+MEAN = ("mean of all", "mean")
+GENERATED = 30  # tokens
+
+
+def _text(description: str, value: str = "", width: str = "16em", **kwargs) -> W.Text:
+    """A field that is read when Enter is pressed or the field is left."""
+    style, layout = {"description_width": "initial"}, W.Layout(width=width)
+    return W.Text(value, description=description, continuous_update=False, style=style, layout=layout, **kwargs)
+
+
+class Explorer(W.VBox):
+    """Controls, a line for errors, and a page that `show` fills in."""
+
+    def __init__(self, model, tokenizer, rows: list[list[W.Widget]]):
+        require_senses(model)
+        self.model, self.tokenizer = model, tokenizer
+        self.message, self.page = W.HTML(), W.HTML()
+        super().__init__(
+            [*(W.HBox(row, layout=W.Layout(flex_flow="row wrap")) for row in rows), self.message, self.page]
+        )
+
+    def show(self) -> str:
+        """The page as HTML, or a ValueError in one sentence."""
+        raise NotImplementedError
+
+    def observe_all(self, *controls: W.Widget):
+        for control in controls:
+            control.observe(self.refresh, "value")
+
+    def refresh(self, _change=None):
+        def work():
+            self.page.value = f"<div style='line-height: 1.4; overflow-x: auto'>{self.show()}</div>"
+
+        self.attempt(work)
+
+    def attempt(self, work) -> bool:
+        """Does something, and says in the line for messages what it returned, or what was wrong."""
+        try:
+            self.message.value = escape(work() or "")
+        except ValueError as error:
+            self.message.value = f"<b role='alert'>{escape(str(error))}</b>"
+            return False
+        return True
+
+
+class SenseExplorer(Explorer):
+    """A word's senses: what each pushes up and down, another word beside it, and the nearest words.
+
+    directions: of all sense vectors (`senses.sense_directions`), for the nearest words; without, they are left out.
+    among: the tokens to choose from; see `senses.pushed_most`.
+    """
+
+    def __init__(self, model, tokenizer, word: str, directions: torch.Tensor | None = None, among=None):
+        self.directions, self.among = directions, among
+        self.word, self.other = _text("word", word), _text("compare with")
+        self.part = W.Dropdown(options=[MEAN], description="tokens")
+        super().__init__(model, tokenizer, [[self.word, self.part, self.other]])
+        self.word.observe(self._new_word, "value")
+        self.observe_all(self.part, self.other)
+        self._new_word()
+
+    def _new_word(self, _change=None):
+        def offer_tokens():
+            names = spell(self.tokenizer, tokens_of_word(self.tokenizer, self.word.value))
+            single = [(name, number) for number, name in enumerate(names)]
+            self.part.options = single if len(names) == 1 else [MEAN, *single]
+
+        if self.attempt(offer_tokens):
+            self.refresh()
+
+    def show(self) -> str:
+        word, part = self.word.value, self.part.value
+        names = spell(self.tokenizer, tokens_of_word(self.tokenizer, word))
+        counted = "one token" if len(names) == 1 else f"{len(names)} tokens: {' · '.join(names)}"
+        words = views.word_senses(self.model, self.tokenizer, word, multi_token=part, among=self.among)
+        pages = [f"<p>“{escape(word.strip())}” is {escape(counted)}.</p>", views.sense_words_html(words)]
+        if self.other.value.strip():
+            # The other word has tokens of its own, so only a choice that any word has can be shared.
+            shared = part if part == "mean" else "first" if part == 0 else "last"
+            compared = views.compare_words(
+                self.model, self.tokenizer, word, self.other.value, multi_token=shared, among=self.among
+            )
+            pages.append(views.shaded(compared, caption=f"{word} and {self.other.value}").to_html())
+        if self.directions is not None:
+            vectors = senses_of_words(self.model, self.tokenizer, [word], part)[0]
+            near = views.near_words(self.directions, self.tokenizer, vectors)
+            pages.append(views.shaded(near, caption="the words whose sense lies nearest").to_html())
+        return "".join(pages)
+
+
+class SentenceExplorer(Explorer):
+    """One prediction in a text: how much of each sense goes in, and what each contributes to a next word."""
+
+    def __init__(self, model, tokenizer, text: str, target: str, contrast: str = ""):
+        self.text = _text("text", text, width="40em")
+        self.position = W.IntText(-1, description="position", layout=W.Layout(width="12em"))
+        self.target, self.contrast = _text("next word", target), _text("rather than", contrast)
+        self.what = W.ToggleButtons(options=["contributions", "weights"])
+        super().__init__(model, tokenizer, [[self.text, self.position], [self.target, self.contrast], [self.what]])
+        self.observe_all(self.text, self.position, self.target, self.contrast, self.what)
+        self.refresh()
+
+    def show(self) -> str:
+        ids = ids_of_text(self.tokenizer, self.text.value)
+        reading = read(self.model, ids, self.position.value)
+        target = token_of_word(self.tokenizer, self.target.value)
+        contrast = token_of_word(self.tokenizer, self.contrast.value) if self.contrast.value.strip() else None
+        return views.reading_html(self.tokenizer, ids, reading, target, contrast, self.what.value)
+
+
+class EditWorkbench(Explorer):
+    """Edits, tried out live: the next word and a text, before and after.
+
+    `edits` is the stack that the buttons work on; what the controls say is shown at once, as if it were on top of
+    the stack, and joins it with "keep". The stack can be saved, and goes on working outside of the widget.
+    """
+
+    def __init__(
+        self, model, tokenizer, prompt: str, word: str = "", watch: str = "he she", edits: SenseEdits | None = None
+    ):
+        self.edits = SenseEdits(model, tokenizer) if edits is None else edits
+        k = model.config.num_senses
+        self.prompt, self.watch = _text("text", prompt, width="40em"), _text("watch", watch)
+        self.word = _text("word", word, placeholder="empty: all words")
+        self.sense = W.Dropdown(options=[ALL, *range(k)], description="sense", layout=W.Layout(width="12em"))
+        self.kind = W.Dropdown(options=["scale", "replace", "project"], description="edit")
+        self.by = W.FloatSlider(1.0, min=-2, max=3, step=0.1, description="scale by")
+        self.other = _text("by those of")
+        self.into = _text("put in")
+        self.keep, self.undo, self.clear = (W.Button(description=name) for name in ("keep", "undo", "clear"))
+        self.write = W.Button(description="write a text")
+        self.file = _text("file", "edits.safetensors")
+        self.save, self.load = W.Button(description="save"), W.Button(description="load")
+        self.written = W.HTML()
+        super().__init__(
+            model,
+            tokenizer,
+            [
+                [self.prompt, self.watch],
+                [self.word, self.sense, self.kind],
+                [self.by, self.other, self.into],
+                [self.keep, self.undo, self.clear, self.write],
+                [self.file, self.save, self.load],
+            ],
+        )
+        self.children = [*self.children, self.written]
+        self.kind.observe(self._new_kind, "value")
+        self.observe_all(self.prompt, self.watch, self.word, self.sense, self.by, self.other, self.into)
+        for button, work in (
+            (self.keep, self._keep), (self.undo, self._undo), (self.clear, self._clear),
+            (self.write, self._write), (self.save, self._save), (self.load, self._load),
+        ):  # fmt: skip
+            button.on_click(lambda _, work=work: self.attempt(work))
+        self._new_kind()
+
+    def pending(self) -> SenseEdits:
+        """What the controls say, as a stack of its own; empty while they say nothing."""
+        edits = SenseEdits(self.model, self.tokenizer)
+        word = self.word.value if self.word.value.strip() else None
+        sense = None if self.sense.value == ALL else self.sense.value
+        kind, other, into = self.kind.value, self.other.value, self.into.value
+        if kind == "scale" and self.by.value != 1:
+            edits.scale(word, sense, self.by.value)
+        elif kind == "replace" and other.strip():
+            edits.replace(word, sense, other)
+        elif kind == "project" and other.strip():
+            edits.project(word, remove=other, add=into if into.strip() else None, sense=sense)
+        return edits
+
+    def show(self) -> str:
+        ids = ids_of_text(self.tokenizer, self.prompt.value)
+        watched = [token_of_word(self.tokenizer, word) for word in self.watch.value.split()]
+        before = read(self.model, ids).log_probs()
+        pending = self.pending()
+        with self.edits.applied(), pending.applied():
+            after = read(self.model, ids).log_probs()
+        kept = "".join(f"<li>{escape(edit.note)}</li>" for edit in self.edits)
+        trying = "".join(f"<li><i>{escape(edit.note)} (not kept yet)</i></li>" for edit in pending)
+        table = views.next_words(self.tokenizer, before, after, watch=watched)
+        shown = views.shaded(table, precision=3, shade=["before", "after"], caption="the next word").to_html()
+        return f"<ol>{kept}{trying or ('' if kept else '<li>no edits</li>')}</ol>{shown}"
+
+    def _new_kind(self, _change=None):
+        kind = self.kind.value
+        for control, kinds in ((self.by, ["scale"]), (self.other, ["replace", "project"]), (self.into, ["project"])):
+            control.layout.display = None if kind in kinds else "none"
+        self.other.description = "take out" if kind == "project" else "by those of"
+        self.refresh()
+
+    def _keep(self):
+        pending = self.pending()
+        if not len(pending):
+            raise ValueError("There is nothing to keep; move the slider, or name a word to replace by or to take out.")
+        self.edits.extend(pending)
+        self.by.value, self.other.value, self.into.value = 1.0, "", ""
+        self.refresh()
+
+    def _undo(self):
+        self.edits.undo()
+        self.refresh()
+
+    def _clear(self):
+        self.edits.clear()
+        self.refresh()
+
+    def _write(self):
+        def text():
+            return continue_text(
+                self.model, self.tokenizer, self.prompt.value, GENERATED, top_p=0.8, repetition_penalty=1.2
+            )
+
+        before = text()
+        with self.edits.applied(), self.pending().applied():
+            self.written.value = views.side_by_side({"before": before, "after": text()})
+
+    def _save(self):
+        self.edits.save(self.file.value)
+        return f"saved as {self.file.value}: {len(self.edits)} edits"
+
+    def _load(self):
+        loaded = SenseEdits.load(self.file.value, self.model, self.tokenizer)
+        self.edits.extend(loaded)
+        self.refresh()
+        return f"loaded from {self.file.value}: {len(loaded)} edits"
