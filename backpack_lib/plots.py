@@ -86,7 +86,7 @@ def heatmap(values, title: str, label: str):
     )
     sns.heatmap(
         values, ax=axes, cmap=colors, vmin=-greatest if signed else 0, vmax=greatest, linewidths=0.4,
-        annot=values.round(1) + 0.0, fmt=".1f", annot_kws={"size": 6.5}, cbar_kws={"label": label},
+        annot=values.round(decimals) + 0.0, fmt=f".{decimals}f", annot_kws={"size": 6.5}, cbar_kws={"label": label},
     )  # fmt: skip
     axes.tick_params(axis="y", rotation=0)
     set_title(axes, title)

@@ -45,7 +45,8 @@ def spell(tokenizer, ids) -> list[str]:
 
     `token_of_word` reads most of them back.
     """
-    return [_spell(tokenizer, int(i)) for i in ids]
+    special = set(tokenizer.all_special_ids)
+    return [tokenizer.convert_ids_to_tokens(int(i)) if i in special else _spell(tokenizer, int(i)) for i in ids]
 
 
 def spell_text(tokenizer, ids) -> list[str]:
@@ -59,8 +60,6 @@ def spell_text(tokenizer, ids) -> list[str]:
 
 
 def _spell(tokenizer, i: int) -> str:
-    if i in tokenizer.all_special_ids:
-        return tokenizer.convert_ids_to_tokens(i)
     text = tokenizer.decode([i])
     if "\N{REPLACEMENT CHARACTER}" in text:  # some of a character's bytes
         return tokenizer.convert_ids_to_tokens(i)
@@ -135,15 +134,18 @@ def pushes(model, senses: torch.Tensor) -> torch.Tensor:
     return senses @ model.get_output_embeddings().weight.T
 
 
+def used_tokens(model) -> torch.Tensor:
+    """The ids of the vocabulary's rows that stand for a token."""
+    return torch.arange(getattr(model.config, "used_vocab_size", None) or model.config.vocab_size, device=model.device)
+
+
 def pushed_most(model, senses: torch.Tensor, n: int = 8, among: torch.Tensor | None = None) -> tuple:
     """The tokens that each of k senses pushes up most and down most.
 
     senses: (k, d). among: ids of the tokens to choose from; None: the whole vocabulary.
     -> (ids up, scores up, ids down, scores down), each (k, n), the strongest first.
     """
-    if among is None:
-        used = getattr(model.config, "used_vocab_size", None) or model.config.vocab_size
-        among = torch.arange(used, device=senses.device)
+    among = used_tokens(model) if among is None else among.to(senses.device)
     found = pushes(model, senses)[:, among]
     n = min(n, len(among))
     up, down = found.topk(n), found.topk(n, largest=False)
@@ -152,11 +154,11 @@ def pushed_most(model, senses: torch.Tensor, n: int = 8, among: torch.Tensor | N
 
 @torch.no_grad()
 def sense_directions(model) -> torch.Tensor:
-    """Sense vectors of the whole vocabulary, scaled to length one, (k, V, d): 262 MB for the demo model."""
+    """Sense vectors of all tokens, scaled to length one, (k, tokens, d): 262 MB for the demo model."""
     require_senses(model)
-    config = model.config
-    found = torch.empty(config.num_senses, config.vocab_size, config.n_embd, dtype=model.dtype, device=model.device)
-    for ids in torch.arange(config.vocab_size, device=model.device).split(TOKENS_AT_ONCE):
+    tokens, k, width = used_tokens(model), model.config.num_senses, model.config.n_embd
+    found = torch.empty(k, len(tokens), width, dtype=model.dtype, device=model.device)
+    for ids in tokens.split(TOKENS_AT_ONCE):
         found[:, ids] = F.normalize(model.sense_vectors(ids), dim=-1).transpose(0, 1)
     return found
 

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from backpack_lib.senses import neighbours, pushed_most, pushes, senses_of_words, spell, spell_text
+from backpack_lib.senses import neighbours, pushed_most, pushes, senses_of_words, spell, spell_text, used_tokens
 
 UP, DOWN = "1, 115, 178", "222, 143, 5"  # of seaborn's colour-blind-safe palette
 DEEPEST = 0.6  # opacity of the largest value's colour
@@ -41,16 +41,15 @@ def word_senses(
     return pd.DataFrame(rows, columns=["sense", "direction", "rank", "token", "push"])
 
 
-def compare_words(
-    model, tokenizer, word1: str, word2: str, n: int = 5, multi_token: str | int = "mean", among=None
+def compare_senses(
+    model, tokenizer, one: torch.Tensor, two: torch.Tensor, n: int = 5, among: torch.Tensor | None = None
 ) -> pd.DataFrame:
-    """Two words sense by sense: the cosine of their vectors, and the tokens that both push up.
+    """Two words by their sense vectors, (k, d) each: the cosine of each sense, and the tokens that both push up.
 
-    A token's place is decided by the smaller of its two pushes.
+    A token's place is decided by the smaller of its two pushes. For `among` see `pushed_most`.
     """
-    one, two = senses_of_words(model, tokenizer, [word1, word2], multi_token)
     both = torch.minimum(pushes(model, one), pushes(model, two))
-    among = torch.arange(len(tokenizer)) if among is None else among
+    among = used_tokens(model) if among is None else among.to(both.device)
     shared = among[both[:, among].topk(min(n, len(among))).indices]
     return pd.DataFrame(
         {

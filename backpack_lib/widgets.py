@@ -21,7 +21,7 @@ from backpack_lib.texts import continue_text, ids_of_text
 
 ALL = "all"
 MEAN = ("mean of all", "mean")
-GENERATED = 30  # tokens
+GENERATED = 20  # tokens
 
 
 def _text(description: str, value: str = "", width: str = "16em", **kwargs) -> W.Text:
@@ -96,15 +96,12 @@ class SenseExplorer(Explorer):
         counted = "one token" if len(names) == 1 else f"{len(names)} tokens: {' · '.join(names)}"
         words = views.word_senses(self.model, self.tokenizer, word, multi_token=part, among=self.among)
         pages = [f"<p>“{escape(word.strip())}” is {escape(counted)}.</p>", views.sense_words_html(words)]
+        vectors = senses_of_words(self.model, self.tokenizer, [word], part)[0]
         if self.other.value.strip():
-            # The other word has tokens of its own, so only a choice that any word has can be shared.
-            shared = part if part == "mean" else "first" if part == 0 else "last"
-            compared = views.compare_words(
-                self.model, self.tokenizer, word, self.other.value, multi_token=shared, among=self.among
-            )
+            others = senses_of_words(self.model, self.tokenizer, [self.other.value])[0]
+            compared = views.compare_senses(self.model, self.tokenizer, vectors, others, among=self.among)
             pages.append(views.shaded(compared, caption=f"{word} and {self.other.value}").to_html())
         if self.directions is not None:
-            vectors = senses_of_words(self.model, self.tokenizer, [word], part)[0]
             near = views.near_words(self.directions, self.tokenizer, vectors)
             pages.append(views.shaded(near, caption="the words whose sense lies nearest").to_html())
         return "".join(pages)

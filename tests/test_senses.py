@@ -141,6 +141,12 @@ def test_the_nearest_words_are_nearest(model, monkeypatch):
     assert (ids[:, 0] == 12).all()
 
 
+def test_rows_that_no_token_uses_are_nobodys_neighbours():
+    model = tiny_model(vocab_size=40, used_vocab_size=37)
+    assert senses.sense_directions(model).shape == (3, 37, 20)
+    assert senses.used_tokens(model).tolist() == list(range(37))
+
+
 def test_likeness_of_senses_is_the_mean_cosine_over_words(model):
     table = model.sense_vectors(torch.arange(model.config.vocab_size)).detach()
     found = senses.likeness_of_senses(senses.sense_directions(model))

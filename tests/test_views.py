@@ -41,16 +41,15 @@ def test_word_senses_are_what_each_sense_pushes_most():
 
 
 def test_compared_words_share_what_both_push_up():
-    found = views.compare_words(MODEL, TOKENIZER, "nurse", "concert", n=2)
     one, two = senses_of_words(MODEL, TOKENIZER, ["nurse", "concert"])
+    found = views.compare_senses(MODEL, TOKENIZER, one, two, n=2)
     for sense in range(4):
         cosine = torch.nn.functional.cosine_similarity(one[sense], two[sense], dim=0).item()
         assert found.at[sense, "cosine"] == pytest.approx(cosine, abs=1e-5)
         both = [min(a, b) for a, b in zip(pushes(MODEL, one[sense]), pushes(MODEL, two[sense]))]
         best = sorted(range(len(both)), key=both.__getitem__, reverse=True)[:2]
         assert found.at[sense, "both push up"] == " · ".join(spell(TOKENIZER, best))
-    same = views.compare_words(MODEL, TOKENIZER, "nurse", "nurse")
-    assert same["cosine"].tolist() == pytest.approx([1] * 4)
+    assert views.compare_senses(MODEL, TOKENIZER, one, one)["cosine"].tolist() == pytest.approx([1] * 4)
 
 
 def test_the_nearest_word_of_a_word_is_itself():
