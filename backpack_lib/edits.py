@@ -16,9 +16,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -98,22 +99,21 @@ class SenseEdits:
 
     def scale(self, word: Words, sense: Senses = None, by: float = 0.0) -> "SenseEdits":
         """Multiplies senses by a number; 0 silences them."""
-        if not math.isfinite(by):
-            raise ValueError(f"by={by} is not a finite number; give one such as 0 or 0.5.")
-        return self._push(f"scale {self._name(word, sense)} by {by:g}", word, sense, by=float(by))
+        if not isinstance(by, Real) or not math.isfinite(by):
+            raise ValueError(f"by={by!r} is not a finite number; give one such as 0 or 0.5.")
+        return self._push(lambda named: f"scale {named} by {by:g}", word, sense, by=float(by))
 
     def replace(self, word: Words, sense: Senses, vector: torch.Tensor | str | int) -> "SenseEdits":
         """Puts a vector, (d,), or the same senses of another word, in the place of senses."""
-        note = "a vector"
-        if isinstance(vector, (str, int)):
-            note = f"those of {self._spell(vector)}"
-            columns = self._senses(sense)
-            vector = self._senses_of(vector)[slice(None) if columns is None else columns]
-        return self._push(f"replace {self._name(word, sense)} by {note}", word, sense, by=0.0, plus=vector)
+        if not _is_one(vector):
+            return self._push(lambda named: f"replace {named} by a vector", word, sense, by=0.0, plus=_copy(vector))
+        senses = self._senses_of(vector)[slice(None) if sense is None else self._senses(sense)]
+        other = self._spell(vector)
+        return self._push(lambda named: f"replace {named} by those of {other}", word, sense, by=0.0, plus=_copy(senses))
 
     def add(self, word: Words, sense: Senses, vector: torch.Tensor) -> "SenseEdits":
         """Adds a vector, (d,), to senses."""
-        return self._push(f"add a vector to {self._name(word, sense)}", word, sense, plus=vector)
+        return self._push(lambda named: f"add a vector to {named}", word, sense, plus=_copy(vector))
 
     def project(self, word: Words, remove: str | int, add: str | int | None = None, sense: Senses = None):
         """Takes out of senses what they push `remove`, and, with `add`, lets them push that word as much instead.
@@ -122,12 +122,15 @@ class SenseEdits:
         C(x)_l - c E_r + c E_a |E_r|^2 / |E_a|^2 (Hewitt et al., 2023, section 6, knowledge editing).
         """
         e_r = self._embedding(remove)
-        write, note = -e_r, f"take {self._spell(remove)} out of {self._name(word, sense)}"
+        write, then = -e_r, ""
         if add is not None:
             e_a = self._embedding(add)
             write = e_a * (e_r @ e_r / (e_a @ e_a)) - e_r
-            note += f" and put {self._spell(add)} in"
-        return self._push(note, word, sense, read=e_r / (e_r @ e_r), write=write)
+            then = f" and put {self._spell(add)} in"
+        removed = self._spell(remove)
+        return self._push(
+            lambda named: f"take {removed} out of {named}{then}", word, sense, read=e_r / (e_r @ e_r), write=write
+        )
 
     def extend(self, edits: Iterable[Edit]) -> "SenseEdits":
         """Adds another stack's edits, which were made for the same model."""
@@ -226,11 +229,13 @@ class SenseEdits:
 
     # ------------------------------------------------------------ what was given
 
-    def _push(self, note: str, word: Words, sense: Senses, **parts) -> "SenseEdits":
-        edit = Edit(note, self._tokens(word), self._senses(sense), **parts)
-        width, senses = self.model.config.n_embd, self.model.config.num_senses
+    def _push(self, note: Callable[[str], str], word: Words, sense: Senses, **parts) -> "SenseEdits":
+        """Adds an edit. note: from the names of its words and senses to a line that says what it does."""
+        tokens, senses = self._tokens(word), self._senses(sense)
+        edit = Edit(note(self._name(tokens, senses)), tokens, senses, **parts)
         if edit.plus is not None:
-            m = senses if edit.senses is None else len(edit.senses)
+            width = self.model.config.n_embd
+            m = self.model.config.num_senses if senses is None else len(senses)
             if tuple(edit.plus.shape) not in {(width,), (m, width)}:
                 raise ValueError(f"The vector has shape {tuple(edit.plus.shape)}; this takes ({width},).")
             if not edit.plus.isfinite().all():
@@ -241,7 +246,7 @@ class SenseEdits:
     def _tokens(self, word: Words) -> torch.Tensor | None:
         if word is None:
             return None
-        words = [word] if isinstance(word, (str, int)) else list(word)
+        words = _as_list(word)
         if not words:
             raise ValueError("There is no word to edit in an empty list; give one, or None for all words.")
         return torch.tensor([token_of_word(self.tokenizer, w) for w in words])
@@ -249,7 +254,7 @@ class SenseEdits:
     def _senses(self, sense: Senses) -> torch.Tensor | None:
         if sense is None:
             return None
-        senses = [sense] if isinstance(sense, int) else list(sense)
+        senses = _as_list(sense)
         if not senses:
             raise ValueError("There is no sense to edit in an empty list; give one, or None for all senses.")
         return torch.tensor([check_sense(self.model, s) for s in senses])
@@ -264,15 +269,31 @@ class SenseEdits:
         return self.model.sense_vectors(torch.tensor([token], device=self.model.device))[0].float()
 
     def _spell(self, word: str | int) -> str:
-        return f"“{word.strip() if isinstance(word, str) else spell(self.tokenizer, [word])[0]}”"
+        return f"“{spell(self.tokenizer, [token_of_word(self.tokenizer, word)])[0]}”"
 
-    def _name(self, word: Words, sense: Senses) -> str:
-        senses = "all senses" if sense is None else f"sense {sense}"
-        if word is None:
-            return f"{senses} of all words"
-        words = [word] if isinstance(word, (str, int)) else list(word)
-        more = f" and {len(words) - 3} more" if len(words) > 3 else ""
-        return f"{senses} of {', '.join(map(self._spell, words[:3]))}{more}"
+    def _name(self, tokens: torch.Tensor | None, senses: torch.Tensor | None) -> str:
+        named = (
+            "all senses" if senses is None else f"sense{'s' * (len(senses) > 1)} {', '.join(map(str, senses.tolist()))}"
+        )
+        if tokens is None:
+            return f"{named} of all words"
+        words = [self._spell(token) for token in tokens[:3].tolist()]
+        more = f" and {len(tokens) - 3} more" if len(tokens) > 3 else ""
+        return f"{named} of {', '.join(words)}{more}"
+
+
+def _is_one(word) -> bool:
+    """Whether something is one word, token or sense, and not several."""
+    return isinstance(word, str) or not isinstance(word, Iterable)
+
+
+def _as_list(one_or_several) -> list:
+    return [one_or_several] if _is_one(one_or_several) else list(one_or_several)
+
+
+def _copy(vector) -> torch.Tensor:
+    """Numbers of the edit's own, whatever becomes of those that were given."""
+    return torch.as_tensor(vector, dtype=torch.float32).detach().clone()
 
 
 def vocabulary_fingerprint(tokenizer) -> str:

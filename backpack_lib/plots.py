@@ -84,6 +84,7 @@ def heatmap(values, title: str, label: str):
     colors = (
         sns.diverging_palette(35, 245, s=90, as_cmap=True) if signed else sns.light_palette("#2079b8", as_cmap=True)
     )
+    decimals = 1 if greatest >= 1 else 2
     sns.heatmap(
         values, ax=axes, cmap=colors, vmin=-greatest if signed else 0, vmax=greatest, linewidths=0.4,
         annot=values.round(decimals) + 0.0, fmt=f".{decimals}f", annot_kws={"size": 6.5}, cbar_kws={"label": label},

@@ -4,6 +4,8 @@ A word is given as it is written, or as the id of one token. What a sense pushes
 projection E C(x)_l: exactly what it adds to each word's logit when it goes in with weight one.
 """
 
+from numbers import Integral
+
 import torch
 import torch.nn.functional as F
 
@@ -30,8 +32,8 @@ def token_of_word(tokenizer, word: str | int) -> int:
     Raises ValueError for a word of several tokens, naming them, and for an id outside the vocabulary.
     """
     if not isinstance(word, str):
-        if not 0 <= word < len(tokenizer):
-            raise ValueError(f"There is no token {word}; this vocabulary has the ids 0 to {len(tokenizer) - 1}.")
+        if not _is_index(word, len(tokenizer)):
+            raise ValueError(f"There is no token {word!r}; this vocabulary has the ids 0 to {len(tokenizer) - 1}.")
         return int(word)
     ids = tokens_of_word(tokenizer, word)
     if len(ids) > 1:
@@ -83,9 +85,14 @@ def require_senses(model):
 def check_sense(model, sense: int) -> int:
     """Raises ValueError if the model has no such sense."""
     k = model.config.num_senses
-    if isinstance(sense, bool) or not isinstance(sense, int) or not 0 <= sense < k:
+    if not _is_index(sense, k):
         raise ValueError(f"sense={sense!r} is out of range; this model has the senses 0 to {k - 1}.")
-    return sense
+    return int(sense)
+
+
+def _is_index(number, size: int) -> bool:
+    """Whether a number, of Python or of numpy, counts one of `size` things from 0."""
+    return isinstance(number, Integral) and not isinstance(number, bool) and 0 <= number < size
 
 
 @torch.no_grad()

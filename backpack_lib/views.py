@@ -159,14 +159,14 @@ def sense_words_html(words: pd.DataFrame, caption: str = "") -> str:
     )
 
 
-def colored_tokens(tokenizer, input_ids, values: torch.Tensor, unit: str = "") -> str:
+def colored_tokens(tokenizer, input_ids, values: torch.Tensor) -> str:
     """A text with each token shaded by its value, (T,), and the value written below it."""
     values = values.tolist()
     greatest = max(map(abs, values), default=0.0)
     box = "display: inline-block; text-align: center; margin: 1px; padding: 1px 4px; border-radius: 3px"
     spans = [
         f"<span style='{box}; {_background(value, greatest)}'>{escape(name)}<br>"
-        f"<small style='opacity: .7'>{value:+.2f}{escape(unit)}</small></span>"
+        f"<small style='opacity: .7'>{value:+.2f}</small></span>"
         for name, value in zip(spell_text(tokenizer, input_ids[: len(values)]), values)
     ]
     return f"<div style='line-height: 1.3'>{''.join(spans)}</div>"

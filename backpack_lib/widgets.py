@@ -49,11 +49,11 @@ class Explorer(W.VBox):
         for control in controls:
             control.observe(self.refresh, "value")
 
-    def refresh(self, _change=None):
-        def work():
-            self.page.value = f"<div style='line-height: 1.4; overflow-x: auto'>{self.show()}</div>"
+    def draw(self):
+        self.page.value = f"<div style='line-height: 1.4; overflow-x: auto'>{self.show()}</div>"
 
-        self.attempt(work)
+    def refresh(self, _change=None):
+        self.attempt(self.draw)
 
     def attempt(self, work) -> bool:
         """Does something, and says in the line for messages what it returned, or what was wrong."""
@@ -212,15 +212,15 @@ class EditWorkbench(Explorer):
             raise ValueError("There is nothing to keep; move the slider, or name a word to replace by or to take out.")
         self.edits.extend(pending)
         self.by.value, self.other.value, self.into.value = 1.0, "", ""
-        self.refresh()
+        self.draw()
 
     def _undo(self):
         self.edits.undo()
-        self.refresh()
+        self.draw()
 
     def _clear(self):
         self.edits.clear()
-        self.refresh()
+        self.draw()
 
     def _write(self):
         def text():
@@ -239,5 +239,5 @@ class EditWorkbench(Explorer):
     def _load(self):
         loaded = SenseEdits.load(self.file.value, self.model, self.tokenizer)
         self.edits.extend(loaded)
-        self.refresh()
+        self.draw()
         return f"loaded from {self.file.value}: {len(loaded)} edits"

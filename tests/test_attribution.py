@@ -5,9 +5,10 @@ import torch
 from helpers import random_ids, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from backpack_lib import attribute
+from backpack_lib import BackpackLMHeadModel, attribute
 from backpack_lib.attribution import read
 
 
@@ -24,6 +25,16 @@ def test_contributions_sum_to_the_logit_or_the_log_odds(k, length, target, contr
     expected = model(ids[None]).logits[0, -1, target] if contrast is None else log_probs[target] - log_probs[contrast]
     assert found.sum().item() == pytest.approx(expected.item(), abs=1e-4)
     assert read(model, ids).total(target, contrast) == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_contributions_sum_to_the_logits_of_the_released_code(shared):
+    model = BackpackLMHeadModel.from_pretrained(shared / "golden" / "tiny")
+    expected = load_file(shared / "golden" / "tiny" / "expected.safetensors")
+    for ids, logits in zip(expected["input_ids"], expected["logits"]):
+        for target in (0, 7, len(logits[0]) - 1):
+            for position in (0, len(ids) // 2, -1):
+                found = attribute(model, ids, target, position=position)
+                assert found.sum().item() == pytest.approx(logits[position, target].item(), abs=1e-4)
 
 
 def test_each_contribution_is_its_weight_times_its_push():

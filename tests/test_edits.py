@@ -3,6 +3,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from helpers import random_ids, tiny_model, tiny_tokenizer
@@ -95,6 +96,18 @@ def test_words_are_edited_as_they_stand_after_a_space():
     assert torch.equal(
         table(SenseEdits(MODEL, TOKENIZER).scale("nurse", 0, 0)), table(SenseEdits(MODEL, TOKENIZER).scale(nurse, 0, 0))
     )
+
+
+def test_numbers_and_vectors_may_be_numpys_and_are_copied():
+    given = vector(1).numpy()
+    made = (
+        SenseEdits(MODEL, TOKENIZER)
+        .scale(np.int64(5), np.int64(1), np.float64(0.5))
+        .replace(np.arange(6, 8), [0], given)
+    )
+    expected = table(SenseEdits(MODEL, TOKENIZER).scale(5, 1, 0.5).replace([6, 7], 0, vector(1)))
+    given[:] = 0
+    assert torch.equal(table(made), expected)
 
 
 def test_a_projected_word_pushes_no_longer_what_was_removed():
@@ -238,6 +251,9 @@ def test_edits_also_act_on_a_copy_of_the_model(tmp_path):
 def test_edits_are_listed_undone_and_cleared():
     made = SenseEdits(MODEL, TOKENIZER)
     assert repr(made) == "no edits"
+    assert repr(SenseEdits(MODEL, TOKENIZER).scale((w for w in (5, 6)), [1, 2], 0.5)) == (
+        f"1. scale senses 1, 2 of “{spell(TOKENIZER, [5])[0]}”, “{spell(TOKENIZER, [6])[0]}” by 0.5"
+    )
     made.scale("nurse", 3, by=0).project("concert", remove="nurse", add="he").add([1, 2, 3, 4], None, vector(0))
     assert [line.split(" ", 1)[1] for line in repr(made).splitlines()] == [
         "scale sense 3 of “nurse” by 0",
@@ -259,6 +275,9 @@ def test_edits_are_listed_undone_and_cleared():
         (lambda e: e.scale(V, 0), f"no token {V}; this vocabulary has the ids 0 to {V - 1}"),
         (lambda e: e.scale("nurse", K), "sense=4 is out of range; this model has the senses 0 to 3"),
         (lambda e: e.scale("nurse", -1), "sense=-1 is out of range"),
+        (lambda e: e.scale("nurse", 1.5), "sense=1.5 is out of range"),
+        (lambda e: e.scale(2.5, 0), "no token 2.5"),
+        (lambda e: e.scale("nurse", 0, "half"), "by='half' is not a finite number"),
         (lambda e: e.scale("nurse", []), "no sense to edit in an empty list"),
         (lambda e: e.scale("nurse", 0, float("nan")), "by=nan is not a finite number"),
         (lambda e: e.scale("nurse", 0, float("inf")), "by=inf is not a finite number"),
