@@ -70,12 +70,14 @@ def test_a_person_explores_senses_and_edits_in_jupyterlab(lab, page):
 
     page.goto(lab)
     page.locator(".jp-Notebook .jp-Cell").first.wait_for()
-    page.locator(".jp-NotebookPanel .jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for(state="attached")
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()  # run earlier, cells are cleared and nothing else
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     waiting = page.locator(".jp-InputPrompt", has_text="*")
     waiting.first.wait_for(state="attached")
     waiting.first.wait_for(state="detached")  # none is left
+    wrong = [f"[data-mime-type='application/vnd.jupyter.{kind}']" for kind in ("error", "stderr")]
+    assert page.locator(", ".join(wrong)).count() == 0
 
     explorer = page.locator(".jp-OutputArea-output .widget-vbox", has_text="compare with").first
     word = explorer.locator("input[type=text]").first
@@ -88,7 +90,7 @@ def test_a_person_explores_senses_and_edits_in_jupyterlab(lab, page):
     explorer.get_by_text(re.compile(r"“kingfisherish” is \d tokens: king")).wait_for()
 
     bench = page.locator(".jp-OutputArea-output .widget-vbox", has_text="write a text").first
-    after = bench.locator("table tbody tr").first.locator("td").nth(1)
+    after = bench.locator("table tbody tr").first.locator("td").nth(2)  # of next, before, after
     assert bench.get_by_text("no edits").count() == 1
     before = after.inner_text()
     handle = bench.locator(".noUi-handle").first
