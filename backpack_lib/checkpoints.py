@@ -10,7 +10,6 @@ Folders and files are written under another name and renamed once they are whole
 
 import json
 import logging
-import os
 import shutil
 import tempfile
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from backpack_lib.config import TrainingConfig
 from backpack_lib.errors import first_line
 from backpack_lib.loading import no_progress_bar
+from backpack_lib.paths import written_whole
 
 # A checkpoint holds the weights and AdamW's two averages, 4 bytes each; the next one is written
 # before the last is deleted, and the finished model comes on top.
@@ -166,10 +166,6 @@ def no_warning_of_shared_weights():
 
 
 def write_text(path: Path, text: str):
-    """Writes a file under another name and renames it, so that it is there whole or not at all."""
-    building = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
+    """Writes a text file, whole or not at all."""
+    with written_whole(path) as building:
         building.write_text(text)
-        building.replace(path)
-    finally:
-        building.unlink(missing_ok=True)

@@ -15,7 +15,6 @@ one scaled by s moves it by (s - 1) times its contribution.
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,9 +26,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from backpack_lib.errors import first_line
+from backpack_lib.paths import written_whole
 from backpack_lib.senses import check_sense, require_senses, spell, token_of_word
 
 FORMAT = "backpack sense edits, 1"
+PARTS = ("tokens", "senses", "read", "write", "plus")  # the tensors of an edit, where it has them
 PROBES = 8  # tokens by whose senses a model is recognised
 PROBE_TOLERANCE = 0.05  # relative; lets bf16 and a little fine-tuning pass, another training run does not
 
@@ -185,9 +186,9 @@ class SenseEdits:
         path, tensors, edits = Path(path), {"probe": probe(self.model)}, []
         for number, edit in enumerate(self):
             edits.append({"note": edit.note, "by": edit.by})
-            for name in ("tokens", "senses", "read", "write", "plus"):
-                if (value := getattr(edit, name)) is not None:
-                    tensors[f"{number}.{name}"] = value.contiguous().cpu()
+            for part in PARTS:
+                if (value := getattr(edit, part)) is not None:
+                    tensors[f"{number}.{part}"] = value.contiguous().cpu()
         name = self.model.config.name_or_path
         metadata = {
             "format": FORMAT,
@@ -196,14 +197,11 @@ class SenseEdits:
             "vocabulary": vocabulary_fingerprint(self.tokenizer),
             "edits": json.dumps(edits),
         }
-        building = path.with_name(f"{path.name}.{os.getpid()}")
         try:
-            save_file(tensors, building, metadata)
-            building.replace(path)
+            with written_whole(path) as building:
+                save_file(tensors, building, metadata)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"The edits could not be written to {str(path)!r}: {first_line(error)}") from error
-        finally:
-            building.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path, model, tokenizer) -> "SenseEdits":
@@ -217,14 +215,13 @@ class SenseEdits:
             name = f"{str(path)!r} (for the model {metadata['model']!r})"
             if metadata["vocabulary"] != vocabulary_fingerprint(tokenizer):
                 raise ValueError(f"{name} holds edits for another vocabulary; load the model that they were made for.")
+            check_fit(model, tensors["probe"], name)
             made = cls(model, tokenizer, metadata["description"])
-            check_fit(model, tensors.pop("probe"), name)
-            edits = json.loads(metadata["edits"])
-        except KeyError as error:
-            raise ValueError(f"{str(path)!r} is damaged: it has no {error}.") from error
-        for number, edit in enumerate(edits):
-            parts = {name.split(".")[1]: value for name, value in tensors.items() if name.startswith(f"{number}.")}
-            made._edits.append(Edit(**({"tokens": None, "senses": None} | edit | parts)))
+            for number, edit in enumerate(json.loads(metadata["edits"])):
+                parts = {part: tensors.get(f"{number}.{part}") for part in PARTS}
+                made._keep(Edit(**edit, **parts))
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{str(path)!r} is damaged: {first_line(error)}") from error
         return made
 
     # ------------------------------------------------------------ what was given
@@ -232,13 +229,21 @@ class SenseEdits:
     def _push(self, note: Callable[[str], str], word: Words, sense: Senses, **parts) -> "SenseEdits":
         """Adds an edit. note: from the names of its words and senses to a line that says what it does."""
         tokens, senses = self._tokens(word), self._senses(sense)
-        edit = Edit(note(self._name(tokens, senses)), tokens, senses, **parts)
-        if edit.plus is not None:
-            width = self.model.config.n_embd
-            m = self.model.config.num_senses if senses is None else len(senses)
-            if tuple(edit.plus.shape) not in {(width,), (m, width)}:
-                raise ValueError(f"The vector has shape {tuple(edit.plus.shape)}; this takes ({width},).")
-            if not edit.plus.isfinite().all():
+        return self._keep(Edit(note(self._name(tokens, senses)), tokens, senses, **parts))
+
+    def _keep(self, edit: Edit) -> "SenseEdits":
+        """Adds an edit that fits the model. Raises ValueError if it does not, or holds numbers that are not finite."""
+        config = self.model.config
+        for ids, size in ((edit.tokens, len(self.tokenizer)), (edit.senses, config.num_senses)):
+            if ids is not None and not 0 <= ids.min() <= ids.max() < size:
+                raise ValueError(f"An edit names the tokens or senses {ids.tolist()}, but there are only {size}.")
+        rows = config.num_senses if edit.senses is None else len(edit.senses)
+        for vector in (edit.read, edit.write, edit.plus):
+            if vector is None:
+                continue
+            if tuple(vector.shape) not in {(config.n_embd,), (rows, config.n_embd)}:
+                raise ValueError(f"The vector has shape {tuple(vector.shape)}; this takes ({config.n_embd},).")
+            if not vector.isfinite().all():
                 raise ValueError("The vector holds numbers that are not finite.")
         self._edits.append(edit)
         return self

@@ -1,6 +1,8 @@
-"""Where data are read from, and where runs and caches are written."""
+"""Where data are read from, where runs and caches are written, and how a file is written whole."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -28,3 +30,14 @@ def runs_folder() -> Path:
 def cache_folder() -> Path:
     """Where tokenised corpora are kept: $BACKPACK_CACHE, else `.cache/backpack_lib` in the home folder."""
     return Path(os.environ.get("BACKPACK_CACHE", Path.home() / ".cache" / "backpack_lib"))
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Another path to write to, renamed to `path` at the end, so that the file is there whole or not at all."""
+    building = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        yield building
+        building.replace(path)
+    finally:
+        building.unlink(missing_ok=True)

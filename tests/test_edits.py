@@ -335,6 +335,23 @@ def test_a_missing_damaged_or_foreign_file_is_one_sentence(tmp_path):
     (tmp_path / "damaged.safetensors").write_bytes(b"\x10\x00")
     with pytest.raises(ValueError, match="is damaged or no safetensors file"):
         SenseEdits.load(tmp_path / "damaged.safetensors", MODEL, TOKENIZER)
+    good = tmp_path / "good.safetensors"
+    SenseEdits(MODEL, TOKENIZER).add("nurse", 3, vector(0)).save(good)
+    with safe_open(good, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    for changed, message in (
+        ({"0.senses": torch.tensor([9])}, "names the tokens or senses \\[9\\], but there are only 4"),
+        ({"0.tokens": torch.tensor([-1])}, "names the tokens or senses"),
+        ({"0.plus": torch.full((D,), torch.inf)}, "not finite"),
+        ({"0.plus": torch.zeros(3)}, "has shape"),
+    ):
+        save_file(tensors | changed, tmp_path / "changed.safetensors", metadata)
+        with pytest.raises(ValueError, match=message):
+            SenseEdits.load(tmp_path / "changed.safetensors", MODEL, TOKENIZER)
+    for changed in ({"edits": "[{]"}, {"edits": '[{"unknown": 1}]'}):
+        save_file(tensors, tmp_path / "changed.safetensors", metadata | changed)
+        with pytest.raises(ValueError, match="changed.safetensors' is damaged: "):
+            SenseEdits.load(tmp_path / "changed.safetensors", MODEL, TOKENIZER)
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     with pytest.raises(ValueError, match="holds no sense edits"):
         SenseEdits.load(tmp_path / "foreign.safetensors", MODEL, TOKENIZER)
