@@ -107,7 +107,8 @@ def held_out(found: dict[str, np.ndarray], scores: np.ndarray, folds: int = 10, 
     predicted, chosen = np.empty(len(scores)), []
     for fold in np.array_split(np.random.default_rng(seed).permutation(len(scores)), folds):
         rest = np.setdiff1d(np.arange(len(scores)), fold)
-        best = max(found, key=lambda name: spearmanr(found[name][rest], scores[rest]).statistic)
+        # A similarity that is the same for all pairs has no rho, and is the last to be chosen.
+        best = max(found, key=lambda name: np.nan_to_num(spearmanr(found[name][rest], scores[rest]).statistic, nan=-1))
         predicted[fold] = np.searchsorted(np.sort(found[best][rest]), found[best][fold]) / len(rest)
         chosen.append(best)
     return predicted, chosen

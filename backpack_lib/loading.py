@@ -9,13 +9,14 @@ from safetensors import SafetensorError
 from transformers import GPT2LMHeadModel, PreTrainedConfig
 from transformers.utils import logging
 
+from backpack_lib.corpora import PLANTED
 from backpack_lib.errors import first_line
 from backpack_lib.model import BackpackLMHeadModel, from_released_format
 from backpack_lib.paths import data_folder, runs_folder
 from backpack_lib.tokenization import load_tokenizer
 
 SHIPPED = {"demo": "demo/backpack", "demo-transformer": "demo/transformer"}
-PLANTED = {"planted": "backpack", "planted-transformer": "transformer"}  # trained by the notebook 01_training
+TRAINED = {"planted": "backpack", "planted-transformer": "transformer"}  # by the notebook 01_training
 MODELS = {"backpack": BackpackLMHeadModel, "gpt2": GPT2LMHeadModel}
 GPT2_TOKENIZER = "openai-community/gpt2"
 
@@ -69,12 +70,12 @@ def load_model(name, dtype: torch.dtype = torch.float32, **changes):
 def is_planted(name) -> bool:
     """Whether a model was trained on planted text, as the settings beside its folder say."""
     settings = Path(_place(name)).parent / "settings.json"
-    return settings.is_file() and json.loads(settings.read_text()).get("corpus") == "planted"
+    return settings.is_file() and json.loads(settings.read_text()).get("corpus") == PLANTED
 
 
 def _place(name) -> str:
-    if name in PLANTED:
-        return _last_planted(PLANTED[name])
+    if name in TRAINED:
+        return _last_planted(TRAINED[name])
     return str(data_folder() / SHIPPED[name]) if name in SHIPPED else str(name)
 
 

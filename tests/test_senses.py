@@ -3,24 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import tiny_model, tiny_tokenizer
+from helpers import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from backpack_lib import senses
 from backpack_lib.senses import senses_of_words, spell, token_of_word, tokens_of_word
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    return tiny_model(vocab_size=len(tokenizer), num_senses=4)
-
 
 # ---------------------------------------------------------------- words and tokens
 
