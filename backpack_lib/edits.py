@@ -30,7 +30,7 @@ from backpack_lib.paths import written_whole
 from backpack_lib.senses import check_sense, require_senses, spell, token_of_word
 
 FORMAT = "backpack sense edits, 1"
-PARTS = ("tokens", "senses", "read", "write", "plus")  # the tensors of an edit, where it has them
+PARTS = ("tokens", "senses", "read", "write", "plus", "factors")  # the tensors of an edit, where it has them
 PROBES = 8  # tokens by whose senses a model is recognised
 PROBE_TOLERANCE = 0.05  # relative; lets bf16 and a little fine-tuning pass, another training run does not
 
@@ -43,6 +43,7 @@ class Edit:
     """C(x)_l  <-  by C(x)_l + (C(x)_l . read) write + plus,  for some tokens x and senses l; None stands for all.
 
     Every kind of edit is of this one form. read, write: (d,); plus: (d,), or one row for each sense, (m, d).
+    factors: one more for each sense of each token of the vocabulary, (V, k), beside `by`.
     """
 
     note: str
@@ -52,6 +53,7 @@ class Edit:
     read: torch.Tensor | None = None
     write: torch.Tensor | None = None
     plus: torch.Tensor | None = None
+    factors: torch.Tensor | None = None
 
     def __call__(self, token_ids: torch.Tensor, senses: torch.Tensor) -> torch.Tensor:
         """Edited sense vectors of tokens. (n,), (n, k, d) -> (n, k, d)"""
@@ -64,6 +66,8 @@ class Edit:
         place = rows[:, None], columns.to(senses.device)
         old = senses[place]
         new = self.by * old
+        if self.factors is not None:
+            new = new * self.factors.to(old)[token_ids[rows][:, None], place[1]][..., None]
         if self.read is not None:
             new = new + (old @ self.read.to(old))[..., None] * self.write.to(old)
         if self.plus is not None:
@@ -103,6 +107,10 @@ class SenseEdits:
         if not isinstance(by, Real) or not math.isfinite(by):
             raise ValueError(f"by={by!r} is not a finite number; give one such as 0 or 0.5.")
         return self._push(lambda named: f"scale {named} by {by:g}", word, sense, by=float(by))
+
+    def weigh(self, factors: torch.Tensor) -> "SenseEdits":
+        """Multiplies every sense of every token by a factor of its own, (V, k)."""
+        return self._push(lambda named: "weigh each sense of each token", None, None, factors=_copy(factors))
 
     def replace(self, word: Words, sense: Senses, vector: torch.Tensor | str | int) -> "SenseEdits":
         """Puts a vector, (d,), or the same senses of another word, in the place of senses."""
@@ -245,6 +253,9 @@ class SenseEdits:
                 raise ValueError(f"The vector has shape {tuple(vector.shape)}; this takes ({config.n_embd},).")
             if not vector.isfinite().all():
                 raise ValueError("The vector holds numbers that are not finite.")
+        whole = (config.vocab_size, config.num_senses)
+        if edit.factors is not None and not (tuple(edit.factors.shape) == whole and edit.factors.isfinite().all()):
+            raise ValueError(f"Factors should be finite numbers, one for each token and sense, {whole}.")
         self._edits.append(edit)
         return self
 

@@ -28,7 +28,7 @@ def bits_per_byte(model, tokenizer, texts: Iterable[str]) -> float:
         windows += _windows(ids_of_text(tokenizer, text), model.config.n_positions)
     windows.sort(key=lambda window: len(window[0]))
     for part in _parts(windows, WINDOWS_AT_ONCE):
-        ids, mask = pad_rows([ids for ids, _ in part], tokenizer.pad_token_id)
+        ids, mask = pad_rows([ids for ids, _ in part], tokenizer.eos_token_id)
         logits = model(ids.to(model.device), attention_mask=mask.to(model.device)).logits
         for row, (tokens, first) in zip(logits, part):
             labels = torch.tensor(tokens[first:], device=model.device)
@@ -50,7 +50,7 @@ def log_probabilities(model, tokenizer, sentences: list[str]) -> torch.Tensor:
     """Log-probability of each sentence, the sum over its tokens, (n,)."""
     found = []
     for part in _parts(sentences, SENTENCES_AT_ONCE):
-        ids, mask = pad_rows([ids_of_text(tokenizer, sentence) for sentence in part], tokenizer.pad_token_id)
+        ids, mask = pad_rows([ids_of_text(tokenizer, sentence) for sentence in part], tokenizer.eos_token_id)
         ids, mask = ids.to(model.device), mask.to(model.device)
         logits = model(ids, attention_mask=mask).logits[:, :-1].float()
         nats = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)

@@ -8,7 +8,8 @@ What is notable:
   each earlier token goes into each prediction (the contextualisation weights, alpha).
 - A prediction is their weighted sum, so every logit is linear in the sense vectors.
 - Senses are computed for the distinct tokens of a batch only, and summed in one product.
-- `patches` may change senses as they are computed, which is how `SenseEdits` work.
+- `patches` may change senses as they are computed, and `weighers` the weights, which is how `SenseEdits` and
+  topic control work.
 - The sense layer is one more attention layer whose values are sense vectors, so it lives in
   transformers' cache as layer number `n_layer`, and `generate()` works unchanged.
 - Parameter names are those of the released checkpoint (stanfordnlp/backpack-gpt2), which
@@ -263,6 +264,8 @@ class BackpackModel(BackpackPreTrainedModel):
         self.sense_weight_net = SenseWeightNetwork(config)
         # Functions of (token_ids, senses) -> senses, called in order; see `edits.py`. No part of the weights.
         self.patches = []
+        # Functions of (alpha, senses, input_ids, attention_mask) -> alpha, called in order; see `topic.py`.
+        self.weighers = []
         self.post_init()
 
     def get_input_embeddings(self):
@@ -327,6 +330,8 @@ class BackpackModel(BackpackPreTrainedModel):
             keys, senses = cache.update(keys, senses, self.config.n_layer)
         allowed = allowed_positions(attention_mask, n_new, keys.shape[2], n_past, input_ids.device)
         alpha = contextualize(queries, keys, allowed)
+        for weigh in self.weighers:
+            alpha = weigh(alpha, senses, input_ids, attention_mask)
 
         return BackpackModelOutput(
             last_hidden_state=weighted_sum(alpha, senses),

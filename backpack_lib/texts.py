@@ -9,28 +9,49 @@ def ids_of_text(tokenizer, text: str) -> list[int]:
     return [tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
 
 
-def pad_rows(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of ids, padded on the right, and their attention mask."""
+def pad_rows(rows: list[list[int]], pad: int, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of ids, padded on the right or left, and their attention mask."""
     size = max(map(len, rows))
-    ids = torch.tensor([row + [pad] * (size - len(row)) for row in rows])
-    return ids, torch.tensor([[1] * len(row) + [0] * (size - len(row)) for row in rows])
+
+    def filled(row: list[int], value: int) -> list[int]:
+        padding = [value] * (size - len(row))
+        return padding + row if left else row + padding
+
+    return torch.tensor([filled(row, pad) for row in rows]), torch.tensor([filled([1] * len(row), 0) for row in rows])
 
 
-def continue_text(model, tokenizer, prompt: str, max_new_tokens: int = 40, seed: int = 0, **settings) -> str:
-    """The prompt and its continuation by `generate()`, sampled; the same for the same seed.
+def prompts_of_texts(model, tokenizer, prompts: list[str], max_new_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts as a batch for `generate()`, padded on the left, and their attention mask.
 
-    settings: any of `generate()`'s, such as `top_p`, `temperature` or `do_sample=False`.
-
-    Raises ValueError if the prompt leaves no room for `max_new_tokens` in the context.
+    Raises ValueError if there is no prompt, or if one leaves no room for `max_new_tokens` in the context.
     """
-    ids = torch.tensor([ids_of_text(tokenizer, prompt)], device=model.device)
+    if not prompts:
+        raise ValueError("There is no prompt to continue in an empty list; give at least one, such as ''.")
+    ids, mask = pad_rows([ids_of_text(tokenizer, prompt) for prompt in prompts], tokenizer.eos_token_id, left=True)
     room = model.config.n_positions - ids.shape[1]
     if max_new_tokens > room:
         raise ValueError(
             f"The prompt has {ids.shape[1]} tokens, which leaves room for {max(room, 0)} of the model's "
             f"{model.config.n_positions}, but max_new_tokens={max_new_tokens}; shorten the prompt or ask for fewer."
         )
+    return ids.to(model.device), mask.to(model.device)
+
+
+def continue_texts(
+    model, tokenizer, prompts: list[str], max_new_tokens: int = 40, seed: int = 0, **settings
+) -> list[str]:
+    """Each prompt and its continuation by `generate()`, sampled; the same for the same seed and batch.
+
+    settings: any of `generate()`'s, such as `top_p`, `temperature` or `do_sample=False`.
+
+    Raises ValueError as `prompts_of_texts` does.
+    """
+    ids, mask = prompts_of_texts(model, tokenizer, prompts, max_new_tokens)
     set_seed(seed)
-    settings = {"do_sample": True, "max_new_tokens": max_new_tokens} | settings
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
-    return tokenizer.decode(out[0], skip_special_tokens=True)
+    settings = {"do_sample": True, "max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.eos_token_id} | settings
+    return tokenizer.batch_decode(model.generate(ids, attention_mask=mask, **settings), skip_special_tokens=True)
+
+
+def continue_text(model, tokenizer, prompt: str, max_new_tokens: int = 40, seed: int = 0, **settings) -> str:
+    """One prompt and its continuation; see `continue_texts`."""
+    return continue_texts(model, tokenizer, [prompt], max_new_tokens, seed, **settings)[0]

@@ -47,7 +47,7 @@ def pronouns(model, tokenizer, professions: pd.DataFrame) -> dict:
     odds = []
     for prompt in PRONOUN_PROMPTS:
         texts = [prompt.format(name) for name in professions["profession"]]
-        ids, mask = pad_rows([ids_of_text(tokenizer, text) for text in texts], tokenizer.pad_token_id)
+        ids, mask = pad_rows([ids_of_text(tokenizer, text) for text in texts], tokenizer.eos_token_id)
         with torch.inference_mode():
             logits = model(ids.to(model.device), attention_mask=mask.to(model.device)).logits
         last = logits[torch.arange(len(ids)), mask.sum(1) - 1]
