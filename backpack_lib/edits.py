@@ -180,12 +180,8 @@ class SenseEdits:
                 senses = edit(token_ids, senses)
             return senses
 
-        patches = model.backpack.patches
-        patches.append(patch)
-        try:
+        with hooked(model.backpack.patches, patch):
             yield model
-        finally:
-            patches[:] = [other for other in patches if other is not patch]
 
     # ------------------------------------------------------------ saving and loading
 
@@ -296,6 +292,16 @@ class SenseEdits:
         words = [self._spell(token) for token in tokens[:3].tolist()]
         more = f" and {len(tokens) - 3} more" if len(tokens) > 3 else ""
         return f"{named} of {', '.join(words)}{more}"
+
+
+@contextmanager
+def hooked(hooks: list, hook):
+    """Keeps a hook in a model's list for as long as the `with` lasts, also if it ends in an exception."""
+    hooks.append(hook)
+    try:
+        yield
+    finally:
+        hooks[:] = [other for other in hooks if other is not hook]
 
 
 def _is_one(word) -> bool:

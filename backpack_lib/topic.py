@@ -10,10 +10,11 @@ what it pushes (annealing); otherwise it would say so forever.
 
 from collections.abc import Iterable
 from contextlib import contextmanager
+from copy import copy
 
 import torch
 
-from backpack_lib.edits import SenseEdits
+from backpack_lib.edits import SenseEdits, hooked
 from backpack_lib.senses import pushes, require_senses, tokens_of_word, used_tokens
 from backpack_lib.texts import continue_texts
 
@@ -51,15 +52,21 @@ class TopicControl:
         require_senses(model)
         self.model, self.tokenizer, self.annealing = model, tokenizer, annealing
         self.words = [words] if isinstance(words, str) else list(words)
-        self.deltas = deltas_of(strength) if deltas is None else tuple(float(delta) for delta in deltas)
-        if len(self.deltas) != len(QUANTILES) + 1:
-            raise ValueError(
-                f"deltas={self.deltas} should be {len(QUANTILES) + 1} numbers, for {QUANTILES} and the rest."
-            )
+        deltas = deltas_of(strength, deltas)  # what is wrong is said before the scores take their time
         direction = topic_direction(model, tokenizer, self.words)
         self.scores = topic_scores(model, direction, largest_pushes(model) if largest is None else largest)
-        self.factors = factors_of(self.scores[used_tokens(model)], self.scores, self.deltas)
-        self.edits = SenseEdits(model, tokenizer, f"topic {', '.join(self.words)}").weigh(self.factors)
+        self._weigh(deltas)
+
+    def at(self, strength: int = 2, deltas: Iterable[float] | None = None) -> "TopicControl":
+        """The same topic at another strength, at once, since the scores stay."""
+        other = copy(self)
+        other._weigh(deltas_of(strength, deltas))
+        return other
+
+    def _weigh(self, deltas: tuple[float, ...]):
+        self.deltas = deltas
+        self.factors = factors_of(self.scores[used_tokens(self.model)], self.scores, deltas)
+        self.edits = SenseEdits(self.model, self.tokenizer, f"topic {', '.join(self.words)}").weigh(self.factors)
 
     @contextmanager
     def applied(self):
@@ -71,13 +78,9 @@ class TopicControl:
             with self.edits.applied() as model:
                 yield model
             return
-        weighers = self.model.backpack.weighers
         annealing = Annealing(self.model, self.factors, max(self.deltas) / GREATEST_RELEASE)
-        weighers.append(annealing)
-        try:
+        with hooked(self.model.backpack.weighers, annealing):
             yield self.model
-        finally:
-            weighers[:] = [other for other in weighers if other is not annealing]
 
     def generate(self, prompts: list[str], max_new_tokens: int = 100, seed: int = 0, **settings) -> list[str]:
         """Each prompt and its continuation under this control, by plain sampling unless settings say otherwise.
@@ -90,11 +93,17 @@ class TopicControl:
             return continue_texts(self.model, self.tokenizer, prompts, max_new_tokens, seed, **{"top_k": 0} | settings)
 
 
-def deltas_of(strength: int) -> tuple[float, ...]:
-    """The factors of a strength. Raises ValueError if there is no such strength."""
-    if strength not in STRENGTHS:
-        raise ValueError(f"strength={strength!r} is not in the table; choose one of {', '.join(map(str, STRENGTHS))}.")
-    return STRENGTHS[strength]
+def deltas_of(strength: int, deltas: Iterable[float] | None = None) -> tuple[float, ...]:
+    """The factors of a strength, or those given. Raises ValueError for no such strength, or not four numbers."""
+    if deltas is None:
+        if strength not in STRENGTHS:
+            choices = ", ".join(map(str, STRENGTHS))
+            raise ValueError(f"strength={strength!r} is not in the table; choose one of {choices}.")
+        return STRENGTHS[strength]
+    deltas = tuple(float(delta) for delta in deltas)
+    if len(deltas) != len(QUANTILES) + 1:
+        raise ValueError(f"deltas={deltas} should be {len(QUANTILES) + 1} numbers, for {QUANTILES} and the rest.")
+    return deltas
 
 
 @torch.no_grad()

@@ -72,6 +72,14 @@ def test_a_word_of_several_tokens_counts_whole_and_as_much_as_any_other():
     assert len(pieces) > 1
 
 
+def test_another_strength_keeps_the_scores_and_leaves_the_first_as_it_was():
+    one = TopicControl(MODEL, TOKENIZER, ["nurse"], 1)
+    factors = one.factors.clone()
+    three = one.at(3)
+    assert torch.equal(three.factors, TopicControl(MODEL, TOKENIZER, ["nurse"], 3).factors)
+    assert three.scores is one.scores and torch.equal(one.factors, factors) and max(three.deltas) == 3.3
+
+
 def test_parts_of_the_vocabulary_give_the_whole(monkeypatch):
     whole = topic.largest_pushes(MODEL)
     monkeypatch.setattr(topic, "TOKENS_AT_ONCE", 7)
