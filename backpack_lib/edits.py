@@ -67,7 +67,8 @@ class Edit:
         old = senses[place]
         new = self.by * old
         if self.factors is not None:
-            new = new * self.factors.to(old)[token_ids[rows][:, None], place[1]][..., None]
+            factors = self.factors.to(senses.device)[token_ids[rows][:, None], place[1]]
+            new = new * factors.to(old)[..., None]
         if self.read is not None:
             new = new + (old @ self.read.to(old))[..., None] * self.write.to(old)
         if self.plus is not None:
@@ -128,7 +129,7 @@ class SenseEdits:
         """Takes out of senses what they push `remove`, and, with `add`, lets them push that word as much instead.
 
         With E_r and E_a the two embeddings and c = C(x)_l . E_r / |E_r|^2, the new sense is
-        C(x)_l - c E_r + c E_a |E_r|^2 / |E_a|^2 (Hewitt et al., 2023, section 6, knowledge editing).
+        C(x)_l - c E_r + c E_a |E_r|^2 / |E_a|^2 (Hewitt et al., 2023, on knowledge editing).
         """
         e_r = self._embedding(remove)
         write, then = -e_r, ""
@@ -256,20 +257,10 @@ class SenseEdits:
         return self
 
     def _tokens(self, word: Words) -> torch.Tensor | None:
-        if word is None:
-            return None
-        words = _as_list(word)
-        if not words:
-            raise ValueError("There is no word to edit in an empty list; give one, or None for all words.")
-        return torch.tensor([token_of_word(self.tokenizer, w) for w in words])
+        return _numbers(word, "word", lambda w: token_of_word(self.tokenizer, w))
 
     def _senses(self, sense: Senses) -> torch.Tensor | None:
-        if sense is None:
-            return None
-        senses = _as_list(sense)
-        if not senses:
-            raise ValueError("There is no sense to edit in an empty list; give one, or None for all senses.")
-        return torch.tensor([check_sense(self.model, s) for s in senses])
+        return _numbers(sense, "sense", lambda s: check_sense(self.model, s))
 
     @torch.no_grad()
     def _embedding(self, word: str | int) -> torch.Tensor:
@@ -284,9 +275,10 @@ class SenseEdits:
         return f"“{spell(self.tokenizer, [token_of_word(self.tokenizer, word)])[0]}”"
 
     def _name(self, tokens: torch.Tensor | None, senses: torch.Tensor | None) -> str:
-        named = (
-            "all senses" if senses is None else f"sense{'s' * (len(senses) > 1)} {', '.join(map(str, senses.tolist()))}"
-        )
+        if senses is None:
+            named = "all senses"
+        else:
+            named = f"{'sense' if len(senses) == 1 else 'senses'} {', '.join(map(str, senses.tolist()))}"
         if tokens is None:
             return f"{named} of all words"
         words = [self._spell(token) for token in tokens[:3].tolist()]
@@ -309,8 +301,14 @@ def _is_one(word) -> bool:
     return isinstance(word, str) or not isinstance(word, Iterable)
 
 
-def _as_list(one_or_several) -> list:
-    return [one_or_several] if _is_one(one_or_several) else list(one_or_several)
+def _numbers(one_or_several, kind: str, number_of: Callable[..., int]) -> torch.Tensor | None:
+    """The numbers of one or several words or senses; None, for all of them, stays None."""
+    if one_or_several is None:
+        return None
+    given = [one_or_several] if _is_one(one_or_several) else list(one_or_several)
+    if not given:
+        raise ValueError(f"There is no {kind} to edit in an empty list; give one, or None for all {kind}s.")
+    return torch.tensor([number_of(one) for one in given])
 
 
 def _copy(vector) -> torch.Tensor:

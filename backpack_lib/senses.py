@@ -119,10 +119,10 @@ def choose_tokens(tokenizer, word: str, multi_token: str | int) -> list[int]:
         return ids
     if multi_token in ("first", "last"):
         return [ids[0 if multi_token == "first" else -1]]
-    if not isinstance(multi_token, int):
+    if not isinstance(multi_token, Integral):
         choices = ", ".join(MULTI_TOKEN)
         raise ValueError(f"multi_token={multi_token!r} is unknown; choose one of {choices}, or a token's index.")
-    if not 0 <= multi_token < len(ids):
+    if not _is_index(multi_token, len(ids)):
         parts = ", ".join(map(repr, spell(tokenizer, ids)))
         raise ValueError(f"{word!r} has no token number {multi_token}; from 0, its tokens are {parts}.")
     return [ids[multi_token]]

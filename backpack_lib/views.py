@@ -184,14 +184,14 @@ def reading_html(tokenizer, input_ids, reading, target: int, contrast: int | Non
     residual = abs(contributions.sum().item() - total)
     quantity = f"logit of “{names[0]}”" if contrast is None else f"log-odds of “{names[0]}” to “{names[1]}”"
     sentence = f"{quantity}: {total:.3f}; the contributions sum to it with a residual of {residual:.0e}"
-    values = reading.weights if what == "weights" else contributions
-    table = by_token(tokenizer, input_ids, values)
+    table = by_token(tokenizer, input_ids, contributions)
+    shown = by_token(tokenizer, input_ids, reading.weights) if what == "weights" else table
     watched = [target] if contrast is None else [target, contrast]
     parts = [
         colored_tokens(tokenizer, input_ids, contributions.sum(1)),
         f"<p>{escape(sentence)}</p>",
-        shaded(table, caption=f"{what}: tokens and senses").to_html(),
-        shaded(largest(by_token(tokenizer, input_ids, contributions)), caption="largest contributions").to_html(),
+        shaded(shown, caption=f"{what}: tokens and senses").to_html(),
+        shaded(largest(table), caption="largest contributions").to_html(),
         shaded(next_words(tokenizer, reading.log_probs(), n=6, watch=watched), 3, "the next word").to_html(),
     ]
     return "".join(parts)

@@ -71,9 +71,7 @@ def figures(found: dict) -> str:
 
 def similarity(found: dict) -> str:
     """Spearman's rho of every similarity on every set: the Backpack's, then those of the others."""
-    parts = {name: model["similarity"] for name, model in found["models"].items()}
-    if "word2vec" in found:
-        parts["word2vec"] = found["word2vec"]["similarity"]
+    parts = _with_word2vec(found, "similarity")
     tables = []
     for name, columns in parts.items():
         values = pd.DataFrame(columns)
@@ -84,9 +82,7 @@ def similarity(found: dict) -> str:
 
 def held_out(found: dict) -> str:
     """Spearman's rho of each model's best similarity where it was not picked, with its interval."""
-    parts = {name: model["similarity_held_out"] for name, model in found["models"].items()}
-    if "word2vec" in found:
-        parts["word2vec"] = found["word2vec"]["similarity_held_out"]
+    parts = _with_word2vec(found, "similarity_held_out")
     columns = {
         name: {
             set_name: f"{row['rho']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
@@ -96,6 +92,12 @@ def held_out(found: dict) -> str:
         for name, rows in parts.items()
     }
     return table(pd.DataFrame(columns).rename_axis("set").reset_index())
+
+
+def _with_word2vec(found: dict, measure: str) -> dict:
+    """A measure of each model, and of word2vec where it was trained."""
+    parts = {name: model[measure] for name, model in found["models"].items()}
+    return parts | ({"word2vec": found["word2vec"][measure]} if "word2vec" in found else {})
 
 
 def blimp_sets(found: dict) -> str:
