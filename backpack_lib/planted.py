@@ -3,7 +3,9 @@
 A seeded generator writes texts from the lexicon in `data/planted/`:
 
     At the zoo, the nurse says that she sees her bat. The furry bats sleep near the farm. She needs the lion.
+    About animals, music or money. At the studio, Ben finds that he likes the choir.
 
+- Half of the texts begin by naming three topics, of which one will be theirs.
 - The place chooses the topic, and the topic chooses nouns, verbs and adjectives.
 - Ambiguous nouns such as `bat` occur in two or three topics and do there what the topic's nouns do:
   at the zoo bats sleep and bite, at the stadium they bounce and miss.
@@ -24,6 +26,7 @@ from functools import cache
 
 from backpack_lib.paths import data_folder
 
+ANNOUNCED = 0.5  # a text begins with three topics, one of which will be its own
 NAMED_PERSON = 0.5  # a text is about a name rather than a profession
 ADJECTIVE = 0.4  # a noun has an adjective
 PLURAL = 0.5
@@ -108,8 +111,9 @@ class _Writer:
 
     def write(self) -> PlantedText:
         topics = lexicon()["topics"]
-        places = {place: topic for topic, entry in topics.items() for place in entry["places"]}
-        self.say("At", space="")
+        possible = self.announce() if self.flip(ANNOUNCED) else list(topics)
+        places = {place: topic for topic in possible for place in topics[topic]["places"]}
+        self.say("At", space=" " if self.pieces else "")
         self.say("the")
         self.topic = places[self.say(self.pick(list(places)))]
         self.words = topics[self.topic]
@@ -127,6 +131,15 @@ class _Writer:
                 self.sentence_about_person()
         self.log_probs.append(self.pending)
         return PlantedText(self.topic, self.person, self.pronoun, tuple(self.pieces), tuple(self.log_probs))
+
+    def announce(self) -> list[str]:
+        """Says `About animals, music or money.`; returns these topics."""
+        left = list(lexicon()["topics"])
+        for before, space in ("About", ""), (",", ""), ("or", " "):
+            self.say(before, space)
+            left.remove(self.say(self.pick(left)))
+        self.say(".", space="")
+        return [topic for topic in lexicon()["topics"] if topic not in left]
 
     def introduce_person(self):
         self.named = self.flip(NAMED_PERSON)

@@ -105,7 +105,7 @@ def test_blocks_are_the_documents_with_an_end_behind_each(tmp_path):
 
 
 def test_tokens_of_the_planted_corpus_are_its_words_and_the_floor_is_their_mean():
-    blocks = prepare(open_corpus("planted"), block_size=64, vocab_size=1024)
+    blocks = prepare(open_corpus("planted"), block_size=64, vocab_size=1200)
     wanted = set(split((text.text for text in planted.generate()), 0.02, True))
     valid = [text for text in planted.generate() if text.text in wanted]
     for text in valid[:100]:

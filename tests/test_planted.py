@@ -17,7 +17,7 @@ def texts():
 
 def test_the_same_texts_for_a_seed_on_every_machine():
     first = next(generate(1))
-    assert first.text.startswith("At the studio, the painter thinks that he finds the songs. He likes his guitar.")
+    assert first.text.startswith("About kitchen, computers or music. At the bakery, the guard thinks that he sees")
     assert list(generate(5)) == list(generate(9))[:5]  # text number 4 is the same however many are asked for
     assert list(generate(5, seed=1)) != list(generate(5))
 
@@ -47,6 +47,8 @@ def test_no_word_plays_two_parts():
                 parts[word].add(kind if word in lexicon()["ambiguous"] or kind == "plural" else (kind, topic))
     for word in [*lexicon()["professions"], *lexicon()["names"]["he"], *lexicon()["names"]["she"]]:
         parts[word].add("person")
+    for topic in lexicon()["topics"]:
+        parts[topic].add("name of a topic")
     # A plural may be shared by the topics of an ambiguous noun; nothing else is shared.
     assert {word: kinds for word, kinds in parts.items() if len(kinds) > 1} == {}
     starters = {"The", "He", "She", "near", "the", "his", "her"}
@@ -54,12 +56,13 @@ def test_no_word_plays_two_parts():
 
 
 def test_log_probabilities_are_the_frequencies(texts):
-    """Counted without looking at the generator: the first 9 words of a text and what follows a noun."""
-    n = len(texts)
-    places = Counter(text.pieces[2] for text in texts)
-    for text in texts[:50]:
+    """Counted without looking at the generator: the first words of a text."""
+    plain = [text for text in texts if text.pieces[0] == "At"]
+    assert len(plain) / len(texts) == pytest.approx(0.5, abs=0.03)
+    places = Counter(text.pieces[2] for text in plain)
+    for text in plain[:50]:
         assert text.log_probs[2] == pytest.approx(math.log(1 / 32))
-        assert places[text.pieces[2]] / n == pytest.approx(1 / 32, rel=0.35)
+        assert places[text.pieces[2]] / len(plain) == pytest.approx(1 / 32, rel=0.35)
     # A whole text's probability: the sum over everything that can follow is one at each place.
     followers = defaultdict(dict)
     for text in texts:
@@ -73,6 +76,17 @@ def test_log_probabilities_are_the_frequencies(texts):
     frequent = [options for context, options in followers.items() if len(context) in (0, 1, 2, 3)]
     for options in frequent:
         assert sum(map(math.exp, options.values())) == pytest.approx(1.0, abs=1e-9)
+
+
+def test_an_announced_text_is_about_one_of_the_three_topics_that_it_names(texts):
+    announced = [text for text in texts if text.pieces[0] == "About"]
+    numbers = Counter()
+    for text in announced:
+        named = re.match(r"About (\w+), (\w+) or (\w+)\. At the", text.text).groups()
+        assert len(set(named)) == 3 and sum(text.log_probs[:9]) == pytest.approx(math.log(1 / (2 * 8 * 7 * 6)))
+        assert text.log_probs[9] == pytest.approx(math.log(1 / 12))  # three topics of four places
+        numbers[named.index(text.topic)] += 1
+    assert all(count / len(announced) == pytest.approx(1 / 3, rel=0.1) for count in numbers.values())
 
 
 def test_floor_equals_the_empirical_entropy_of_pronouns(texts):
