@@ -174,18 +174,16 @@ class Annealing:
         self.ids = None
 
     def __call__(self, alpha, senses, input_ids, attention_mask=None):
-        whole = alpha.shape[-1] == input_ids.shape[1]
         if self.ids is None:  # the prompts
             self.prompt = input_ids.shape[1]
-        if whole:
+        if alpha.shape[-1] == input_ids.shape[1]:
             self.ids = input_ids
             self.said = self._pushed(senses, input_ids[:, self.prompt :])
         else:
-            before = self.ids.shape[1]
+            n = input_ids.shape[1]
+            earlier = self._pushed(senses[:, :, -n:], self.ids[:, self.prompt :])  # what new senses had said before
             self.ids = torch.cat([self.ids, input_ids], 1)
-            old = self.said + self._pushed(senses[:, :, :before], input_ids)
-            new = self._pushed(senses[:, :, before:], self.ids[:, self.prompt :])
-            self.said = torch.cat([old, new], 2)
+            self.said = torch.cat([self.said, earlier], 2) + self._pushed(senses, input_ids)
         if attention_mask is None:
             attention_mask = torch.ones_like(self.ids)
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, None]  # padding takes no position
@@ -194,4 +192,5 @@ class Annealing:
 
     def _pushed(self, senses, ids):
         """How far senses, (B, k, S, d), push tokens, (B, G), up, summed over the tokens. -> (B, k, S)"""
-        return (senses @ self.embeddings[ids].transpose(1, 2)[:, None]).relu().sum(-1).float()
+        E = self.embeddings[ids].transpose(1, 2)  # (B, d, G)
+        return (senses.flatten(1, 2) @ E).relu().sum(-1).float().unflatten(1, senses.shape[1:3])
