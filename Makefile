@@ -5,6 +5,7 @@
 #
 # make demo-model CORPUS='part-*.txt.xz' VALID=valid.txt.xz   train the models that are shipped in data/demo
 # make evaluate TEXT=valid.txt.xz LEXSIM=folder               measure them; BLIMP=folder, CORPUS=... for word2vec
+# make topic-control TEXT=valid.txt.xz                        measure how they are drawn to topics
 
 PYTHON ?= python3
 BIN = .venv/bin
@@ -12,7 +13,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 # An index with another build of PyTorch, such as https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 
-.PHONY: run test lab setup notebooks demo-model evaluate clean
+.PHONY: run test lab setup notebooks demo-model evaluate topic-control clean
 
 run: setup
 	$(BIN)/python -m backpack_lib.running
@@ -47,6 +48,12 @@ demo-model: setup
 evaluate: .venv/evaluates-with
 	$(BIN)/python data/demo/evaluate.py --text '$(TEXT)' --lexsim '$(LEXSIM)' $(if $(BLIMP),--blimp '$(BLIMP)') \
 		$(if $(CORPUS),--corpus '$(CORPUS)')
+
+topic-control: .venv/evaluates-with
+	$(BIN)/python -m backpack_lib.running 03_topic_control -p topics '[]' -p samples 40 -p tokens 80 \
+		-p pplm_steps '[0.04, 0.1, 0.3]' -p reference '$(TEXT)' -p out runs/topic_control
+	mkdir -p data/demo/topic_control
+	cp runs/topic_control/summary.csv runs/topic_control/topics.csv data/demo/topic_control
 
 .venv/evaluates-with: .venv/installed
 	$(INSTALL) --editable '.[eval]'

@@ -27,7 +27,7 @@ def bits_per_byte(model, tokenizer, texts: Iterable[str]) -> float:
         n_bytes += len(text.encode())
         windows += _windows(ids_of_text(tokenizer, text), model.config.n_positions)
     windows.sort(key=lambda window: len(window[0]))
-    for part in _parts(windows, WINDOWS_AT_ONCE):
+    for part in parts(windows, WINDOWS_AT_ONCE):
         ids, mask = pad_rows([ids for ids, _ in part], tokenizer.eos_token_id)
         logits = model(ids.to(model.device), attention_mask=mask.to(model.device)).logits
         for row, (tokens, first) in zip(logits, part):
@@ -49,7 +49,7 @@ def _windows(ids: list[int], size: int) -> Iterator[tuple[list[int], int]]:
 def log_probabilities(model, tokenizer, sentences: list[str]) -> torch.Tensor:
     """Log-probability of each sentence, the sum over its tokens, (n,)."""
     found = []
-    for part in _parts(sentences, SENTENCES_AT_ONCE):
+    for part in parts(sentences, SENTENCES_AT_ONCE):
         ids, mask = pad_rows([ids_of_text(tokenizer, sentence) for sentence in part], tokenizer.eos_token_id)
         ids, mask = ids.to(model.device), mask.to(model.device)
         logits = model(ids, attention_mask=mask).logits[:, :-1].float()
@@ -82,5 +82,5 @@ def read_blimp(place: str) -> pd.DataFrame:
         ) from error
 
 
-def _parts(items: list, size: int) -> Iterator[list]:
+def parts(items: list, size: int) -> Iterator[list]:
     return (items[start : start + size] for start in range(0, len(items), size))

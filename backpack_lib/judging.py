@@ -7,10 +7,12 @@ from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
+import torch
 
-from backpack_lib.evaluation import log_probabilities
-from backpack_lib.texts import ids_of_text
+from backpack_lib.evaluation import log_probabilities, parts
+from backpack_lib.texts import ids_of_text, pad_rows
 
+TEXTS_AT_ONCE = 32
 CLASSIFIER = "cardiffnlp/tweet-topic-21-multi"  # the judge of Hewitt et al. (2023)
 
 
@@ -18,11 +20,16 @@ class WordJudge:
     """Finds a text's topic by lists of words: the one with the most words of its own, if there is one.
 
     topics: dictionaries with a name, the words that steer toward it, `steer`, and other words by which it is
-    known, `words`. Words that steer are never counted, so nobody is praised for saying them.
+    known, `words`. Words that steer are never counted, nor with an s more or less, so nobody is praised for
+    saying them.
     """
 
     def __init__(self, topics: list[dict]):
-        self.words = {t["name"]: {w.lower() for w in t["words"]} - {w.lower() for w in t["steer"]} for t in topics}
+        self.words = {}
+        for topic in topics:
+            steer = {word.lower() for word in topic["steer"]}
+            known = {word.lower() for word in topic["words"]}
+            self.words[topic["name"]] = {w for w in known if not {w, w + "s", w.removesuffix("s")} & steer}
 
     def counts(self, texts: list[str]) -> pd.DataFrame:
         """How many words of each topic each text has: texts x topics."""
@@ -64,11 +71,17 @@ class ClassifierJudge:
 # ---------------------------------------------------------------- fluency
 
 
-def perplexity(model, tokenizer, texts: list[str], prompts: list[str]) -> float:
-    """The perplexity of what was written behind the prompts, all tokens together, under a model that did not write it."""
+def surprise(model, tokenizer, texts: list[str], prompts: list[str]) -> tuple[float, int]:
+    """What was written behind the prompts, under a model that did not write it: nats, and tokens, all together."""
     nats = log_probabilities(model, tokenizer, prompts) - log_probabilities(model, tokenizer, texts)
     tokens = sum(len(ids_of_text(tokenizer, t)) - len(ids_of_text(tokenizer, p)) for t, p in zip(texts, prompts))
-    return math.exp(nats.sum().item() / max(tokens, 1))
+    return nats.sum().item(), tokens
+
+
+def perplexity(model, tokenizer, texts: list[str], prompts: list[str]) -> float:
+    """The perplexity of what was written behind the prompts, all tokens together; see `surprise`."""
+    nats, tokens = surprise(model, tokenizer, texts, prompts)
+    return math.exp(nats / max(tokens, 1))
 
 
 def distinct(texts: list[str], n: int) -> float:
@@ -88,6 +101,33 @@ def bag_share(texts: list[str], words: Iterable[str]) -> float:
     """The share of the texts' words that are among the given ones."""
     bag, said = {word.lower() for word in words}, [word for text in texts for word in _words(text)]
     return float(np.mean([word in bag for word in said])) if said else math.nan
+
+
+@torch.no_grad()
+def mauve(model, tokenizer, texts: list[str], human: list[str], seeds: Iterable[int] = range(5)) -> list[float]:
+    """MAUVE (Pillutla et al., 2021) of texts against what people wrote, one number for each seed of its clustering.
+
+    0 to 1, higher is better. A text's features are the last hidden state of the given model, so numbers compare
+    only with others of the same model, lengths and numbers of texts. Needs the extra `eval`.
+    """
+    from mauve import compute_mauve
+
+    def features(texts):
+        rows = [ids_of_text(tokenizer, text) for text in texts]
+        found = []
+        for part in parts(rows, TEXTS_AT_ONCE):
+            ids, mask = pad_rows(part, tokenizer.eos_token_id)
+            states = model.base_model(ids.to(model.device), attention_mask=mask.to(model.device)).last_hidden_state
+            found.append(states[torch.arange(len(ids)), mask.sum(1) - 1].float().cpu().numpy())
+        return np.concatenate(found)
+
+    # The clustering wants about forty texts for each of its clusters.
+    buckets = max(2, (len(texts) + len(human)) // 40)
+    p, q = features(texts), features(human)
+    return [
+        float(compute_mauve(p_features=p, q_features=q, num_buckets=buckets, seed=seed, verbose=False).mauve)
+        for seed in seeds
+    ]
 
 
 def _words(text: str) -> list[str]:

@@ -64,16 +64,22 @@ def marked_heatmap(values, marked, title: str, label: str):
 
 
 def against_truth(values, title: str, xlabel: str, ylabel: str):
-    """Each row of a DataFrame as a labelled point: its second column over its first, with the line of equality."""
+    """As `named_points`, for shares, with the line on which both are equal."""
+    figure = named_points(values, title, xlabel, ylabel)
+    figure.axes[0].plot([0, 1], [0, 1], color="gray", linewidth=1, linestyle="--", label="equal")
+    figure.axes[0].legend()
+    return figure
+
+
+def named_points(values, title: str, xlabel: str, ylabel: str):
+    """Each row of a DataFrame as a point with its name: its second column over its first."""
     figure, axes = new_figure(height=4.2)
     first, second = values.columns[:2]
-    axes.plot([0, 1], [0, 1], color="gray", linewidth=1, linestyle="--", label="equal")
     axes.scatter(values[first], values[second], s=18, color=sns.color_palette("colorblind")[0], zorder=3)
     for name, row in values.iterrows():
         axes.annotate(name, (row[first], row[second]), xytext=(5, -7), textcoords="offset points", fontsize=8)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     set_title(axes, title)
-    axes.legend()
     return figure
 
 
@@ -132,5 +138,35 @@ def prediction_line(x, predicted, measured, title: str, xlabel: str, ylabel: str
     axes.plot(x, measured, "o", color=orange, label="measured")
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.legend()
+    set_title(axes, title)
+    return figure
+
+
+def points_with_intervals(table, x: str, y: str, title: str, xlabel: str, ylabel: str):
+    """A line of points for each `method` of a DataFrame, each labelled by `strength` and with the interval of its y.
+
+    The interval is in the columns low and high.
+    """
+    figure, axes = new_figure()
+    colors = sns.color_palette("colorblind")
+    for (name, rows), color in zip(table.groupby("method", sort=False), colors):
+        errors = [rows[y] - rows["low"], rows["high"] - rows[y]]
+        axes.errorbar(rows[x], rows[y], yerr=errors, fmt="-o", capsize=3, color=color, label=name)
+        for place in zip(rows[x], rows[y], rows["strength"]):
+            axes.annotate(f"{place[2]:g}", place[:2], xytext=(6, 5), textcoords="offset points", fontsize=8)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.legend()
+    set_title(axes, title)
+    return figure
+
+
+def curves(table, title: str, xlabel: str, ylabel: str):
+    """A line for each column of a DataFrame over its index, named beside the figure."""
+    figure, axes = new_figure()
+    colors = sns.color_palette("colorblind", len(table.columns))
+    for name, color in zip(table.columns, colors):
+        axes.plot(table.index, table[name], color=color, label=name)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     set_title(axes, title)
     return figure

@@ -24,7 +24,8 @@ class Settings:
 
     step: length of a gradient step. iterations: steps a token. gamma: a gradient is divided by its norm to the power
     of this. kl_scale: how much staying near the plain distribution counts. gm_scale: share of the steered
-    distribution in the geometric mean that is sampled from. window: how many last positions are moved.
+    distribution in the geometric mean that is sampled from. window: how many last positions are moved. temperature: of
+    the sampling; 1 in the paper.
     """
 
     step: float = 0.04
@@ -33,6 +34,7 @@ class Settings:
     kl_scale: float = 0.01
     gm_scale: float = 0.9
     window: int = 5
+    temperature: float = 1.0
 
 
 def generate(
@@ -57,7 +59,7 @@ def generate(
         logits, plain = _read(model, last, mask, plain)
         past, norms = perturbed(model, last, mask, past, bag, logits.softmax(-1), norms, settings)
         steered, past = _read(model, last, mask, past)
-        token = torch.multinomial(mixed(steered, logits, settings.gm_scale), 1)
+        token = torch.multinomial(mixed(steered, logits, settings.gm_scale, settings.temperature), 1)
         token[done] = tokenizer.eos_token_id
         done |= token[:, 0] == tokenizer.eos_token_id
         ids, mask = torch.cat([ids, token], 1), torch.cat([mask, torch.ones_like(token)], 1)
@@ -66,9 +68,10 @@ def generate(
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
-def mixed(steered: torch.Tensor, plain: torch.Tensor, gm_scale: float) -> torch.Tensor:
-    """The geometric mean of two distributions, from their logits, (B, V) -> (B, V)"""
-    return (gm_scale * steered.log_softmax(-1) + (1 - gm_scale) * plain.log_softmax(-1)).softmax(-1)
+def mixed(steered: torch.Tensor, plain: torch.Tensor, gm_scale: float, temperature: float = 1.0) -> torch.Tensor:
+    """The geometric mean of two distributions, from their logits, at a temperature. (B, V) -> (B, V)"""
+    log_mean = gm_scale * steered.log_softmax(-1) + (1 - gm_scale) * plain.log_softmax(-1)
+    return (log_mean / temperature).softmax(-1)
 
 
 def topic_loss(logits: torch.Tensor, bag: torch.Tensor, plain: torch.Tensor, kl_scale: float) -> torch.Tensor:

@@ -15,7 +15,7 @@ from copy import copy
 import torch
 
 from backpack_lib.edits import SenseEdits, hooked
-from backpack_lib.senses import pushes, require_senses, tokens_of_word, used_tokens
+from backpack_lib.senses import require_senses, tokens_of_word, used_tokens
 from backpack_lib.texts import continue_texts
 
 QUANTILES = (0.95, 0.80, 0.60)
@@ -130,8 +130,9 @@ def largest_pushes(model) -> torch.Tensor:
     require_senses(model)
     found = torch.ones(model.config.vocab_size, model.config.num_senses, device=model.device)
     used = used_tokens(model)
+    E = model.get_output_embeddings().weight[used]
     for ids in used.split(TOKENS_AT_ONCE):
-        found[ids] = pushes(model, model.sense_vectors(ids))[..., used].amax(-1).float()
+        found[ids] = (model.sense_vectors(ids) @ E.T).amax(-1).float()
     return found
 
 

@@ -100,6 +100,19 @@ def next_words(
     return pd.DataFrame({"next": spell(tokenizer, ids)} | columns)
 
 
+def turned_up(control, n: int = 10, among: torch.Tensor | None = None) -> pd.DataFrame:
+    """The (token, sense) pairs of highest score under a `TopicControl`, and what each is multiplied by.
+
+    among: the tokens to choose from; None: all that the model was trained with.
+    """
+    ids = used_tokens(control.model) if among is None else among
+    scores = control.scores[ids]
+    best = scores.flatten().topk(min(n, scores.numel())).indices
+    rows, senses = ids[best // scores.shape[1]], best % scores.shape[1]
+    columns = {"sense": senses, "score": control.scores[rows, senses], "factor": control.factors[rows, senses]}
+    return pd.DataFrame({"token": spell(control.tokenizer, rows)} | {k: v.tolist() for k, v in columns.items()})
+
+
 # ---------------------------------------------------------------- HTML
 
 

@@ -3,6 +3,7 @@
     SenseExplorer(model, tokenizer, "film")
     SentenceExplorer(model, tokenizer, "The film was directed by a woman who", "was", "had")
     EditWorkbench(model, tokenizer, "The nurse said that")
+    TopicExplorer(model, tokenizer, topics, baseline)
 
 Each shows what a function of `views.py` returns, and, for bad input, what it raises, in one sentence; the last
 good page stays. Controls are attributes, so `explorer.word.value = "king"` does what typing does.
@@ -13,13 +14,15 @@ from html import escape
 import ipywidgets as W
 import torch
 
-from backpack_lib import views
+from backpack_lib import pplm, views
 from backpack_lib.attribution import read
 from backpack_lib.edits import SenseEdits
 from backpack_lib.senses import require_senses, senses_of_words, spell, token_of_word, tokens_of_word
 from backpack_lib.texts import continue_text, ids_of_text
+from backpack_lib.topic import STRENGTHS, TopicControl, largest_pushes
 
 ALL = "all"
+OWN = "words of your own"
 MEAN = ("mean of all", "mean")
 GENERATED = 20  # tokens
 
@@ -241,3 +244,82 @@ class EditWorkbench(Explorer):
         self.edits.extend(loaded)
         self.draw()
         return f"loaded from {self.file.value}: {len(loaded)} edits"
+
+
+class TopicExplorer(Explorer):
+    """A topic and a strength: the senses that are turned up, and texts without and with control, and by PPLM.
+
+    topics: as in `data/topics.json`. baseline: a Transformer with the same tokenizer, for PPLM; None: without.
+    largest: from `topic.largest_pushes`. temperatures: of sampling at each strength, 1 where not given.
+    among: the tokens whose senses are listed; see `views.turned_up`.
+    """
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        topics,
+        baseline=None,
+        largest=None,
+        temperatures=None,
+        among=None,
+        pplm_settings=pplm.Settings(),
+    ):
+        self.words_of = {topic["name"]: " ".join(topic["steer"]) for topic in topics}
+        self.baseline, self.temperatures, self.among, self.pplm_settings = (
+            baseline,
+            temperatures or {},
+            among,
+            pplm_settings,
+        )
+        self.largest = largest_pushes(model) if largest is None else largest
+        self.controls = {}
+        first = next(iter(self.words_of))
+        self.topic = W.Dropdown(options=[*self.words_of, OWN], value=first, description="topic")
+        self.words = _text("words", self.words_of[first], width="24em")
+        self.strength = W.SelectionSlider(options=list(STRENGTHS), value=2, description="strength")
+        self.prompt = _text("text", "", width="30em", placeholder="empty: from nothing")
+        self.seed = W.IntText(0, description="seed", layout=W.Layout(width="12em"))
+        self.write = W.Button(description="write texts")
+        self.written = W.HTML()
+        super().__init__(
+            model, tokenizer, [[self.topic, self.words], [self.strength, self.prompt], [self.seed, self.write]]
+        )
+        self.children = [*self.children, self.written]
+        self.topic.observe(self._new_topic, "value")
+        self.observe_all(self.words, self.strength)
+        self.write.on_click(lambda _: self.attempt(self._write))
+        self.refresh()
+
+    def control(self) -> TopicControl:
+        """The control that the page shows. A topic's scores are computed once."""
+        words = self.words.value.replace(",", " ").split()
+        key = tuple(words)
+        if key not in self.controls:
+            self.controls[key] = TopicControl(self.model, self.tokenizer, words, largest=self.largest)
+        return self.controls[key].at(self.strength.value)
+
+    def show(self) -> str:
+        control = self.control()
+        table = views.turned_up(control, among=self.among)
+        caption = f"the senses that speak most of {', '.join(control.words)}"
+        return views.shaded(table, caption=caption, shade=["factor"]).to_html()
+
+    def _new_topic(self, _change=None):
+        if self.topic.value != OWN:
+            self.words.value = self.words_of[self.topic.value]
+
+    def _write(self):
+        control, prompts, seed = self.control(), [self.prompt.value], self.seed.value
+        temperature = self.temperatures.get(self.strength.value, 1.0)
+        texts = {
+            "no control": control.at(0).generate(prompts, 2 * GENERATED, seed)[0],
+            f"Backpack, strength {self.strength.value}": control.generate(
+                prompts, 2 * GENERATED, seed, temperature=temperature
+            )[0],
+        }
+        if self.baseline is not None:
+            texts["PPLM"] = pplm.generate(
+                self.baseline, self.tokenizer, control.words, prompts, 2 * GENERATED, seed, self.pplm_settings
+            )[0]
+        self.written.value = views.side_by_side(texts)

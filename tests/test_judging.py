@@ -9,7 +9,16 @@ from helpers import ROOT
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
 from backpack_lib.evaluation import log_probabilities
-from backpack_lib.judging import ClassifierJudge, WordJudge, bag_share, distinct, perplexity, repetition
+from backpack_lib.judging import (
+    ClassifierJudge,
+    WordJudge,
+    bag_share,
+    distinct,
+    mauve,
+    perplexity,
+    repetition,
+    surprise,
+)
 
 TOPICS = [
     {"name": "sports", "steer": ["sports"], "words": ["team", "goal", "Sports"]},
@@ -25,7 +34,9 @@ def test_the_topic_with_the_most_words_wins_and_a_tie_is_none():
     assert list(judge(texts).columns) == ["sports", "food & dining"]
 
 
-def test_words_that_steer_are_never_counted():
+def test_words_that_steer_are_never_counted_nor_with_an_s_more_or_less():
+    judge = WordJudge([{"name": "t", "steer": ["songs", "band"], "words": ["song", "bands", "bandit", "Band"]}])
+    assert judge.words["t"] == {"bandit"}
     topics = json.loads((ROOT / "data" / "topics.json").read_text())
     judge = WordJudge(topics)
     for topic in topics:
@@ -55,6 +66,7 @@ def test_perplexity_is_of_what_was_written_only(model, tokenizer):
     prompts, texts = ["the nurse", ""], ["the nurse said that", "the concert"]
     written = sum(len(tokenizer(t)["input_ids"]) - len(tokenizer(p)["input_ids"]) for t, p in zip(texts, prompts))
     nats = log_probabilities(model, tokenizer, prompts) - log_probabilities(model, tokenizer, texts)
+    assert surprise(model, tokenizer, texts, prompts) == (pytest.approx(nats.sum().item(), rel=1e-5), written)
     assert perplexity(model, tokenizer, texts, prompts) == pytest.approx(
         math.exp(nats.sum().item() / written), rel=1e-5
     )
@@ -67,3 +79,12 @@ def test_runs_of_words_are_counted_by_hand():
     assert repetition(["a b a b a", "a b"], 2) == pytest.approx(1 - 3 / 5)
     assert repetition(["one two three four five"]) == 0 and math.isnan(repetition(["too short"]))
     assert bag_share(["Sports, and more sports", "no"], ["sports"]) == pytest.approx(2 / 5)
+
+
+def test_mauve_is_one_for_the_same_texts_and_low_for_others(model, tokenizer):
+    pytest.importorskip("mauve")
+    one = [f"the nurse said that he sees {number} banks" for number in range(60)]
+    other = ["the concert. " * (1 + number % 3) for number in range(60)]
+    same, apart = mauve(model, tokenizer, one, one, seeds=range(2)), mauve(model, tokenizer, one, other, seeds=range(2))
+    assert len(same) == len(apart) == 2 and min(same) > 0.99 and max(apart) < 0.3
+    assert mauve(model, tokenizer, one, other, seeds=[1]) == apart[1:]

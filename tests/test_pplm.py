@@ -48,6 +48,8 @@ def test_the_mix_is_the_geometric_mean():
     steered, plain = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(0))
     expected = steered.softmax(-1) ** 0.9 * plain.softmax(-1) ** 0.1
     torch.testing.assert_close(pplm.mixed(steered, plain, 0.9), expected / expected.sum(-1, keepdim=True))
+    sharper = expected**2 / (expected**2).sum(-1, keepdim=True)
+    torch.testing.assert_close(pplm.mixed(steered, plain, 0.9, temperature=0.5), sharper)
 
 
 def test_one_step_follows_the_gradient_by_hand(model, text):

@@ -10,16 +10,19 @@ import torch
 from helpers import tiny_model, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from backpack_lib import SenseEdits, attribute, load, plots, views
 from backpack_lib.attribution import read
 from backpack_lib.senses import pushes, sense_directions, senses_of_words, spell, spell_text, token_of_word
 from backpack_lib.texts import ids_of_text
 from backpack_lib.tokenization import train_tokenizer
-from backpack_lib.widgets import EditWorkbench, SenseExplorer, SentenceExplorer
+from backpack_lib.topic import TopicControl
+from backpack_lib.widgets import OWN, EditWorkbench, SenseExplorer, SentenceExplorer, TopicExplorer
 
 TOKENIZER = tiny_tokenizer()
-MODEL = tiny_model(vocab_size=len(TOKENIZER), num_senses=4)
+V = len(TOKENIZER)
+MODEL = tiny_model(vocab_size=V, num_senses=4)
 SCRIPT = "<script>alert('1&2')</script>"
 
 
@@ -148,6 +151,17 @@ def test_figures_show_the_values():
     table = pd.DataFrame({"rho": [0.5], "low": [0.4], "high": [0.7]}, index=["set"])
     points = plots.intervals({"one": table}, "f", "rho").axes[0]
     assert list(points.lines[0].get_ydata()) == [0.5]
+    rows = pd.DataFrame({"method": ["a", "b", "b"], "strength": [1.0, 1.0, 2.5], "x": [1, 2, 3], "y": [0.5, 0.2, 0.4]})
+    rows["low"], rows["high"] = rows["y"] - 0.1, rows["y"] + 0.2
+    axes = plots.points_with_intervals(rows, "x", "y", "f", "x", "y").axes[0]
+    assert [text.get_text() for text in axes.texts] == ["1", "1", "2.5"]
+    assert [len(bars[0].get_xdata()) for bars in axes.containers] == [1, 2]
+    lines = plots.curves(pd.DataFrame({"one": [3.0, 1.0], "two": [float("nan"), 2.0]}), "f", "x", "y").axes[0]
+    assert list(lines.lines[0].get_ydata()) == [3, 1] and len(lines.get_legend().texts) == 2
+    named = plots.named_points(pd.DataFrame({"x": [0.1], "y": [7.0]}, index=["music"]), "f", "x", "y").axes[0]
+    assert named.texts[0].get_text() == "music" and named.collections[0].get_offsets().tolist() == [[0.1, 7.0]]
+    truth = plots.against_truth(pd.DataFrame({"x": [0.1], "y": [0.7]}, index=["nurse"]), "f", "x", "y").axes[0]
+    assert list(truth.lines[0].get_ydata()) == [0, 1] and truth.texts[0].get_text() == "nurse"
 
 
 # ---------------------------------------------------------------- widgets
@@ -248,7 +262,50 @@ def test_the_workbench_writes_saves_and_loads(tmp_path):
     assert "There is no file" in bench.message.value
 
 
+TOPICS = [{"name": "care", "steer": ["nurse", "doctor"]}, {"name": "<music>", "steer": ["concert"]}]
+
+
+def test_the_topic_explorer_follows_its_controls():
+    torch.manual_seed(0)
+    baseline = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=64, n_embd=8, n_layer=1, n_head=1)).eval()
+    model = tiny_model(vocab_size=V, num_senses=4, n_positions=64)
+    explorer = TopicExplorer(model, TOKENIZER, TOPICS, baseline, temperatures={2: 0.5})
+    assert explorer.words.value == "nurse doctor" and explorer.strength.value == 2
+
+    def shows(words, strength):
+        table = views.turned_up(TopicControl(model, TOKENIZER, words, strength))
+        return all(
+            f"{row.score:.2f}" in explorer.page.value and row.token in text_of(explorer.page.value)
+            for row in table.itertuples()
+        )
+
+    assert shows(["nurse", "doctor"], 2) and "2.20" in explorer.page.value
+    explorer.topic.value, explorer.strength.value = "<music>", 3
+    assert explorer.words.value == "concert" and shows(["concert"], 3) and "3.30" in explorer.page.value
+    explorer.topic.value, explorer.words.value = OWN, "bat, lion"
+    assert shows(["bat", "lion"], 3)
+    explorer.strength.value, explorer.prompt.value = 2, "the nurse"
+    explorer.write.click()
+    control = TopicControl(model, TOKENIZER, ["bat", "lion"], 2)
+    texts = [control.at(0).generate(["the nurse"], 40)[0], control.generate(["the nurse"], 40, temperature=0.5)[0]]
+    shown = text_of(explorer.written.value)
+    assert all(text in shown for text in texts) and "PPLM" in shown and "no control" in shown
+
+
+def test_turned_up_senses_are_those_of_the_highest_score():
+    control = TopicControl(MODEL, TOKENIZER, ["nurse", "concert"], 3)
+    table = views.turned_up(control, 5)
+    order = sorted(((control.scores[x, l].item(), x, l) for x in range(V) for l in range(4)), reverse=True)[:5]
+    assert list(table["score"]) == pytest.approx([score for score, _, _ in order])
+    assert list(table["sense"]) == [l for _, _, l in order]
+    assert list(table["token"]) == spell(TOKENIZER, [x for _, x, _ in order])
+    assert list(table["factor"]) == pytest.approx([3.3] * 5)
+    few = torch.tensor([5, 9])
+    assert set(views.turned_up(control, 5, few)["token"]) <= set(spell(TOKENIZER, few))
+
+
 EXPLORERS = {
+    "topic": lambda: TopicExplorer(MODEL, TOKENIZER, TOPICS),
     "senses": lambda: SenseExplorer(MODEL, TOKENIZER, "nurse"),
     "sentence": lambda: SentenceExplorer(MODEL, TOKENIZER, "the nurse said", "he"),
     "edits": lambda: EditWorkbench(MODEL, TOKENIZER, "the nurse said", "nurse"),
@@ -268,6 +325,8 @@ EXPLORERS = {
         ("edits", "word", "zebra", "'zebra' is"),
         ("edits", "watch", "he zebra", "'zebra' is"),
         ("edits", "by", float("nan"), "by=nan is not a finite number"),
+        ("topic", "words", "", "A topic needs at least one word"),
+        ("topic", "words", "nurse …", "'…' is no word"),
     ],
 )
 def test_bad_input_is_one_sentence_and_the_widget_stays_usable(kind, control, value, message):

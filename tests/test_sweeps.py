@@ -1,0 +1,89 @@
+"""Measurements that go on where they were stopped, at equal fluency, with intervals that a slow bootstrap finds too."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import bootstrap
+
+from backpack_lib import sweeps
+
+
+def test_other_weights_have_another_fingerprint():
+    model, same, other = (tiny_model(seed, num_senses=2) for seed in (0, 0, 1))
+    before = sweeps.fingerprint(model)
+    assert before == sweeps.fingerprint(same) != sweeps.fingerprint(other)
+    with torch.no_grad():
+        model.backpack.gpt2_model.wte.weight[3, 1] += 1e-3
+    assert sweeps.fingerprint(model) != before
+
+
+def test_a_part_is_made_once_for_the_same_settings(tmp_path):
+    made = []
+
+    def make():
+        made.append(1)
+        return ["ä text", len(made)]
+
+    what = {"strength": 2, "topic": "music"}
+    assert sweeps.kept(tmp_path / "new", what, make) == ["ä text", 1]
+    assert sweeps.kept(tmp_path / "new", dict(reversed(what.items())), make) == ["ä text", 1]
+    assert sweeps.kept(tmp_path / "new", what | {"strength": 3}, make) == ["ä text", 2]
+    assert json.loads(next((tmp_path / "new").iterdir()).read_text())["what"]["topic"] == "music"
+
+
+def test_a_stopped_measurement_goes_on_where_it_was(tmp_path):
+    made = []
+
+    def measure(number, stop_at=None):
+        def make():
+            if number == stop_at:
+                raise KeyboardInterrupt
+            made.append(number)
+            return number
+
+        return sweeps.kept(tmp_path, {"number": number}, make)
+
+    with pytest.raises(KeyboardInterrupt):
+        [measure(number, stop_at=2) for number in range(4)]
+    assert [measure(number) for number in range(4)] == [0, 1, 2, 3] and made == [0, 1, 2, 3]
+    assert len(list(tmp_path.iterdir())) == 4  # and nothing half written
+
+
+@given(st.floats(2, 9), st.floats(40, 400), st.floats(0.6, 1.4))
+def test_the_temperature_of_equal_perplexity_is_found(slope, at_one, temperature):
+    """Log-perplexity over temperature: a line with a bend, as measured."""
+
+    def perplexity(t):
+        return at_one * math.exp(slope * (t - 1) + (t - 1) ** 2)
+
+    found = sweeps.matched_temperature(perplexity, perplexity(temperature))
+    assert perplexity(found) == pytest.approx(perplexity(temperature), rel=0.1)
+
+
+def test_a_temperature_out_of_reach_is_the_last_of_the_range():
+    assert sweeps.matched_temperature(lambda t: 1000.0, 2.0) == sweeps.TEMPERATURES[0]
+    assert sweeps.matched_temperature(lambda t: 10.0, 1e9) == sweeps.TEMPERATURES[1]
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(20, 60)), min_size=1, max_size=5), st.integers(0, 9))
+def test_intervals_are_those_of_the_bootstrap_over_texts(groups, seed):
+    hits, of = (np.array(column) for column in zip(*groups))
+    draws = sweeps.mean_share(hits, of, seed=seed)
+    texts = [np.arange(n) < h for h, n in zip(hits, of)]
+
+    def mean(*samples, axis):
+        return np.mean([sample.mean(axis) for sample in samples], axis=0)
+
+    if any(hits):
+        expected = bootstrap(
+            texts, mean, vectorized=True, n_resamples=4000, method="percentile", rng=np.random.default_rng(1)
+        )
+        np.testing.assert_allclose(sweeps.interval(draws), expected.confidence_interval, atol=0.035)
+    assert draws.mean() == pytest.approx((hits / of).mean(), abs=0.01)
