@@ -51,7 +51,7 @@ evaluate: .venv/evaluates-with
 
 topic-control: .venv/evaluates-with
 	$(BIN)/python -m backpack_lib.running 03_topic_control -p topics '[]' -p samples 40 -p tokens 80 \
-		-p pplm_steps '[0.04, 0.1, 0.3]' -p reference '$(TEXT)' -p out runs/topic_control
+		-p pplm_steps '[0.1, 0.3]' -p reference '$(TEXT)' -p out runs/topic_control
 	mkdir -p data/demo/topic_control
 	cp runs/topic_control/summary.csv runs/topic_control/topics.csv data/demo/topic_control
 

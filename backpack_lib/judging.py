@@ -71,17 +71,11 @@ class ClassifierJudge:
 # ---------------------------------------------------------------- fluency
 
 
-def surprise(model, tokenizer, texts: list[str], prompts: list[str]) -> tuple[float, int]:
-    """What was written behind the prompts, under a model that did not write it: nats, and tokens, all together."""
+def perplexity(model, tokenizer, texts: list[str], prompts: list[str]) -> float:
+    """The perplexity of what was written behind the prompts, all tokens together, under a model that did not write it."""
     nats = log_probabilities(model, tokenizer, prompts) - log_probabilities(model, tokenizer, texts)
     tokens = sum(len(ids_of_text(tokenizer, t)) - len(ids_of_text(tokenizer, p)) for t, p in zip(texts, prompts))
-    return nats.sum().item(), tokens
-
-
-def perplexity(model, tokenizer, texts: list[str], prompts: list[str]) -> float:
-    """The perplexity of what was written behind the prompts, all tokens together; see `surprise`."""
-    nats, tokens = surprise(model, tokenizer, texts, prompts)
-    return math.exp(nats / max(tokens, 1))
+    return math.exp(nats.sum().item() / max(tokens, 1))
 
 
 def distinct(texts: list[str], n: int) -> float:

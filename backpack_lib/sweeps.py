@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from backpack_lib.paths import written_whole
 
 TEMPERATURES = (0.3, 2.0)  # sought between these
+MIDDLE = (0.025, 0.975)  # the 95 % between these quantiles
 USUAL_SLOPE = 6.0  # of log-perplexity over temperature, near temperature 1
 
 
@@ -52,16 +54,28 @@ def matched_temperature(perplexity_at: Callable[[float], float], wanted: float, 
     return round(temperature, 3)
 
 
-def mean_share(hits, of, resamples: int = 4000, seed: int = 0) -> np.ndarray:
-    """Draws from the bootstrap of a mean of shares, hits / of, each of its own group of texts. (resamples,)
+def success(rows: pd.DataFrame, none: pd.DataFrame) -> dict[str, float]:
+    """How often texts are on their topic: the mean over topics, and how many times that of no control it is.
 
-    To draw the texts of a group again with replacement, and count the hits, is to draw from a binomial.
+    rows, none: a row for each topic, in the same order, with the columns `texts` and `on topic`, under control and
+    without. Returns success, low, high, times, times low and times high: values with their 95 % intervals. Where
+    nothing is on topic without control, there is no such multiple (NaN).
     """
-    hits, of = np.asarray(hits), np.asarray(of)
-    return (np.random.default_rng(seed).binomial(of, hits / of, size=(resamples, len(of))) / of).mean(1)
+    value, value_of_none = ((table["on topic"] / table["texts"]).mean() for table in (rows, none))
+    draws, draws_of_none = mean_shares(rows, seed=0), mean_shares(none, seed=1)
+    if value_of_none:
+        ratios = np.divide(draws, draws_of_none, out=np.full_like(draws, np.inf), where=draws_of_none > 0)
+        times = [value / value_of_none, *np.quantile(ratios, MIDDLE, method="inverted_cdf")]
+    else:
+        times = [np.nan] * 3
+    names = ("success", "low", "high", "times", "times low", "times high")
+    return dict(zip(names, map(float, (value, *np.quantile(draws, MIDDLE), *times))))
 
 
-def interval(draws: np.ndarray) -> tuple[float, float]:
-    """The middle 95 % of draws from a bootstrap."""
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return float(low), float(high)
+def mean_shares(table: pd.DataFrame, seed: int, resamples: int = 4000) -> np.ndarray:
+    """Draws from the bootstrap of the mean over topics of `on topic` / `texts`. (resamples,)
+
+    To draw a topic's texts again with replacement, and count those on it, is to draw from a binomial.
+    """
+    texts, share = table["texts"].to_numpy(), (table["on topic"] / table["texts"]).to_numpy()
+    return (np.random.default_rng(seed).binomial(texts, share, size=(resamples, len(table))) / texts).mean(1)

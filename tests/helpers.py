@@ -4,6 +4,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
 from backpack_lib import BackpackConfig, BackpackLMHeadModel, planted
 from backpack_lib.tokenization import train_tokenizer
@@ -33,3 +34,17 @@ def random_ids(*shape, seed=0, vocab_size=61):
 def tiny_tokenizer(vocab_size=500):
     """A tokenizer of planted text, in which "nurse" and "concert" are single tokens."""
     return train_tokenizer([text.text for text in planted.generate(300)], vocab_size, words=["nurse", "concert"])
+
+
+def tiny_classifier(folder, labels, bias):
+    """Saves a classifier of texts that says what its bias says, whatever it reads."""
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]))
+    sizes = dict(vocab_size=7, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    ids = {label: number for number, label in labels.items()}
+    config = BertConfig(**sizes, num_labels=len(labels), id2label=labels, label2id=ids)
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(config)
+    model.classifier.bias.data = torch.tensor(bias)
+    model.save_pretrained(folder)
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)

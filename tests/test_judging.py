@@ -4,9 +4,7 @@ import json
 import math
 
 import pytest
-import torch
-from helpers import ROOT
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+from helpers import ROOT, tiny_classifier
 
 from backpack_lib.evaluation import log_probabilities
 from backpack_lib.judging import (
@@ -17,7 +15,6 @@ from backpack_lib.judging import (
     mauve,
     perplexity,
     repetition,
-    surprise,
 )
 
 TOPICS = [
@@ -45,17 +42,7 @@ def test_words_that_steer_are_never_counted_nor_with_an_s_more_or_less():
 
 
 def test_a_classifier_says_every_topic_above_one_half(tmp_path):
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]))
-    tokenizer = BertTokenizerFast(str(tmp_path / "vocab.txt"))
-    labels = {0: "food_&_dining", 1: "sports", 2: "music"}
-    torch.manual_seed(0)
-    model = BertForSequenceClassification(
-        BertConfig(vocab_size=7, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
-                   num_labels=3, id2label=labels, label2id={v: k for k, v in labels.items()})
-    )  # fmt: skip
-    model.classifier.bias.data = torch.tensor([9.0, -9.0, 9.0])
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    tiny_classifier(tmp_path, {0: "food_&_dining", 1: "sports", 2: "music"}, bias=[9.0, -9.0, 9.0])
     found = ClassifierJudge(str(tmp_path))(["a b", "b"])
     assert found[["food & dining", "sports", "music"]].to_numpy().tolist() == [[True, False, True]] * 2
     with pytest.raises(ValueError, match="classifier .*none' could not be loaded; give a folder, or use the words"):
@@ -66,7 +53,6 @@ def test_perplexity_is_of_what_was_written_only(model, tokenizer):
     prompts, texts = ["the nurse", ""], ["the nurse said that", "the concert"]
     written = sum(len(tokenizer(t)["input_ids"]) - len(tokenizer(p)["input_ids"]) for t, p in zip(texts, prompts))
     nats = log_probabilities(model, tokenizer, prompts) - log_probabilities(model, tokenizer, texts)
-    assert surprise(model, tokenizer, texts, prompts) == (pytest.approx(nats.sum().item(), rel=1e-5), written)
     assert perplexity(model, tokenizer, texts, prompts) == pytest.approx(
         math.exp(nats.sum().item() / written), rel=1e-5
     )

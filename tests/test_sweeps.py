@@ -4,6 +4,7 @@ import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from helpers import tiny_model
@@ -71,19 +72,36 @@ def test_a_temperature_out_of_reach_is_the_last_of_the_range():
     assert sweeps.matched_temperature(lambda t: 10.0, 1e9) == sweeps.TEMPERATURES[1]
 
 
+def table(*groups):
+    return pd.DataFrame(groups, columns=["on topic", "texts"])
+
+
 @settings(deadline=None, max_examples=10)
-@given(st.lists(st.tuples(st.integers(0, 20), st.integers(20, 60)), min_size=1, max_size=5), st.integers(0, 9))
-def test_intervals_are_those_of_the_bootstrap_over_texts(groups, seed):
-    hits, of = (np.array(column) for column in zip(*groups))
-    draws = sweeps.mean_share(hits, of, seed=seed)
-    texts = [np.arange(n) < h for h, n in zip(hits, of)]
+@given(st.lists(st.tuples(st.integers(5, 25), st.integers(30, 60)), min_size=1, max_size=5))
+def test_intervals_are_those_of_the_bootstrap_over_texts(groups):
+    none = table(*[(25, 60)] * len(groups))
+    found = sweeps.success(table(*groups), none)
+    texts = [np.arange(n) < hits for hits, n in [*groups, *[(25, 60)] * len(groups)]]
 
     def mean(*samples, axis):
         return np.mean([sample.mean(axis) for sample in samples], axis=0)
 
-    if any(hits):
-        expected = bootstrap(
-            texts, mean, vectorized=True, n_resamples=4000, method="percentile", rng=np.random.default_rng(1)
-        )
-        np.testing.assert_allclose(sweeps.interval(draws), expected.confidence_interval, atol=0.035)
-    assert draws.mean() == pytest.approx((hits / of).mean(), abs=0.01)
+    def ratio(*samples, axis):
+        return mean(*samples[: len(groups)], axis=axis) / mean(*samples[len(groups) :], axis=axis)
+
+    settings = {"vectorized": True, "n_resamples": 4000, "method": "percentile"}
+    for statistic, samples, value, low, high, apart in (
+        (mean, texts[: len(groups)], "success", "low", "high", 0.035),
+        (ratio, texts, "times", "times low", "times high", 0.4),
+    ):
+        expected = bootstrap(samples, statistic, rng=np.random.default_rng(1), **settings).confidence_interval
+        assert found[value] == pytest.approx(statistic(*samples, axis=-1))
+        assert found[low] == pytest.approx(expected.low, abs=apart, rel=0.1)
+        assert found[high] == pytest.approx(expected.high, abs=apart, rel=0.15)
+
+
+def test_of_no_success_at_all_there_is_no_multiple():
+    found = sweeps.success(table((3, 10), (0, 10)), table((0, 10), (0, 10)))
+    assert found["success"] == 0.15 and math.isnan(found["times"])
+    rare = sweeps.success(table((5, 10)), table((1, 10)))  # whose draws are often none
+    assert rare["times"] == pytest.approx(5) and rare["times high"] == math.inf
