@@ -102,7 +102,7 @@ def test_topic_control_with_a_judge_a_beginning_and_words_of_ones_own(planted_ru
     [
         ({"topic": "weather"}, "['weather'] are no topics here; there are ['arts & culture'"),
         ({"strengths": [1, 7]}, "strength=7 is not in the table; choose one of 0, 1, 2, 3"),
-        ({"prompt": "the film " * 300}, "leaves no room for 60 tokens"),
+        ({"prompt": "the film " * 300}, "leaves no room for 50 tokens"),
         ({"samples": 0}, "samples=0 should be at least 1"),
     ],
 )
