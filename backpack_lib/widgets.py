@@ -24,7 +24,7 @@ from backpack_lib.topic import STRENGTHS, TopicControl, largest_pushes
 ALL = "all"
 OWN = "words of your own"
 MEAN = ("mean of all", "mean")
-GENERATED = 20  # tokens
+GENERATED, WRITTEN = 20, 40  # tokens of a text that shows an edit, and of one that has a topic
 
 
 def _text(description: str, value: str = "", width: str = "16em", **kwargs) -> W.Text:
@@ -250,54 +250,42 @@ class TopicExplorer(Explorer):
     """A topic and a strength: the senses that are turned up, and texts without and with control, and by PPLM.
 
     topics: as in `data/topics.json`. baseline: a Transformer with the same tokenizer, for PPLM; None: without.
-    largest: from `topic.largest_pushes`. temperatures: of sampling at each strength, 1 where not given.
+    largest: from `topic.largest_pushes`. temperature: of the Backpack's sampling under control, to begin with.
     among: the tokens whose senses are listed; see `views.turned_up`.
     """
 
     def __init__(
-        self,
-        model,
-        tokenizer,
-        topics,
-        baseline=None,
-        largest=None,
-        temperatures=None,
-        among=None,
-        pplm_settings=pplm.Settings(),
-    ):
+        self, model, tokenizer, topics: list[dict], baseline=None, largest: torch.Tensor | None = None,
+        temperature: float = 1.0, among: torch.Tensor | None = None, pplm_settings: pplm.Settings = pplm.Settings(),
+    ):  # fmt: skip
         self.words_of = {topic["name"]: " ".join(topic["steer"]) for topic in topics}
-        self.baseline, self.temperatures, self.among, self.pplm_settings = (
-            baseline,
-            temperatures or {},
-            among,
-            pplm_settings,
-        )
+        self.baseline, self.among, self.pplm_settings = baseline, among, pplm_settings
         self.largest = largest_pushes(model) if largest is None else largest
-        self.controls = {}
+        self.controls = {}  # by their words; a topic's scores are computed once
         first = next(iter(self.words_of))
         self.topic = W.Dropdown(options=[*self.words_of, OWN], value=first, description="topic")
         self.words = _text("words", self.words_of[first], width="24em")
         self.strength = W.SelectionSlider(options=list(STRENGTHS), value=2, description="strength")
+        self.temperature = W.FloatSlider(temperature, min=0.3, max=2, step=0.05, description="temperature")
         self.prompt = _text("text", "", width="30em", placeholder="empty: from nothing")
         self.seed = W.IntText(0, description="seed", layout=W.Layout(width="12em"))
         self.write = W.Button(description="write texts")
         self.written = W.HTML()
-        super().__init__(
-            model, tokenizer, [[self.topic, self.words], [self.strength, self.prompt], [self.seed, self.write]]
-        )
+        rows = [[self.topic, self.words], [self.strength, self.temperature], [self.prompt, self.seed, self.write]]
+        super().__init__(model, tokenizer, rows)
         self.children = [*self.children, self.written]
         self.topic.observe(self._new_topic, "value")
-        self.observe_all(self.words, self.strength)
+        self.words.observe(self._new_words, "value")
+        self.observe_all(self.strength)
         self.write.on_click(lambda _: self.attempt(self._write))
         self.refresh()
 
     def control(self) -> TopicControl:
-        """The control that the page shows. A topic's scores are computed once."""
-        words = self.words.value.replace(",", " ").split()
-        key = tuple(words)
-        if key not in self.controls:
-            self.controls[key] = TopicControl(self.model, self.tokenizer, words, largest=self.largest)
-        return self.controls[key].at(self.strength.value)
+        """The control that the page shows."""
+        words = tuple(self.words.value.replace(",", " ").split())
+        if words not in self.controls:
+            self.controls[words] = TopicControl(self.model, self.tokenizer, words, largest=self.largest)
+        return self.controls[words].at(self.strength.value)
 
     def show(self) -> str:
         control = self.control()
@@ -309,17 +297,19 @@ class TopicExplorer(Explorer):
         if self.topic.value != OWN:
             self.words.value = self.words_of[self.topic.value]
 
+    def _new_words(self, _change=None):
+        if self.words.value != self.words_of.get(self.topic.value):
+            self.topic.value = OWN
+        self.refresh()
+
     def _write(self):
         control, prompts, seed = self.control(), [self.prompt.value], self.seed.value
-        temperature = self.temperatures.get(self.strength.value, 1.0)
-        texts = {
-            "no control": control.at(0).generate(prompts, 2 * GENERATED, seed)[0],
-            f"Backpack, strength {self.strength.value}": control.generate(
-                prompts, 2 * GENERATED, seed, temperature=temperature
-            )[0],
-        }
+        plain = control.at(0).generate(prompts, WRITTEN, seed)
+        steered = control.generate(prompts, WRITTEN, seed, temperature=self.temperature.value)
+        texts = {"no control": plain[0], f"Backpack, strength {self.strength.value}": steered[0]}
         if self.baseline is not None:
-            texts["PPLM"] = pplm.generate(
-                self.baseline, self.tokenizer, control.words, prompts, 2 * GENERATED, seed, self.pplm_settings
-            )[0]
+            by_pplm = pplm.generate(
+                self.baseline, self.tokenizer, control.words, prompts, WRITTEN, seed, self.pplm_settings
+            )
+            texts[f"PPLM, step {self.pplm_settings.step:g}"] = by_pplm[0]
         self.written.value = views.side_by_side(texts)

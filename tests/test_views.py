@@ -269,7 +269,7 @@ def test_the_topic_explorer_follows_its_controls():
     torch.manual_seed(0)
     baseline = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=64, n_embd=8, n_layer=1, n_head=1)).eval()
     model = tiny_model(vocab_size=V, num_senses=4, n_positions=64)
-    explorer = TopicExplorer(model, TOKENIZER, TOPICS, baseline, temperatures={2: 0.5})
+    explorer = TopicExplorer(model, TOKENIZER, TOPICS, baseline, temperature=0.5)
     assert explorer.words.value == "nurse doctor" and explorer.strength.value == 2
 
     def shows(words, strength):
@@ -282,8 +282,8 @@ def test_the_topic_explorer_follows_its_controls():
     assert shows(["nurse", "doctor"], 2) and "2.20" in explorer.page.value
     explorer.topic.value, explorer.strength.value = "<music>", 3
     assert explorer.words.value == "concert" and shows(["concert"], 3) and "3.30" in explorer.page.value
-    explorer.topic.value, explorer.words.value = OWN, "bat, lion"
-    assert shows(["bat", "lion"], 3)
+    explorer.words.value = "bat, lion"
+    assert shows(["bat", "lion"], 3) and explorer.topic.value == OWN
     explorer.strength.value, explorer.prompt.value = 2, "the nurse"
     explorer.write.click()
     control = TopicControl(model, TOKENIZER, ["bat", "lion"], 2)
