@@ -100,7 +100,7 @@ def test_a_wheel_holds_the_data_and_the_notebooks(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path / "site", capture_output=True, text=True, check=True
     )
     *found, file = result.stdout.split()
-    assert found == ["music", "01_training", "16", "0"] and file.startswith(str(tmp_path))
+    assert found == ["kitchen", "01_training", "16", "0"] and file.startswith(str(tmp_path))
 
 
 # ---------------------------------------------------------------- the notebooks as a visitor sees them
