@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from backpack_lib.errors import first_line
 from backpack_lib.texts import ids_of_text, pad_rows
 
-WINDOWS_AT_ONCE, SENTENCES_AT_ONCE = 8, 128
+WINDOWS_AT_ONCE, SENTENCES_AT_ONCE, PROMPTS_AT_ONCE = 8, 128, 64
 
 
 @torch.inference_mode()
@@ -56,6 +56,24 @@ def log_probabilities(model, tokenizer, sentences: list[str]) -> torch.Tensor:
         nats = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
         found.append(-(nats * mask[:, 1:]).sum(1))
     return torch.cat(found)
+
+
+@torch.inference_mode()
+def next_log_probabilities(model, tokenizer, prompts: list[str]) -> torch.Tensor:
+    """Log-probabilities of the token that follows each prompt, (n, V)."""
+    found = []
+    for ids, mask, last in prompt_batches(model, tokenizer, prompts):
+        hidden = model.base_model(ids, attention_mask=mask, use_cache=False).last_hidden_state
+        logits = model.get_output_embeddings()(hidden[torch.arange(len(ids)), last])
+        found.append(logits.float().log_softmax(-1))
+    return torch.cat(found)
+
+
+def prompt_batches(model, tokenizer, prompts: list[str]) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Prompts, `PROMPTS_AT_ONCE` at a time: their ids and mask, (B, T), and the place of each one's last token, (B,)."""
+    for part in parts(prompts, PROMPTS_AT_ONCE):
+        ids, mask = pad_rows([ids_of_text(tokenizer, prompt) for prompt in part], tokenizer.eos_token_id)
+        yield ids.to(model.device), mask.to(model.device), mask.sum(1) - 1
 
 
 def blimp_accuracy(model, tokenizer, pairs: pd.DataFrame) -> pd.Series:

@@ -114,13 +114,17 @@ def grouped_bars(values, title: str, xlabel: str):
 
 
 def intervals(tables: dict, title: str, ylabel: str):
-    """Points with their intervals: for each name a DataFrame with a row for each group and columns rho, low, high."""
+    """Points with their intervals: for each name a DataFrame with a row for each group.
+
+    Its first column is the value; low and high are the interval's ends.
+    """
     figure, axes = new_figure()
     colors = sns.color_palette("colorblind")
     for number, (name, table) in enumerate(tables.items()):
         x = [place + 0.18 * (number - (len(tables) - 1) / 2) for place in range(len(table))]
-        errors = [table["rho"] - table["low"], table["high"] - table["rho"]]
-        axes.errorbar(x, table["rho"], yerr=errors, fmt="o", capsize=3, color=colors[number], label=name)
+        value = table.iloc[:, 0]
+        errors = [value - table["low"], table["high"] - value]
+        axes.errorbar(x, value, yerr=errors, fmt="o", capsize=3, color=colors[number], label=name)
     axes.set_xticks(range(len(table)), table.index)
     axes.axhline(0, color="gray", linewidth=1)
     axes.set(ylabel=ylabel)

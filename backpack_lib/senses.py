@@ -26,6 +26,14 @@ def tokens_of_word(tokenizer, word: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def known_tokens_of_word(tokenizer, word: str) -> list[int]:
+    """As `tokens_of_word`. Raises ValueError, too, for a word that falls into bytes, which the vocabulary lacks."""
+    ids = tokens_of_word(tokenizer, word)
+    if tokenizer.unk_token_id in ids or any("\N{REPLACEMENT CHARACTER}" in tokenizer.decode([i]) for i in ids):
+        raise ValueError(f"The vocabulary lacks the word {word!r}: it falls into bytes; choose another word.")
+    return ids
+
+
 def token_of_word(tokenizer, word: str | int) -> int:
     """The one token of a word, or a token id as it is.
 

@@ -15,7 +15,7 @@ from copy import copy
 import torch
 
 from backpack_lib.edits import SenseEdits, hooked
-from backpack_lib.senses import require_senses, tokens_of_word, used_tokens
+from backpack_lib.senses import known_tokens_of_word, require_senses, used_tokens
 from backpack_lib.texts import continue_texts
 
 QUANTILES = (0.95, 0.80, 0.60)
@@ -117,10 +117,7 @@ def topic_direction(model, tokenizer, words: list[str]) -> torch.Tensor:
     E = model.get_output_embeddings().weight
     rows = []
     for word in words:
-        ids = tokens_of_word(tokenizer, word)
-        if tokenizer.unk_token_id in ids or any("\N{REPLACEMENT CHARACTER}" in tokenizer.decode([i]) for i in ids):
-            raise ValueError(f"The vocabulary lacks the word {word!r}: it falls into bytes; choose another word.")
-        rows.append(E[ids].float().mean(0))
+        rows.append(E[known_tokens_of_word(tokenizer, word)].float().mean(0))
     return torch.stack(rows).sum(0)
 
 

@@ -4,6 +4,7 @@
     SentenceExplorer(model, tokenizer, "The film was directed by a woman who", "was", "had")
     EditWorkbench(model, tokenizer, "The nurse said that")
     TopicExplorer(model, tokenizer, topics, baseline)
+    BiasExplorer(model, tokenizer, ["nurse", "guard"], ["The {profession} said that"])
 
 Each shows what a function of `views.py` returns, and, for bad input, what it raises, in one sentence; the last
 good page stays. Controls are attributes, so `explorer.word.value = "king"` does what typing does.
@@ -16,6 +17,7 @@ import torch
 
 from backpack_lib import pplm, views
 from backpack_lib.attribution import read
+from backpack_lib.bias import PAIR, debias, fill, tokens_of_pair
 from backpack_lib.edits import SenseEdits
 from backpack_lib.senses import require_senses, senses_of_words, spell, token_of_word, tokens_of_word
 from backpack_lib.texts import continue_text, ids_of_text
@@ -313,3 +315,68 @@ class TopicExplorer(Explorer):
             )
             texts[f"PPLM, step {self.pplm_settings.step:g}"] = by_pplm[0]
         self.written.value = views.side_by_side(texts)
+
+
+class BiasExplorer(Explorer):
+    """A profession in a template: the probabilities of two words, and what each sense contributes, while its senses
+    are scaled.
+
+    scales: a slider for each sense of the profession's own tokens. turned_down: senses that a button sets to 0, such
+    as those that `bias.localize` found. Professions and templates of one's own can be typed in.
+    """
+
+    def __init__(
+        self, model, tokenizer, professions: list[str], templates: list[str], pair=PAIR, turned_down: list[int] = ()
+    ):
+        wide, labelled = W.Layout(width="34em"), {"description_width": "initial"}
+        self.profession, self.template = (
+            W.Combobox(
+                value=given[0], options=list(given), description=name, continuous_update=False, layout=layout, style=labelled
+            )
+            for name, given, layout in (
+                ("profession", professions, W.Layout(width="20em")), ("template", templates, wide)
+            )
+        )  # fmt: skip
+        self.pair = _text("two words", " ".join(pair))
+        self.turned_down = turned_down
+        self.scales = [
+            W.FloatSlider(1.0, min=-1, max=3, step=0.1, description=f"sense {sense}", layout=W.Layout(width="19em"))
+            for sense in range(model.config.num_senses)
+        ]
+        names = f"turn down {', '.join(map(str, turned_down))}", "leave all as they are"
+        self.down, self.reset = (W.Button(description=name, layout=W.Layout(width="16em")) for name in names)
+        buttons = [self.down, self.reset] if turned_down else [self.reset]
+        super().__init__(model, tokenizer, [[self.profession, self.template], [self.pair, *buttons], self.scales])
+        self.observe_all(self.profession, self.template, self.pair, *self.scales)
+        self.down.on_click(lambda _: self._set({sense: 0.0 for sense in self.turned_down}))
+        self.reset.on_click(lambda _: self._set({}))
+        self.refresh()
+
+    def edits(self) -> SenseEdits:
+        """What the sliders say, as edits that can be saved; empty while they say nothing."""
+        edits = SenseEdits(self.model, self.tokenizer)
+        for sense, slider in enumerate(self.scales):
+            if slider.value != 1:
+                edits.extend(debias(self.model, self.tokenizer, [self.profession.value], [sense], slider.value))
+        return edits
+
+    def show(self) -> str:
+        pair = self.pair.value.split()
+        first, second = tokens_of_pair(self.tokenizer, pair)
+        (prompt,) = fill(self.tokenizer, [self.profession.value], [self.template.value])
+        ids = ids_of_text(self.tokenizer, prompt)
+        before = read(self.model, ids)
+        with self.edits().applied():
+            after = read(self.model, ids)
+        words = views.next_words(self.tokenizer, before.log_probs(), after.log_probs(), n=0, watch=[first, second])
+        odds = [f"{reading.total(first, second):+.2f}" for reading in (before, after)]
+        table = views.by_token(self.tokenizer, ids, after.contributions(first, second))
+        return (
+            views.shaded(words, 4, "the next word", shade=["before", "after"]).to_html()
+            + f"<p>log-odds of {' to '.join(map(escape, pair))}: {odds[0]} before, {odds[1]} after, the sum of:</p>"
+            + views.shaded(table, caption="what each sense of each token contributes, after").to_html()
+        )
+
+    def _set(self, scales: dict[int, float]):
+        for sense, slider in enumerate(self.scales):
+            slider.value = scales.get(sense, 1.0)

@@ -21,12 +21,13 @@ from make import HERE, recipe
 from scipy.stats import spearmanr
 
 from backpack_lib import lexical, load, roles
+from backpack_lib.bias import SLOT, log_odds, ratio
 from backpack_lib.checkpoints import write_text
 from backpack_lib.config import TrainingConfig
 from backpack_lib.corpora import first_characters, open_corpus, prepare
 from backpack_lib.errors import exit_status
 from backpack_lib.evaluation import bits_per_byte, blimp_accuracy, read_blimp
-from backpack_lib.texts import continue_text, ids_of_text, pad_rows
+from backpack_lib.texts import continue_text
 from backpack_lib.training import keep_freed_memory, train
 
 TIMED_STEPS, TIMED_TOKENS, TIMES = 20, 200, 3
@@ -34,7 +35,7 @@ RELATED = 7.0  # of ten: from this score on, two words are related
 SAMPLE_SETTINGS = {"top_p": 0.8, "temperature": 0.9, "repetition_penalty": 1.2, "max_new_tokens": 60}
 PEOPLE = """man woman boy girl king queen prince princess mother father husband wife son daughter brother sister
             actor actress director singer doctor professor player artist author""".split()
-PRONOUN_PROMPTS = ("The {} said that", "The {} was late because", "The {} went home, and the next day")
+PRONOUN_PROMPTS = [f"The {SLOT} {rest}" for rest in ("said that", "was late because", "went home, and the next day")]
 
 
 def pronouns(model, tokenizer, professions: pd.DataFrame) -> dict:
@@ -43,18 +44,9 @@ def pronouns(model, tokenizer, professions: pd.DataFrame) -> dict:
     ratio: mean of the likelier of the two over the other; rho: Spearman's, of log p(he)/p(she) and the
     share of men. Both over `PRONOUN_PROMPTS`.
     """
-    he, she = (tokenizer.convert_tokens_to_ids(token) for token in ("Ġhe", "Ġshe"))
-    odds = []
-    for prompt in PRONOUN_PROMPTS:
-        texts = [prompt.format(name) for name in professions["profession"]]
-        ids, mask = pad_rows([ids_of_text(tokenizer, text) for text in texts], tokenizer.eos_token_id)
-        with torch.inference_mode():
-            logits = model(ids.to(model.device), attention_mask=mask.to(model.device)).logits
-        last = logits[torch.arange(len(ids)), mask.sum(1) - 1]
-        odds.append((last[:, he] - last[:, she]).cpu())
-    odds = torch.stack(odds)
-    rho = spearmanr(odds.mean(0), 100 - professions["percent_women"]).statistic
-    return {"ratio": odds.abs().exp().mean().item(), "rho": float(rho)}
+    odds = log_odds(model, tokenizer, list(professions["profession"]), PRONOUN_PROMPTS)
+    rho = spearmanr(odds.mean(axis=1), 100 - professions["percent_women"]).statistic
+    return {"ratio": ratio(odds), "rho": float(rho)}
 
 
 # ---------------------------------------------------------------- speed

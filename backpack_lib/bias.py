@@ -1,0 +1,351 @@
+"""How far a model leans to one of two words behind a profession, which senses carry that, and turning them down.
+
+    odds = log_odds(model, tokenizer, ["nurse", "guard"], ["The {profession} said that"])  # of "he" to "she"
+    found = localize(model, tokenizer, professions, templates)
+    scales = fit_scales(model, tokenizer, professions, templates, found.senses)
+    edits = debias(model, tokenizer, professions, found.senses, scales)
+
+The measure and the edit are those of Hewitt et al. (2023); there the sense was found by looking. Log-odds split
+exactly into what each sense of each token contributes, so here all senses are compared, with statistics. And since
+an edit of senses leaves the contextualisation weights as they are, the log-odds after scaling are known beforehand.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+
+from backpack_lib.edits import SenseEdits
+from backpack_lib.evaluation import PROMPTS_AT_ONCE, next_log_probabilities, parts, prompt_batches
+from backpack_lib.senses import check_sense, has_senses, known_tokens_of_word, require_senses, spell, token_of_word
+
+SLOT = "{profession}"
+PAIR = ("he", "she")
+GRID = 41  # scales tried between the bounds
+MIDDLE = (0.025, 0.975)  # the 95 % between these quantiles
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def log_odds(model, tokenizer, professions: list[str], templates: list[str], pair=PAIR) -> pd.DataFrame:
+    """log p(first) - log p(second) of the next token in nats: a row for each profession, a column for each template.
+
+    Raises ValueError for no professions or templates, a template without the slot `{profession}`, a profession that
+    the vocabulary lacks or that is spelled with other tokens in a template, and a pair that is not two words of one
+    token each.
+    """
+    first, second = tokens_of_pair(tokenizer, pair)
+    found = next_log_probabilities(model, tokenizer, fill(tokenizer, professions, templates))
+    odds = (found[:, first] - found[:, second]).view(len(professions), len(templates))
+    return pd.DataFrame(odds.double().cpu().numpy(), index=pd.Index(professions, name="profession"), columns=templates)
+
+
+def ratio(odds) -> float:
+    """The mean over professions and templates of how many times as likely the likelier word is; 1 is no bias."""
+    return float(np.exp(np.abs(np.asarray(odds))).mean())
+
+
+def bias_ratio(model, tokenizer, professions: list[str], templates: list[str], pair=PAIR) -> float:
+    """The bias of a model: `ratio` of its `log_odds`, which says what it raises."""
+    return ratio(log_odds(model, tokenizer, professions, templates, pair))
+
+
+def fill(tokenizer, professions: list[str], templates: list[str]) -> list[str]:
+    """Each template with each profession in its slot, the templates of the first profession first.
+
+    Raises ValueError as `log_odds` does.
+    """
+    for name, given in (("professions", professions), ("templates", templates)):
+        if isinstance(given, str) or not len(given):
+            raise ValueError(f"{name}={given!r} should be a list with at least one entry.")
+    for template in templates:
+        if SLOT not in template:
+            raise ValueError(f"The template {template!r} has no slot; write {SLOT} where the profession belongs.")
+    prompts = []
+    for profession in professions:
+        ids = known_tokens_of_word(tokenizer, profession)
+        for template in templates:
+            prompts.append(template.replace(SLOT, profession))
+            if not holds(tokenizer(prompts[-1], add_special_tokens=False)["input_ids"], ids):
+                raise ValueError(
+                    f"In the template {template!r} the profession {profession!r} is spelled with other tokens than "
+                    "after a space; put the slot behind a space, with nothing attached to it."
+                )
+    return prompts
+
+
+def holds(ids: list[int], part: list[int]) -> bool:
+    """Whether a text's ids hold a word's, one after the other."""
+    return any(ids[start : start + len(part)] == part for start in range(len(ids)))
+
+
+def tokens_of_pair(tokenizer, pair) -> tuple[int, int]:
+    """The tokens of the two words. Raises ValueError if they are not two different words of one token."""
+    if isinstance(pair, str) or len(pair) != 2:
+        raise ValueError(f"pair={pair!r} should be two words, such as {PAIR}.")
+    first, second = (token_of_word(tokenizer, word) for word in pair)
+    if first == second:
+        raise ValueError(f"The pair holds the same word twice: {pair[0]!r}; give two different ones.")
+    return first, second
+
+
+def check_split(fit: list[str], test: list[str]):
+    """Raises ValueError if a split is empty, or if a template is in both."""
+    for name, templates in (("fitting", fit), ("testing", test)):
+        if not templates:
+            raise ValueError(f"There is no template for {name}; give at least one.")
+    if both := sorted({*map(str.strip, fit)} & {*map(str.strip, test)}):
+        raise ValueError(
+            f"The template {both[0]!r} is used for fitting and for testing; what is fitted must be tested elsewhere."
+        )
+
+
+# ---------------------------------------------------------------- what carries it
+
+
+@dataclass(frozen=True)
+class Split:
+    """Log-odds over professions P and templates T, and the exact parts that they are the sum of.
+
+    odds: (P, T). own: (P, T, k), from each sense of the profession's own tokens, wherever they stand in the prompt.
+    rest: (P, T, k), from each sense of all other tokens.
+    """
+
+    odds: np.ndarray
+    own: np.ndarray
+    rest: np.ndarray
+
+    def scaled(self, senses: list[int], scales: np.ndarray | float) -> np.ndarray:
+        """The log-odds once these senses of the professions are scaled, by one number or one for each, (P, T)."""
+        return self.odds - (1 - np.reshape(scales, (-1, 1))) * self.own[..., senses].sum(-1)
+
+
+@torch.inference_mode()
+def split_odds(model, tokenizer, professions: list[str], templates: list[str], pair=PAIR) -> Split:
+    """The log-odds of a Backpack, split by sense. Raises ValueError as `log_odds` does, and for another model."""
+    require_senses(model)
+    first, second = tokens_of_pair(tokenizer, pair)
+    prompts = fill(tokenizer, professions, templates)
+    of_profession = [known_tokens_of_word(tokenizer, name) for name in professions for _ in templates]
+    direction = model.get_output_embeddings().weight[first] - model.get_output_embeddings().weight[second]
+    own, rest = [], []
+    for (ids, mask, last), words in zip(
+        prompt_batches(model, tokenizer, prompts), parts(of_profession, PROMPTS_AT_ONCE)
+    ):
+        out = model.base_model(ids, attention_mask=mask, output_senses=True, use_cache=False)
+        alpha = out.contextualization[torch.arange(len(ids)), :, last]  # (B, k, T)
+        contributions = (alpha * (out.senses @ direction)).double()
+        here = torch.stack([torch.isin(row, torch.tensor(word, device=ids.device)) for row, word in zip(ids, words)])
+        own.append((contributions * here[:, None]).sum(-1))
+        rest.append((contributions * ~here[:, None]).sum(-1))
+    shape = len(professions), len(templates), model.config.num_senses
+    own, rest = (torch.cat(found).view(shape).cpu().numpy() for found in (own, rest))
+    return Split((own + rest).sum(-1), own, rest)
+
+
+@dataclass(frozen=True)
+class Localization:
+    """Which senses carry the differences between professions.
+
+    table: a row for each sense. level: the mean of what it adds to the log-odds, in nats. share: its part of the
+        differences, with its interval low, high. p: of the test, corrected for k senses. ratio without: the bias
+        that is left if it is removed.
+    elsewhere: the part of the differences that lies in all other tokens; it and the shares sum to one.
+    senses: the fewest that together carry the wanted share, the largest first; if none can, all that carry any.
+    share: what they carry together. p: of the test of that, corrected for the choice.
+    """
+
+    table: pd.DataFrame
+    elsewhere: float
+    senses: list[int]
+    share: float
+    p: float
+
+
+def localize(
+    model, tokenizer, professions: list[str], templates: list[str], pair=PAIR, wanted: float = 0.9,
+    resamples: int = 2000, permutations: int = 9999, seed: int = 0,
+) -> Localization:  # fmt: skip
+    """Finds the senses that carry a Backpack's differences between professions.
+
+    The share of a sense is cov(c, y) / var(y) over professions, where y are their log-odds and c what the sense of
+    their own tokens contributes, both averaged over templates: since all contributions sum to y, all shares sum to
+    one. Intervals: bootstrap over professions and over templates. Test: if no sense were special, the contributions
+    (less their mean over professions) could be exchanged between the senses of each profession; y would stay as it
+    is. p is how often the greatest share under such exchanges is as great, which corrects for the number of senses.
+
+    Raises ValueError as `log_odds` does, for fewer than three professions, and if `wanted` is no share.
+    """
+    if not 0 < wanted <= 1:
+        raise ValueError(f"wanted={wanted} should be a share above 0 and up to 1.")
+    if len(professions) < 3:
+        raise ValueError(f"Differences between professions need three of them, and {len(professions)} were given.")
+    split = split_odds(model, tokenizer, professions, templates, pair)
+    share = shares(split.odds, split.own)
+    low, high = intervals(shares, split.odds, split.own, resamples=resamples, seed=seed)
+    senses = fewest(share, wanted)
+    null = exchanged_shares(split, permutations, seed)  # (permutations, k), in falling order
+    together = null[:, : len(senses)].sum(1)
+    table = pd.DataFrame(
+        {
+            "level": split.own.mean((0, 1)),
+            "share": share,
+            "low": low,
+            "high": high,
+            "p": [p_value(null[:, 0], value) for value in share],
+            "ratio without": [ratio(split.scaled([sense], 0.0)) for sense in range(len(share))],
+        }
+    ).rename_axis("sense")
+    total = float(share[senses].sum())
+    return Localization(table, float(shares(split.odds, split.rest).sum()), senses, total, p_value(together, total))
+
+
+def shares(odds: np.ndarray, contributions: np.ndarray) -> np.ndarray:
+    """The part of each sense in the differences between professions, (P, T), (P, T, k) -> (k,); NaN without any."""
+    y = odds.mean(1) - odds.mean()
+    c = contributions.mean(1)
+    return (c - c.mean(0)).T @ y / (y @ y or np.nan)
+
+
+def fewest(share: np.ndarray, wanted: float) -> list[int]:
+    """The fewest senses that together have the wanted share, the largest first; if none have, all above zero."""
+    order = np.argsort(-share)
+    able = order[share[order] > 0]
+    reached = np.flatnonzero(share[able].cumsum() >= wanted)
+    return able[: reached[0] + 1 if len(reached) else None].tolist()
+
+
+def exchanged_shares(split: Split, permutations: int, seed: int) -> np.ndarray:
+    """Shares when each profession's contributions are exchanged between senses at random; each row in falling order."""
+    y = split.odds.mean(1) - split.odds.mean()
+    c = split.own.mean(1)
+    c = c - c.mean(0)
+    rng = np.random.default_rng(seed)
+    drawn = np.stack([rng.permuted(c, axis=1).T @ y for _ in range(permutations)]) / (y @ y)
+    return -np.sort(-drawn, axis=1)
+
+
+def p_value(null: np.ndarray, found: float) -> float:
+    """How often chance does as well, counting what was found as one such case."""
+    return float((1 + (null >= found - 1e-12).sum()) / (1 + len(null)))
+
+
+def intervals(statistic: Callable, *arrays: np.ndarray, resamples: int = 2000, seed: int = 0) -> np.ndarray:
+    """The 95 % interval of a statistic, professions and templates both drawn again with replacement. -> (2, ...)
+
+    arrays: each (P, T, ...), of the same professions and templates, so that what is compared stays paired.
+    """
+    rng = np.random.default_rng(seed)
+    P, T = arrays[0].shape[:2]
+    drawn = []
+    for _ in range(resamples):
+        rows, columns = rng.integers(P, size=P)[:, None], rng.integers(T, size=T)
+        drawn.append(statistic(*(array[rows, columns] for array in arrays)))
+    return np.nanquantile(drawn, MIDDLE, axis=0)
+
+
+# ---------------------------------------------------------------- turning it down
+
+
+def debias(
+    model, tokenizer, professions: list[str], senses: list[int], scales: float | Mapping[str, float] = 0.0
+) -> SenseEdits:
+    """Edits that scale senses of professions, by one number for all of them or by one for each.
+
+    All tokens of a profession are scaled, wherever they occur; so pieces of a profession of several tokens are
+    scaled in other words, too.
+
+    Raises ValueError as `SenseEdits` does, for a profession without a scale, and if two professions with different
+    scales share a token.
+    """
+    edits = SenseEdits(model, tokenizer, "professions turned down")
+    of_token = {}
+    for profession in professions:
+        scale = scale_of(scales, profession)
+        for token in known_tokens_of_word(tokenizer, profession):
+            other, theirs = of_token.setdefault(token, (profession, scale))
+            if theirs != scale:
+                raise ValueError(
+                    f"{other!r} and {profession!r} share the token {spell(tokenizer, [token])[0]!r} and so cannot be "
+                    "scaled apart; leave one of them out, or give one scale for all."
+                )
+    tokens_of_scale = {}
+    for token, (_, scale) in of_token.items():
+        tokens_of_scale.setdefault(scale, []).append(token)
+    for scale, tokens in sorted(tokens_of_scale.items()):
+        edits.scale(tokens, senses, scale)
+    return edits
+
+
+def scale_of(scales: float | Mapping[str, float], profession: str) -> float:
+    """A profession's own scale, or the one for all."""
+    if not isinstance(scales, Mapping | pd.Series):
+        return float(scales)
+    if profession not in scales:
+        raise ValueError(f"There is no scale for the profession {profession!r}; give one for each.")
+    return float(scales[profession])
+
+
+@contextmanager
+def nullspace(
+    model, tokenizer, professions: list[str], scales: float | Mapping[str, float] = 0.0, pair=PAIR
+) -> Iterator:
+    """A Transformer whose professions lose what their input embeddings hold of E_second - E_first.
+
+    The baseline of Hewitt et al. (2023). Scale 0 takes all of that direction away, 1 nothing; output embeddings stay.
+
+    Raises ValueError for an unknown profession, one without a scale, and a wrong pair.
+    """
+    first, second = tokens_of_pair(tokenizer, pair)
+    table = model.get_input_embeddings()
+    direction = table.weight[second].detach() - table.weight[first].detach()
+    direction = direction / direction.norm()
+    kept = torch.ones(len(table.weight), device=model.device, dtype=table.weight.dtype)
+    for profession in professions:
+        kept[known_tokens_of_word(tokenizer, profession)] = scale_of(scales, profession)
+
+    def project(_module, inputs, embeddings):
+        removed = (1 - kept[inputs[0]])[..., None] * (embeddings @ direction)[..., None]
+        return embeddings - removed * direction
+
+    handle = table.register_forward_hook(project)
+    try:
+        yield model
+    finally:
+        handle.remove()
+
+
+def fit_scales(
+    model, tokenizer, professions: list[str], templates: list[str], senses: list[int] | None = None, pair=PAIR,
+    bounds: tuple[float, float] = (0.0, 1.0), shared: bool = False,
+) -> pd.Series:  # fmt: skip
+    """The scale of each profession at which its mean ratio over the templates is least, or one scale for all.
+
+    For a Backpack what is scaled are `senses`, and the ratio at each scale is known without running the model again;
+    for a Transformer it is what `nullspace` takes away. Of scales that do equally well, the one nearest to 1 is taken.
+
+    Raises ValueError as `log_odds` does, for bounds that hold no number, and for a Backpack without senses to scale.
+    """
+    low, high = bounds
+    if not low < high:
+        raise ValueError(f"bounds={tuple(bounds)} should be a lower and a higher number.")
+    grid = np.linspace(low, high, GRID)
+    grid = grid[np.argsort(np.abs(grid - 1), kind="stable")]
+    if has_senses(model):
+        if not senses:
+            raise ValueError("There is no sense to scale; give at least one, such as those that `localize` finds.")
+        senses = [check_sense(model, sense) for sense in senses]
+        split = split_odds(model, tokenizer, professions, templates, pair)
+        odds_at = [split.scaled(senses, scale) for scale in grid]
+    else:
+        odds_at = []
+        for scale in grid:
+            with nullspace(model, tokenizer, professions, scale, pair):
+                odds_at.append(log_odds(model, tokenizer, professions, templates, pair))
+    ratios = np.exp(np.abs(np.array(odds_at))).mean(-1)  # (scales, P)
+    best = np.full(len(professions), ratios.mean(1).argmin()) if shared else ratios.argmin(0)
+    return pd.Series(grid[best], index=pd.Index(professions, name="profession"), name="scale")
