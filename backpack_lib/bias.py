@@ -10,7 +10,7 @@ exactly into what each sense of each token contributes, so here all senses are c
 an edit of senses leaves the contextualisation weights as they are, the log-odds after scaling are known beforehand.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -52,6 +52,22 @@ def ratio(odds) -> float:
 def bias_ratio(model, tokenizer, professions: list[str], templates: list[str], pair=PAIR) -> float:
     """The bias of a model: `ratio` of its `log_odds`, which says what it raises."""
     return ratio(log_odds(model, tokenizer, professions, templates, pair))
+
+
+def excess_removed(before, after) -> float:
+    """The share of what the ratio has above one that an edit takes away; below zero if it adds to it."""
+    return 1 - (ratio(after) - 1) / (ratio(before) - 1)
+
+
+def moved(before: torch.Tensor, after: torch.Tensor, but: list[int]) -> float:
+    """How far the probabilities of all but some tokens moved: the mean KL divergence in nats, these tokens left out.
+
+    before, after: log-probabilities of the next token behind n prompts, (n, V).
+    """
+    before, after = (
+        x.index_fill(1, torch.tensor(but, device=x.device), -torch.inf).log_softmax(-1) for x in (before, after)
+    )
+    return (before.exp() * (before - after).nan_to_num()).sum(-1).mean().item()
 
 
 def fill(tokenizer, professions: list[str], templates: list[str]) -> list[str]:
@@ -128,10 +144,9 @@ class Split:
 def split_odds(model, tokenizer, professions: list[str], templates: list[str], pair=PAIR) -> Split:
     """The log-odds of a Backpack, split by sense. Raises ValueError as `log_odds` does, and for another model."""
     require_senses(model)
-    first, second = tokens_of_pair(tokenizer, pair)
+    direction = difference(model, tokenizer, pair)
     prompts = fill(tokenizer, professions, templates)
     of_profession = [known_tokens_of_word(tokenizer, name) for name in professions for _ in templates]
-    direction = model.get_output_embeddings().weight[first] - model.get_output_embeddings().weight[second]
     own, rest = [], []
     for (ids, mask, last), words in zip(
         prompt_batches(model, tokenizer, prompts), parts(of_profession, PROMPTS_AT_ONCE)
@@ -152,8 +167,8 @@ class Localization:
     """Which senses carry the differences between professions.
 
     table: a row for each sense. level: the mean of what it adds to the log-odds, in nats. share: its part of the
-        differences, with its interval low, high. p: of the test, corrected for k senses. ratio without: the bias
-        that is left if it is removed.
+        differences, with its interval low, high. p: of the test of those in `senses`, corrected for the number of
+        senses; the others are not tested. ratio without: the bias that is left if it is removed.
     elsewhere: the part of the differences that lies in all other tokens; it and the shares sum to one.
     senses: the fewest that together carry the wanted share, the largest first; if none can, all that carry any.
     share: what they carry together. p: of the test of that, corrected for the choice.
@@ -177,6 +192,7 @@ def localize(
     one. Intervals: bootstrap over professions and over templates. Test: if no sense were special, the contributions
     (less their mean over professions) could be exchanged between the senses of each profession; y would stay as it
     is. p is how often the greatest share under such exchanges is as great, which corrects for the number of senses.
+    For the next sense of the set it is asked again among the senses that are left, and so on.
 
     Raises ValueError as `log_odds` does, for fewer than three professions, and if `wanted` is no share.
     """
@@ -188,15 +204,14 @@ def localize(
     share = shares(split.odds, split.own)
     low, high = intervals(shares, split.odds, split.own, resamples=resamples, seed=seed)
     senses = fewest(share, wanted)
-    null = exchanged_shares(split, permutations, seed)  # (permutations, k), in falling order
-    together = null[:, : len(senses)].sum(1)
+    together = exchanged_shares(split, range(len(share)), permutations, seed)[:, : len(senses)].sum(1)
     table = pd.DataFrame(
         {
             "level": split.own.mean((0, 1)),
             "share": share,
             "low": low,
             "high": high,
-            "p": [p_value(null[:, 0], value) for value in share],
+            "p": step_down(split, share, senses, permutations, seed),
             "ratio without": [ratio(split.scaled([sense], 0.0)) for sense in range(len(share))],
         }
     ).rename_axis("sense")
@@ -219,14 +234,27 @@ def fewest(share: np.ndarray, wanted: float) -> list[int]:
     return able[: reached[0] + 1 if len(reached) else None].tolist()
 
 
-def exchanged_shares(split: Split, permutations: int, seed: int) -> np.ndarray:
-    """Shares when each profession's contributions are exchanged between senses at random; each row in falling order."""
+def exchanged_shares(split: Split, senses: Iterable[int], permutations: int, seed: int) -> np.ndarray:
+    """Shares when each profession's contributions are exchanged between senses at random.
+
+    -> (permutations, senses), each row in falling order
+    """
     y = split.odds.mean(1) - split.odds.mean()
-    c = split.own.mean(1)
+    c = split.own.mean(1)[:, list(senses)]
     c = c - c.mean(0)
     rng = np.random.default_rng(seed)
     drawn = np.stack([rng.permuted(c, axis=1).T @ y for _ in range(permutations)]) / (y @ y)
     return -np.sort(-drawn, axis=1)
+
+
+def step_down(split: Split, share: np.ndarray, senses: list[int], permutations: int, seed: int) -> np.ndarray:
+    """p of each of some senses, the greatest share first, and NaN for all others, (k,)."""
+    p, left, least = np.full(len(share), np.nan), list(np.argsort(-share)), 0.0
+    for sense in senses:
+        greatest = exchanged_shares(split, left, permutations, seed)[:, 0]
+        p[sense] = least = max(least, p_value(greatest, share[sense]))
+        left.remove(sense)
+    return p
 
 
 def p_value(null: np.ndarray, found: float) -> float:
@@ -252,9 +280,12 @@ def intervals(statistic: Callable, *arrays: np.ndarray, resamples: int = 2000, s
 
 
 def debias(
-    model, tokenizer, professions: list[str], senses: list[int], scales: float | Mapping[str, float] = 0.0
+    model, tokenizer, professions: list[str], senses: list[int], scales: float | Mapping[str, float] = 0.0, along=None
 ) -> SenseEdits:
     """Edits that scale senses of professions, by one number for all of them or by one for each.
+
+    along: a pair of words; then only what the senses hold of E_first - E_second is scaled. For the log-odds of this
+    pair that is the same, but other words move less.
 
     All tokens of a profession are scaled, wherever they occur; so pieces of a profession of several tokens are
     scaled in other words, too.
@@ -276,9 +307,20 @@ def debias(
     tokens_of_scale = {}
     for token, (_, scale) in of_token.items():
         tokens_of_scale.setdefault(scale, []).append(token)
+    tokens_of_scale.pop(1.0, None)  # these stay as they are
     for scale, tokens in sorted(tokens_of_scale.items()):
-        edits.scale(tokens, senses, scale)
+        if along is None:
+            edits.scale(tokens, senses, scale)
+        else:
+            edits.project(tokens, difference(model, tokenizer, along), sense=senses, by=scale)
     return edits
+
+
+def difference(model, tokenizer, pair) -> torch.Tensor:
+    """E_first - E_second, the direction of senses that the log-odds of a pair are read along, (d,)."""
+    first, second = tokens_of_pair(tokenizer, pair)
+    E = model.get_output_embeddings().weight.detach()
+    return E[first] - E[second]
 
 
 def scale_of(scales: float | Mapping[str, float], profession: str) -> float:
@@ -300,10 +342,9 @@ def nullspace(
 
     Raises ValueError for an unknown profession, one without a scale, and a wrong pair.
     """
-    first, second = tokens_of_pair(tokenizer, pair)
-    table = model.get_input_embeddings()
-    direction = table.weight[second].detach() - table.weight[first].detach()
+    direction = difference(model, tokenizer, pair)
     direction = direction / direction.norm()
+    table = model.get_input_embeddings()
     kept = torch.ones(len(table.weight), device=model.device, dtype=table.weight.dtype)
     for profession in professions:
         kept[known_tokens_of_word(tokenizer, profession)] = scale_of(scales, profession)

@@ -105,8 +105,7 @@ class SenseEdits:
 
     def scale(self, word: Words, sense: Senses = None, by: float = 0.0) -> "SenseEdits":
         """Multiplies senses by a number; 0 silences them."""
-        if not isinstance(by, Real) or not math.isfinite(by):
-            raise ValueError(f"by={by!r} is not a finite number; give one such as 0 or 0.5.")
+        _check_number(by)
         return self._push(lambda named: f"scale {named} by {by:g}", word, sense, by=float(by))
 
     def weigh(self, factors: torch.Tensor) -> "SenseEdits":
@@ -125,21 +124,30 @@ class SenseEdits:
         """Adds a vector, (d,), to senses."""
         return self._push(lambda named: f"add a vector to {named}", word, sense, plus=_copy(vector))
 
-    def project(self, word: Words, remove: str | int, add: str | int | None = None, sense: Senses = None):
+    def project(
+        self, word: Words, remove: str | int | torch.Tensor, add: str | int | None = None, sense: Senses = None,
+        by: float = 0.0,
+    ) -> "SenseEdits":  # fmt: skip
         """Takes out of senses what they push `remove`, and, with `add`, lets them push that word as much instead.
 
         With E_r and E_a the two embeddings and c = C(x)_l . E_r / |E_r|^2, the new sense is
         C(x)_l - c E_r + c E_a |E_r|^2 / |E_a|^2 (Hewitt et al., 2023, on knowledge editing).
+
+        remove: a word, or a direction, (d,), such as the difference of two embeddings. by: what is left of c.
         """
-        e_r = self._embedding(remove)
+        _check_number(by)
+        if _is_one(remove):
+            e_r, removed = self._embedding(remove), self._spell(remove)
+        else:
+            e_r, removed = _copy(remove), "a direction"
         write, then = -e_r, ""
         if add is not None:
             e_a = self._embedding(add)
             write = e_a * (e_r @ e_r / (e_a @ e_a)) - e_r
             then = f" and put {self._spell(add)} in"
-        removed = self._spell(remove)
+        note = f"take {removed} out of" if by == 0 else f"multiply by {by:g} the part of {removed} in"
         return self._push(
-            lambda named: f"take {removed} out of {named}{then}", word, sense, read=e_r / (e_r @ e_r), write=write
+            lambda named: f"{note} {named}{then}", word, sense, read=e_r / (e_r @ e_r), write=(1 - by) * write
         )
 
     def extend(self, edits: Iterable[Edit]) -> "SenseEdits":
@@ -294,6 +302,11 @@ def hooked(hooks: list, hook):
         yield
     finally:
         hooks[:] = [other for other in hooks if other is not hook]
+
+
+def _check_number(by: float):
+    if not isinstance(by, Real) or not math.isfinite(by):
+        raise ValueError(f"by={by!r} is not a finite number; give one such as 0 or 0.5.")
 
 
 def _is_one(word) -> bool:

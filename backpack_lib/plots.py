@@ -73,7 +73,7 @@ def against_truth(values, title: str, xlabel: str, ylabel: str):
 
 def named_points(values, title: str, xlabel: str, ylabel: str):
     """Each row of a DataFrame as a point with its name: its second column over its first."""
-    figure, axes = new_figure(height=4.2)
+    figure, axes = new_figure(height=4.2 if len(values) < 30 else 6.0)
     first, second = values.columns[:2]
     axes.scatter(values[first], values[second], s=18, color=sns.color_palette("colorblind")[0], zorder=3)
     for name, row in values.iterrows():

@@ -378,5 +378,9 @@ class BiasExplorer(Explorer):
         )
 
     def _set(self, scales: dict[int, float]):
+        """Moves all sliders and draws once."""
         for sense, slider in enumerate(self.scales):
+            slider.unobserve(self.refresh, "value")
             slider.value = scales.get(sense, 1.0)
+            slider.observe(self.refresh, "value")
+        self.refresh()

@@ -137,6 +137,7 @@ def test_a_sense_or_set_that_carries_the_difference_is_found(monkeypatch):
         assert set(found.senses) == expected and found.p < 0.01 and found.share >= 0.9
         assert (found.table["low"] < found.table["share"]).all() and (found.table["share"] < found.table["high"]).all()
         assert found.table["share"].sum() + found.elsewhere == pytest.approx(1)
+        assert (found.table.loc[found.senses, "p"] < 0.01).all() and found.table["p"].notna().sum() == len(expected)
     assert list(found.table.columns) == ["level", "share", "low", "high", "p", "ratio without"]
 
 
@@ -231,6 +232,24 @@ def test_nullspace_takes_the_direction_out_of_the_professions_inputs_only():
         with pytest.raises(RuntimeError), nullspace(TRANSFORMER, TOKENIZER, ["nurse"]):
             raise RuntimeError
         assert torch.equal(TRANSFORMER(prompt).logits, plain)
+
+
+def test_scaling_along_the_pair_does_the_same_to_its_odds_and_less_to_other_words():
+    senses, scales = [0, 3], {"nurse": -0.5, "judge": 0.25, "guard": 1.0}
+    whole, narrow = (
+        debias(BACKPACK, TOKENIZER, list(scales), senses, scales, along) for along in (None, ("he", "she"))
+    )
+    prompts = bias.fill(TOKENIZER, list(scales), TEMPLATES)
+    plain = next_log_probabilities(BACKPACK, TOKENIZER, prompts)
+    changes = []
+    for edits in (whole, narrow):
+        with edits.applied():
+            changes.append(next_log_probabilities(BACKPACK, TOKENIZER, prompts) - plain)
+    odds = [change[:, id_of("he")] - change[:, id_of("she")] for change in changes]
+    torch.testing.assert_close(*odds, atol=1e-4, rtol=1e-4)
+    assert odds[0].abs().max() > 0.1
+    others = [change - change.median(1, keepdim=True).values for change in changes]
+    assert others[1].abs().mean() < 0.5 * others[0].abs().mean()
 
 
 def test_texts_without_a_profession_stay_as_they_are_and_the_edit_can_be_shared(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import numpy as np
 import pytest
@@ -114,6 +115,15 @@ def test_a_projected_word_pushes_no_longer_what_was_removed():
     with SenseEdits(MODEL, TOKENIZER).project(9, remove=30).applied(MODEL):
         pushed = MODEL.sense_vectors(torch.tensor([9]))[0] @ MODEL.lm_head.weight[30]
     assert pushed.abs().max() < 1e-5
+
+
+def test_a_share_of_a_direction_can_be_left():
+    before, v = table()[9], vector(2)
+    with SenseEdits(MODEL, TOKENIZER).project(9, remove=v, by=0.3).applied(MODEL):
+        after = MODEL.sense_vectors(torch.tensor([9]))[0]
+    torch.testing.assert_close(after @ v, 0.3 * before @ v, atol=1e-4, rtol=1e-4)
+    across = vector(3) - vector(3) @ v / (v @ v) * v
+    torch.testing.assert_close(after @ across, before @ across, atol=1e-4, rtol=1e-4)
 
 
 # ---------------------------------------------------------------- properties
@@ -286,6 +296,9 @@ def test_edits_are_listed_undone_and_cleared():
         (lambda e: e.replace("nurse", 0, "zebra"), "'zebra' is"),
         (lambda e: e.project("nurse", remove="zebra"), "'zebra' is"),
         (lambda e: e.project("nurse", remove="he", add=" "), "' ' is no word"),
+        (lambda e: e.project("nurse", remove=torch.zeros(D)), "not finite"),
+        (lambda e: e.project("nurse", remove=torch.ones(D + 1)), r"shape \(21,\); this takes"),
+        (lambda e: e.project("nurse", remove="he", by=math.nan), "by=nan is not a finite number"),
     ],
 )
 def test_a_bad_edit_is_one_sentence_and_leaves_the_stack_as_it_was(edit, message):

@@ -18,7 +18,7 @@ from backpack_lib.senses import pushes, sense_directions, senses_of_words, spell
 from backpack_lib.texts import ids_of_text
 from backpack_lib.tokenization import train_tokenizer
 from backpack_lib.topic import TopicControl
-from backpack_lib.widgets import OWN, EditWorkbench, SenseExplorer, SentenceExplorer, TopicExplorer
+from backpack_lib.widgets import OWN, BiasExplorer, EditWorkbench, SenseExplorer, SentenceExplorer, TopicExplorer
 
 TOKENIZER = tiny_tokenizer()
 V = len(TOKENIZER)
@@ -292,6 +292,39 @@ def test_the_topic_explorer_follows_its_controls():
     assert all(text in shown for text in texts) and "PPLM" in shown and "no control" in shown
 
 
+def test_the_bias_explorer_follows_its_controls(tmp_path):
+    templates = ["the {profession} said that", "near the {profession} she"]
+    explorer = BiasExplorer(MODEL, TOKENIZER, ["nurse", "concert"], templates, turned_down=[1, 3])
+    he, she = (token_of_word(TOKENIZER, word) for word in ("he", "she"))
+
+    def shows(text, edits):
+        ids = ids_of_text(TOKENIZER, text)
+        before = read(MODEL, ids)
+        with edits.applied():
+            after = read(MODEL, ids)
+        page = text_of(explorer.page.value)
+        odds = f"{before.total(he, she):+.2f} before, {after.total(he, she):+.2f} after"
+        probabilities = [f"{reading.log_probs()[word].exp():.4f}" for reading in (before, after) for word in (he, she)]
+        contributions = [f"{value:.2f}" for value in after.contributions(he, she).flatten().tolist()]
+        return odds in page and all(number in page for number in probabilities + contributions)
+
+    none = SenseEdits(MODEL, TOKENIZER)
+    assert shows("the nurse said that", none) and len(explorer.edits()) == 0
+    explorer.down.click()
+    assert [slider.value for slider in explorer.scales] == [1, 0, 1, 0]
+    assert shows("the nurse said that", SenseEdits(MODEL, TOKENIZER).scale("nurse", [1, 3], 0))
+    explorer.profession.value, explorer.template.value = "concert", "near the {profession} she"
+    explorer.scales[0].value = 2.5
+    expected = SenseEdits(MODEL, TOKENIZER).scale("concert", [1, 3], 0).scale("concert", 0, 2.5)
+    assert shows("near the concert she", expected)
+    explorer.edits().save(tmp_path / "mine.safetensors")
+    assert len(SenseEdits.load(tmp_path / "mine.safetensors", MODEL, TOKENIZER)) == 3
+    explorer.reset.click()
+    assert shows("near the concert she", none) and not MODEL.backpack.patches
+    explorer.pair.value = "the that"
+    assert "log-odds of the to that" in explorer.page.value
+
+
 def test_turned_up_senses_are_those_of_the_highest_score():
     control = TopicControl(MODEL, TOKENIZER, ["nurse", "concert"], 3)
     table = views.turned_up(control, 5)
@@ -308,6 +341,7 @@ EXPLORERS = {
     "topic": lambda: TopicExplorer(MODEL, TOKENIZER, TOPICS),
     "senses": lambda: SenseExplorer(MODEL, TOKENIZER, "nurse"),
     "sentence": lambda: SentenceExplorer(MODEL, TOKENIZER, "the nurse said", "he"),
+    "bias": lambda: BiasExplorer(MODEL, TOKENIZER, ["nurse"], ["the {profession} said"]),
     "edits": lambda: EditWorkbench(MODEL, TOKENIZER, "the nurse said", "nurse"),
 }
 
@@ -325,6 +359,11 @@ EXPLORERS = {
         ("edits", "word", "zebra", "'zebra' is"),
         ("edits", "watch", "he zebra", "'zebra' is"),
         ("edits", "by", float("nan"), "by=nan is not a finite number"),
+        ("bias", "profession", "", "'' is no word"),
+        ("bias", "profession", "日本", "The vocabulary lacks the word '日本'"),
+        ("bias", "template", "the nurse said", "has no slot; write {profession}"),
+        ("bias", "pair", "he he", "the same word twice: 'he'"),
+        ("bias", "pair", "he", "should be two words"),
         ("topic", "words", "", "A topic needs at least one word"),
         ("topic", "words", "nurse …", "'…' is no word"),
     ],
@@ -346,6 +385,7 @@ def test_widgets_answer_within_300_ms_with_the_demo_model():
     explorer = SenseExplorer(model, tokenizer, "film", directions=sense_directions(model))
     sentence = SentenceExplorer(model, tokenizer, "The film was directed by a woman who", "was", "had")
     bench = EditWorkbench(model, tokenizer, "The nurse said that", "nurse")
+    bias = BiasExplorer(model, tokenizer, ["nurse", "guard", "writer"], ["The {profession} said that"])
 
     def fastest(control, *values):
         seconds = []
@@ -360,6 +400,8 @@ def test_widgets_answer_within_300_ms_with_the_demo_model():
     assert fastest(sentence.text, "The king and his", "In the city", "The band played") < 0.3
     assert fastest(sentence.target, "he", "she", "is") < 0.3
     assert fastest(bench.by, 0.5, 0.0, -1.0) < 0.3
+    assert fastest(bias.profession, "guard", "writer", "nurse") < 0.3
+    assert fastest(bias.scales[7], 0.5, 0.0, -1.0) < 0.3
 
 
 def test_the_table_of_contributions_has_a_row_for_each_token():
