@@ -78,6 +78,8 @@ def fill(tokenizer, professions: list[str], templates: list[str]) -> list[str]:
     for name, given in (("professions", professions), ("templates", templates)):
         if isinstance(given, str) or not len(given):
             raise ValueError(f"{name}={given!r} should be a list with at least one entry.")
+        if twice := [one for number, one in enumerate(given) if one in given[:number]]:
+            raise ValueError(f"{twice[0]!r} is twice among the {name}; leave one out.")
     for template in templates:
         if SLOT not in template:
             raise ValueError(f"The template {template!r} has no slot; write {SLOT} where the profession belongs.")
@@ -194,13 +196,16 @@ def localize(
     is. p is how often the greatest share under such exchanges is as great, which corrects for the number of senses.
     For the next sense of the set it is asked again among the senses that are left, and so on.
 
-    Raises ValueError as `log_odds` does, for fewer than three professions, and if `wanted` is no share.
+    Raises ValueError as `log_odds` does, for fewer than three professions or none that differ, and if `wanted` is no
+    share.
     """
     if not 0 < wanted <= 1:
         raise ValueError(f"wanted={wanted} should be a share above 0 and up to 1.")
     if len(professions) < 3:
         raise ValueError(f"Differences between professions need three of them, and {len(professions)} were given.")
     split = split_odds(model, tokenizer, professions, templates, pair)
+    if np.ptp(split.odds.mean(1)) < 1e-6:
+        raise ValueError("The log-odds of all professions are the same, so there is no difference to find.")
     share = shares(split.odds, split.own)
     low, high = intervals(shares, split.odds, split.own, resamples=resamples, seed=seed)
     senses = fewest(share, wanted)
@@ -293,19 +298,8 @@ def debias(
     Raises ValueError as `SenseEdits` does, for a profession without a scale, and if two professions with different
     scales share a token.
     """
-    edits = SenseEdits(model, tokenizer, "professions turned down")
-    of_token = {}
-    for profession in professions:
-        scale = scale_of(scales, profession)
-        for token in known_tokens_of_word(tokenizer, profession):
-            other, theirs = of_token.setdefault(token, (profession, scale))
-            if theirs != scale:
-                raise ValueError(
-                    f"{other!r} and {profession!r} share the token {spell(tokenizer, [token])[0]!r} and so cannot be "
-                    "scaled apart; leave one of them out, or give one scale for all."
-                )
-    tokens_of_scale = {}
-    for token, (_, scale) in of_token.items():
+    edits, tokens_of_scale = SenseEdits(model, tokenizer, "professions turned down"), {}
+    for token, scale in scales_of_tokens(tokenizer, professions, scales).items():
         tokens_of_scale.setdefault(scale, []).append(token)
     tokens_of_scale.pop(1.0, None)  # these stay as they are
     for scale, tokens in sorted(tokens_of_scale.items()):
@@ -323,13 +317,22 @@ def difference(model, tokenizer, pair) -> torch.Tensor:
     return E[first] - E[second]
 
 
-def scale_of(scales: float | Mapping[str, float], profession: str) -> float:
-    """A profession's own scale, or the one for all."""
-    if not isinstance(scales, Mapping | pd.Series):
-        return float(scales)
-    if profession not in scales:
-        raise ValueError(f"There is no scale for the profession {profession!r}; give one for each.")
-    return float(scales[profession])
+def scales_of_tokens(tokenizer, professions: list[str], scales: float | Mapping[str, float]) -> dict[int, float]:
+    """The scale of each token of the professions; see `debias` for what it raises."""
+    found = {}
+    for profession in professions:
+        scale = scales
+        if isinstance(scales, Mapping | pd.Series):
+            if profession not in scales:
+                raise ValueError(f"There is no scale for the profession {profession!r}; give one for each.")
+            scale = scales[profession]
+        for token in known_tokens_of_word(tokenizer, profession):
+            if found.setdefault(token, float(scale)) != scale:
+                raise ValueError(
+                    f"{profession!r} and another profession share the token {spell(tokenizer, [token])[0]!r} and so "
+                    "cannot be scaled apart; leave one of them out, or give one scale for all."
+                )
+    return found
 
 
 @contextmanager
@@ -340,14 +343,14 @@ def nullspace(
 
     The baseline of Hewitt et al. (2023). Scale 0 takes all of that direction away, 1 nothing; output embeddings stay.
 
-    Raises ValueError for an unknown profession, one without a scale, and a wrong pair.
+    Raises ValueError as `debias` does, and for a wrong pair.
     """
     direction = difference(model, tokenizer, pair)
     direction = direction / direction.norm()
     table = model.get_input_embeddings()
     kept = torch.ones(len(table.weight), device=model.device, dtype=table.weight.dtype)
-    for profession in professions:
-        kept[known_tokens_of_word(tokenizer, profession)] = scale_of(scales, profession)
+    for token, scale in scales_of_tokens(tokenizer, professions, scales).items():
+        kept[token] = scale
 
     def project(_module, inputs, embeddings):
         removed = (1 - kept[inputs[0]])[..., None] * (embeddings @ direction)[..., None]

@@ -108,7 +108,9 @@ def grouped_bars(values, title: str, xlabel: str):
     sns.barplot(long, y=long.index, x="value", hue="column", orient="h", ax=axes, palette=colors)
     axes.set_yticks(range(len(values)), values.index)
     axes.set(xlabel=xlabel, ylabel="")
-    axes.legend(title=None)
+    handles, names = axes.get_legend_handles_labels()
+    axes.get_legend().remove()  # below the axes it hides no bar
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names))
     set_title(axes, title)
     return figure
 

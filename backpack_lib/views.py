@@ -5,6 +5,7 @@ something to look at. Blue stands for up and orange for down; colours are laid o
 so they read in light and dark mode.
 """
 
+import hashlib
 from collections.abc import Iterable
 from html import escape
 
@@ -137,7 +138,8 @@ def shaded(frame: pd.DataFrame, precision: int = 2, caption: str = "", shade: li
     columns = frame.columns if shade is None else shade
     columns = [c for c in columns if pd.api.types.is_numeric_dtype(frame[c])]
     greatest = float(frame[columns].abs().max().max()) if columns else 0.0
-    styler = frame.style.format(precision=precision, escape="html", na_rep="")
+    name = hashlib.sha256(f"{caption}{frame.to_csv()}".encode()).hexdigest()[:8]  # the same page for the same table
+    styler = frame.style.set_uuid(name).format(precision=precision, escape="html", na_rep="")
     styler = styler.format_index(escape="html").format_index(escape="html", axis=1)
     if numbered:
         styler = styler.hide(axis="index")

@@ -85,6 +85,16 @@ def test_the_ratio_is_the_mean_of_the_likelier_over_the_less_likely():
     by_hand = np.mean([max(x, 1 / x) for x in p.flatten()])
     assert bias.bias_ratio(BACKPACK, TOKENIZER, PROFESSIONS, TEMPLATES) == pytest.approx(by_hand)
     assert bias.ratio(np.zeros((2, 3))) == 1
+    assert bias.excess_removed(np.log([[3.0, 5.0]]), np.log([[1.0, 3.0]])) == pytest.approx(2 / 3)
+
+
+def test_how_far_other_words_moved_leaves_the_pair_out():
+    p, q = np.array([[0.5, 0.2, 0.2, 0.1]]), np.array([[0.1, 0.2, 0.5, 0.2]])
+    p_rest, q_rest = p[0, [1, 3]] / 0.3, q[0, [1, 3]] / 0.4
+    expected = (p_rest * np.log(p_rest / q_rest)).sum()
+    found = bias.moved(torch.tensor(p).log(), torch.tensor(q).log(), but=[0, 2])
+    assert found == pytest.approx(expected)
+    assert bias.moved(torch.tensor(p).log(), torch.tensor(p).log(), but=[0]) == 0
 
 
 # ---------------------------------------------------------------- what carries it
@@ -167,6 +177,12 @@ def test_the_smallest_set_and_what_cannot_be_carried():
     assert bias.fewest(np.array([0.2, 0.5, -0.1, 0.3]), 0.5) == [1]
     assert bias.fewest(np.array([0.2, 0.5, -0.1, 0.3]), 0.9) == [1, 3, 0]
     assert bias.fewest(np.array([0.1, -0.1, 0.2]), 0.9) == [2, 0]
+
+
+def test_without_any_difference_there_is_nothing_to_find(monkeypatch):
+    split = Split(np.ones((4, 3)), np.full((4, 3, 2), 0.2), np.full((4, 3, 2), 0.3))
+    with pytest.raises(ValueError, match="The log-odds of all professions are the same"):
+        localize_made(split, monkeypatch)
 
 
 def test_intervals_agree_with_scipys_where_only_professions_vary():
@@ -322,8 +338,10 @@ def test_the_shares_of_women_are_those_of_the_bureau():
         (lambda: debias(BACKPACK, TOKENIZER, ["nurse", "says"], [1], {"nurse": 0.5}), "no scale for the profession 'says'"),
         (
             lambda: debias(BACKPACK, TOKENIZER, ["nurse", "the nurse"], [1], {"nurse": 0.5, "the nurse": 0.1}),
-            "'nurse' and 'the nurse' share the token 'nurse' and so cannot be scaled apart",
+            "'the nurse' and another profession share the token 'nurse' and so cannot be scaled apart",
         ),
+        (lambda: nullspace(TRANSFORMER, TOKENIZER, ["says"], {}).__enter__(), "no scale for the profession 'says'"),
+        (lambda: log_odds(BACKPACK, TOKENIZER, ["nurse", "nurse"], TEMPLATES), "'nurse' is twice among the professions"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence(call, message):
