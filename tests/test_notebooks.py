@@ -178,11 +178,8 @@ def test_bias_of_another_pair_with_professions_and_templates_of_ones_own(tmp_pat
     [
         ({"professions": ["nurse", "guard", "日本"]}, {}, "The vocabulary lacks the word '日本'"),
         ({"pair": ["he", "he"]}, {}, "The pair holds the same word twice: 'he'"),
-        ({"wanted": 1.5}, {}, "wanted=1.5 should be a share above 0 and up to 1"),
-        ({"professions": ["nurse", "guard"]}, {}, "need three of them, and 2 were given"),
         ({}, {"fit": ["The nurse said that"]}, "The template 'The nurse said that' has no slot"),
         ({}, {"test": []}, "There is no template for testing"),
-        ({}, {"test": ["The {profession} said that"]}, "is used for fitting and for testing"),
     ],
 )
 def test_the_bias_notebook_says_what_is_wrong(given, prompts, message, tmp_path):
