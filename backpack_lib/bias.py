@@ -21,11 +21,11 @@ import torch
 from backpack_lib.edits import SenseEdits
 from backpack_lib.evaluation import PROMPTS_AT_ONCE, next_log_probabilities, parts, prompt_batches
 from backpack_lib.senses import check_sense, has_senses, known_tokens_of_word, require_senses, spell, token_of_word
+from backpack_lib.sweeps import MIDDLE
 
 SLOT = "{profession}"
 PAIR = ("he", "she")
 GRID = 41  # scales tried between the bounds
-MIDDLE = (0.025, 0.975)  # the 95 % between these quantiles
 
 
 # ---------------------------------------------------------------- measuring

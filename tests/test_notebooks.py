@@ -177,7 +177,6 @@ def test_bias_of_another_pair_with_professions_and_templates_of_ones_own(tmp_pat
     ("given", "prompts", "message"),
     [
         ({"professions": ["nurse", "guard", "日本"]}, {}, "The vocabulary lacks the word '日本'"),
-        ({"pair": ["he", "he"]}, {}, "The pair holds the same word twice: 'he'"),
         ({}, {"fit": ["The nurse said that"]}, "The template 'The nurse said that' has no slot"),
         ({}, {"test": []}, "There is no template for testing"),
     ],
