@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -41,6 +42,9 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 # The released model pads GPT-2's 50257 tokens to a multiple of 8; its config does not say so.
 GPT2_TOKENS, GPT2_TOKENS_PADDED = 50257, 50264
+QUERIES_AT_ONCE = 128  # positions whose contextualisation weights are computed together
+LONG = 512  # from more positions on, training computes them again instead of keeping them
+ROOM = 128  # tokens that a cache makes room for at once
 
 
 class BackpackConfig(GPT2Config):
@@ -184,9 +188,37 @@ def weighted_sum(alpha, senses):
     """Sum over earlier tokens and their senses. (B, k, T, S), (B, k, S, d) -> (B, T, d)
 
     One product over (sense, position) pairs, so that the sum over senses happens inside it and
-    nothing of the size k x T x d comes out.
+    nothing of the size k x T x d comes out. For a single new token that would be the lesser evil:
+    the product needs a copy of all senses if they lie in a cache.
     """
+    if alpha.shape[2] == 1:
+        return (alpha.to(senses.dtype) @ senses).sum(1)
     return alpha.to(senses.dtype).transpose(1, 2).flatten(2) @ senses.flatten(1, 2)
+
+
+def mix_senses(queries, keys, senses, allowed, n_past):
+    """The weighted sum of senses, for `QUERIES_AT_ONCE` positions at a time. -> (B, T, d)
+
+    Later positions, which a block may not look at, are left out: half of the work for a text of many blocks. Of a
+    long text alpha, the largest tensor of all, never exists whole: the backward pass computes each block again.
+    """
+
+    def block(queries, keys, senses, allowed):
+        return weighted_sum(contextualize(queries, keys, allowed), senses)
+
+    T = queries.shape[2]
+    if T <= QUERIES_AT_ONCE:
+        return block(queries, keys, senses, allowed)
+    sums = []
+    for start in range(0, T, QUERIES_AT_ONCE):
+        now = slice(start, start + QUERIES_AT_ONCE)
+        before = slice(n_past + min(now.stop, T))
+        part = queries[:, :, now], keys[:, :, before], senses[:, :, before], allowed[..., now, before]
+        if torch.is_grad_enabled() and T > LONG:
+            sums.append(checkpoint(block, *part, use_reentrant=False, preserve_rng_state=False))
+        else:
+            sums.append(block(*part))
+    return torch.cat(sums, 1)
 
 
 def allowed_positions(attention_mask, n_new, n_total, n_past, device):
@@ -201,12 +233,49 @@ def allowed_positions(attention_mask, n_new, n_total, n_past, device):
     return causal if attention_mask is None else causal & attention_mask.bool()[:, None, None, :]
 
 
+class SenseLayer(DynamicLayer):
+    """The sense layer's part of a cache: the keys and senses of a text so far, with room for more.
+
+    Senses are wide, so to copy all of them for each new token, as `DynamicLayer` does, or to compute those of a
+    token that was there before, would take as long as a small trunk.
+
+    known: the senses of tokens that were there, (k, d), by token; patches: those under which they were computed.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.rooms, self.known, self.patches = {}, {}, []
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if key_states.requires_grad:
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._append("keys", self.keys, key_states)
+        self.values = self._append("values", self.values, value_states)
+        return self.keys, self.values
+
+    def _append(self, name, old, new):
+        """Old rows and new ones after them, (B, k, S, width), written into the room if they still lie there."""
+        n_old = old.shape[-2] if old.numel() else 0
+        n_all = n_old + new.shape[-2]
+        room = self.rooms.get(name)
+        if room is None or n_all > room.shape[-2] or len(old) != len(room) or old.data_ptr() != room.data_ptr():
+            room = self.rooms[name] = new.new_empty(*new.shape[:-2], n_all + ROOM, new.shape[-1])
+            if n_old:
+                room[..., :n_old, :] = old
+        room[..., n_old:n_all, :] = new
+        return room[..., :n_all, :]
+
+
 def make_room_for_senses(cache: Cache, n_layer: int) -> Cache:
-    """Adds the sense layer to a cache that was sized for the trunk's layers; others grow by themselves."""
-    if cache.layer_class_to_replicate is None and len(cache.layers) == n_layer:
+    """Adds the sense layer to a cache that has the trunk's layers only; other kinds grow by themselves."""
+    if len(cache.layers) == n_layer:
         trunk = cache.layers[0]
-        static = isinstance(trunk, StaticLayer)
-        cache.layers.append(StaticLayer(trunk.max_cache_len) if static else DynamicLayer())
+        if isinstance(trunk, StaticLayer):
+            cache.layers.append(StaticLayer(trunk.max_cache_len))
+        elif type(trunk) is DynamicLayer:
+            cache.layers.append(SenseLayer())
     return cache
 
 
@@ -292,6 +361,16 @@ class BackpackModel(BackpackPreTrainedModel):
         rows = place[:, None, :] * k + torch.arange(k, device=place.device)[:, None]
         return F.embedding(rows, table.flatten(0, 1))
 
+    def senses_of_new_tokens(self, input_ids, layer: SenseLayer):
+        """As `senses_of_text`, but those of tokens that were there before are taken from the cache."""
+        if layer.patches != self.patches:
+            layer.known, layer.patches = {}, list(self.patches)
+        ids = input_ids.flatten().tolist()
+        if new := [token for token in dict.fromkeys(ids) if token not in layer.known]:
+            layer.known |= zip(new, self.sense_vectors(torch.tensor(new, device=input_ids.device)))
+        senses = torch.stack([layer.known[token] for token in ids])
+        return senses.unflatten(0, input_ids.shape).transpose(1, 2)
+
     @can_return_tuple
     def forward(
         self,
@@ -324,17 +403,28 @@ class BackpackModel(BackpackPreTrainedModel):
             **kwargs,
         )
         queries, keys = self.sense_weight_net(trunk.last_hidden_state)
-        senses = self.senses_of_text(input_ids)
-        if past_key_values is not None:
+        if past_key_values is None:
+            senses = self.senses_of_text(input_ids)
+        else:
             cache = make_room_for_senses(past_key_values, self.config.n_layer)
+            layer = cache.layers[-1]
+            if isinstance(layer, SenseLayer) and input_ids.device.type == "cpu" and not torch.is_grad_enabled():
+                senses = self.senses_of_new_tokens(input_ids, layer)
+            else:
+                senses = self.senses_of_text(input_ids)
             keys, senses = cache.update(keys, senses, self.config.n_layer)
         allowed = allowed_positions(attention_mask, n_new, keys.shape[2], n_past, input_ids.device)
-        alpha = contextualize(queries, keys, allowed)
-        for weigh in self.weighers:
-            alpha = weigh(alpha, senses, input_ids, attention_mask)
+        alpha = None
+        if output_senses or self.weighers or torch.compiler.is_compiling():
+            alpha = contextualize(queries, keys, allowed)
+            for weigh in self.weighers:
+                alpha = weigh(alpha, senses, input_ids, attention_mask)
+            mixed = weighted_sum(alpha, senses)
+        else:
+            mixed = mix_senses(queries, keys, senses, allowed, n_past)
 
         return BackpackModelOutput(
-            last_hidden_state=weighted_sum(alpha, senses),
+            last_hidden_state=mixed,
             past_key_values=past_key_values if use_cache else None,
             hidden_states=trunk.hidden_states,
             attentions=trunk.attentions,

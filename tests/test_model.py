@@ -172,6 +172,82 @@ def test_caches_of_every_make_hold_the_senses():
     assert torch.equal(static, model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None))
 
 
+@torch.no_grad()
+def test_a_cache_has_the_senses_of_each_token_computed_once(monkeypatch):
+    monkeypatch.setattr("backpack_lib.model.ROOM", 2)  # so that it has to grow, too
+    model = tiny_model()
+    seen = []
+    model.backpack.sense_network.register_forward_hook(lambda module, args, out: seen.extend(range(len(args[0]))))
+    ids = torch.tensor([[5, 6, 5, 7, 6, 5, 9, 9, 7, 5], [9, 9, 9, 7, 8, 8, 5, 6, 7, 9]])
+    whole = model(ids, use_cache=False).logits
+    seen.clear()
+    cache, logits = DynamicCache(), []
+    for start, stop in ((0, 3), (3, 4), (4, 5), (5, 9), (9, 10)):
+        logits.append(model(ids[:, start:stop], past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(logits, 1), whole, atol=1e-5, rtol=1e-4)
+    assert len(seen) == len({*ids.flatten().tolist()})
+
+
+@torch.no_grad()
+def test_a_cache_that_was_shortened_or_reordered_goes_on_from_there():
+    model, ids = tiny_model(), random_ids(2, 9)
+    cache = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache)
+    cache.crop(-4)
+    again = model(ids[:, 5:].flip(1), past_key_values=cache).logits
+    text = torch.cat([ids[:, :5], ids[:, 5:].flip(1)], 1)
+    torch.testing.assert_close(again, model(text, use_cache=False).logits[:, 5:], atol=1e-5, rtol=1e-4)
+    cache.reorder_cache(torch.tensor([1, 1]))
+    last = model(ids[:, :1], past_key_values=cache).logits
+    expected = model(torch.cat([text[[1, 1]], ids[:, :1]], 1), use_cache=False).logits[:, -1:]
+    torch.testing.assert_close(last, expected, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_an_edit_in_the_midst_of_a_text_holds_for_all_new_tokens():
+    model, ids = tiny_model(), torch.tensor([[5, 6, 7, 5, 6]])
+    cache = DynamicCache()
+    model(ids[:, :3], past_key_values=cache)
+    model.backpack.patches.append(lambda tokens, senses: 2 * senses)
+    after = model(ids[:, 3:], past_key_values=cache, output_senses=True).senses
+    plain = tiny_model().sense_vectors(ids[0])
+    torch.testing.assert_close(after[0].transpose(0, 1), torch.cat([plain[:3], 2 * plain[3:]]))
+
+
+def test_gradients_reach_a_text_that_is_read_with_a_cache():
+    model, ids = tiny_model(), random_ids(2, 8)
+    cache = DynamicCache()
+    first = model(ids[:, :5], past_key_values=cache, use_cache=True).logits
+    torch.cat([first, model(ids[:, 5:], past_key_values=cache).logits], 1).square().sum().backward()
+    found = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    model(ids, use_cache=False).logits.square().sum().backward()
+    torch.testing.assert_close(found, model.lm_head.weight.grad, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("left", [0, 3])
+@pytest.mark.parametrize("long", [512, 8], ids=["kept", "computed again"])
+def test_a_text_is_read_in_blocks_of_positions(left, long, monkeypatch):
+    model, ids = tiny_model(), random_ids(2, 19)
+    mask = torch.ones_like(ids)
+    mask[0, :left] = 0
+    found = []
+    for block in (256, 4):
+        monkeypatch.setattr("backpack_lib.model.QUERIES_AT_ONCE", block)
+        monkeypatch.setattr("backpack_lib.model.LONG", long)
+        model.zero_grad()
+        logits = model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+        logits.square().sum().backward()
+        found.append([logits, *(parameter.grad.clone() for parameter in model.parameters())])
+        cache, parts = DynamicCache(), []
+        with torch.no_grad():
+            for part in (slice(0, 7), slice(7, 19)):
+                out = model(ids[:, part], attention_mask=mask[:, : part.stop], past_key_values=cache)
+                parts.append(out.logits)
+        torch.testing.assert_close(torch.cat(parts, 1)[mask.bool()], logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
+
+
 def test_unused_rows_of_the_vocabulary_are_never_generated():
     model = tiny_model(used_vocab_size=50)
     with torch.no_grad():
