@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from backpack_lib.edits import SenseEdits
-from backpack_lib.evaluation import PROMPTS_AT_ONCE, next_log_probabilities, parts, prompt_batches
+from backpack_lib.evaluation import next_log_probabilities, prompt_batches
 from backpack_lib.senses import check_sense, has_senses, known_tokens_of_word, require_senses, spell, token_of_word
 from backpack_lib.sweeps import MIDDLE
 
@@ -38,10 +38,16 @@ def log_odds(model, tokenizer, professions: list[str], templates: list[str], pai
     the vocabulary lacks or that is spelled with other tokens in a template, and a pair that is not two words of one
     token each.
     """
-    first, second = tokens_of_pair(tokenizer, pair)
-    found = next_log_probabilities(model, tokenizer, fill(tokenizer, professions, templates))
-    odds = (found[:, first] - found[:, second]).view(len(professions), len(templates))
-    return pd.DataFrame(odds.double().cpu().numpy(), index=pd.Index(professions, name="profession"), columns=templates)
+    tokens = tokens_of_pair(tokenizer, pair)
+    odds = odds_behind(model, tokenizer, fill(tokenizer, professions, templates), tokens)
+    odds = odds.reshape(len(professions), len(templates))
+    return pd.DataFrame(odds, index=pd.Index(professions, name="profession"), columns=templates)
+
+
+def odds_behind(model, tokenizer, prompts: list[str], tokens: tuple[int, int]) -> np.ndarray:
+    """Log-odds of one token to another behind each prompt, (n,)."""
+    found = next_log_probabilities(model, tokenizer, prompts)
+    return (found[:, tokens[0]] - found[:, tokens[1]]).double().cpu().numpy()
 
 
 def ratio(odds) -> float:
@@ -148,15 +154,15 @@ def split_odds(model, tokenizer, professions: list[str], templates: list[str], p
     require_senses(model)
     direction = difference(model, tokenizer, pair)
     prompts = fill(tokenizer, professions, templates)
-    of_profession = [known_tokens_of_word(tokenizer, name) for name in professions for _ in templates]
+    of_prompt = iter([known_tokens_of_word(tokenizer, name) for name in professions for _ in templates])
     own, rest = [], []
-    for (ids, mask, last), words in zip(
-        prompt_batches(model, tokenizer, prompts), parts(of_profession, PROMPTS_AT_ONCE)
-    ):
+    for ids, mask, last in prompt_batches(model, tokenizer, prompts):
         out = model.base_model(ids, attention_mask=mask, output_senses=True, use_cache=False)
         alpha = out.contextualization[torch.arange(len(ids)), :, last]  # (B, k, T)
         contributions = (alpha * (out.senses @ direction)).double()
-        here = torch.stack([torch.isin(row, torch.tensor(word, device=ids.device)) for row, word in zip(ids, words)])
+        here = torch.stack(
+            [torch.isin(row, torch.tensor(word, device=ids.device)) for row, word in zip(ids, of_prompt)]
+        )
         own.append((contributions * here[:, None]).sum(-1))
         rest.append((contributions * ~here[:, None]).sum(-1))
     shape = len(professions), len(templates), model.config.num_senses
@@ -386,10 +392,11 @@ def fit_scales(
         split = split_odds(model, tokenizer, professions, templates, pair)
         odds_at = [split.scaled(senses, scale) for scale in grid]
     else:
-        odds_at = []
+        prompts, tokens, odds_at = fill(tokenizer, professions, templates), tokens_of_pair(tokenizer, pair), []
         for scale in grid:
             with nullspace(model, tokenizer, professions, scale, pair):
-                odds_at.append(log_odds(model, tokenizer, professions, templates, pair))
+                odds = odds_behind(model, tokenizer, prompts, tokens)
+            odds_at.append(odds.reshape(len(professions), len(templates)))
     ratios = np.exp(np.abs(np.array(odds_at))).mean(-1)  # (scales, P)
     best = np.full(len(professions), ratios.mean(1).argmin()) if shared else ratios.argmin(0)
     return pd.Series(grid[best], index=pd.Index(professions, name="profession"), name="scale")

@@ -255,15 +255,22 @@ class SenseLayer(DynamicLayer):
         self.values = self._append("values", self.values, value_states)
         return self.keys, self.values
 
+    def known_under(self, patches: list) -> dict:
+        """The senses of tokens that were there, which other patches make void."""
+        if self.patches != patches:
+            self.known, self.patches = {}, list(patches)
+        return self.known
+
     def _append(self, name, old, new):
         """Old rows and new ones after them, (B, k, S, width), written into the room if they still lie there."""
-        n_old = old.shape[-2] if old.numel() else 0
+        if not old.numel():
+            return new  # perhaps nothing will follow, so no room is made yet
+        n_old = old.shape[-2]
         n_all = n_old + new.shape[-2]
         room = self.rooms.get(name)
         if room is None or n_all > room.shape[-2] or len(old) != len(room) or old.data_ptr() != room.data_ptr():
             room = self.rooms[name] = new.new_empty(*new.shape[:-2], n_all + ROOM, new.shape[-1])
-            if n_old:
-                room[..., :n_old, :] = old
+            room[..., :n_old, :] = old
         room[..., n_old:n_all, :] = new
         return room[..., :n_all, :]
 
@@ -350,26 +357,24 @@ class BackpackModel(BackpackPreTrainedModel):
             senses = patch(token_ids, senses)
         return senses
 
-    def senses_of_text(self, input_ids):
+    def senses_of_text(self, input_ids, known=None):
         """Sense vectors at each position of a batch. (B, T) -> (B, k, T, d)
 
         A token's senses do not depend on its place, so the sense network runs once per distinct token.
+
+        known: senses by token, to take from and to add to; those of its tokens are not computed again.
         """
         distinct, place = input_ids.unique(return_inverse=True)
-        table = self.sense_vectors(distinct)
+        if known is None:
+            table = self.sense_vectors(distinct)
+        else:
+            tokens = distinct.tolist()
+            if new := [token for token in tokens if token not in known]:
+                known |= zip(new, self.sense_vectors(torch.tensor(new, device=input_ids.device)))
+            table = torch.stack([known[token] for token in tokens])
         k = self.config.num_senses
         rows = place[:, None, :] * k + torch.arange(k, device=place.device)[:, None]
         return F.embedding(rows, table.flatten(0, 1))
-
-    def senses_of_new_tokens(self, input_ids, layer: SenseLayer):
-        """As `senses_of_text`, but those of tokens that were there before are taken from the cache."""
-        if layer.patches != self.patches:
-            layer.known, layer.patches = {}, list(self.patches)
-        ids = input_ids.flatten().tolist()
-        if new := [token for token in dict.fromkeys(ids) if token not in layer.known]:
-            layer.known |= zip(new, self.sense_vectors(torch.tensor(new, device=input_ids.device)))
-        senses = torch.stack([layer.known[token] for token in ids])
-        return senses.unflatten(0, input_ids.shape).transpose(1, 2)
 
     @can_return_tuple
     def forward(
@@ -407,11 +412,10 @@ class BackpackModel(BackpackPreTrainedModel):
             senses = self.senses_of_text(input_ids)
         else:
             cache = make_room_for_senses(past_key_values, self.config.n_layer)
-            layer = cache.layers[-1]
+            layer, known = cache.layers[-1], None
             if isinstance(layer, SenseLayer) and input_ids.device.type == "cpu" and not torch.is_grad_enabled():
-                senses = self.senses_of_new_tokens(input_ids, layer)
-            else:
-                senses = self.senses_of_text(input_ids)
+                known = layer.known_under(self.patches)  # elsewhere asking would take as long as computing
+            senses = self.senses_of_text(input_ids, known)
             keys, senses = cache.update(keys, senses, self.config.n_layer)
         allowed = allowed_positions(attention_mask, n_new, keys.shape[2], n_past, input_ids.device)
         alpha = None

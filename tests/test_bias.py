@@ -100,7 +100,9 @@ def test_how_far_other_words_moved_leaves_the_pair_out():
 # ---------------------------------------------------------------- what carries it
 
 
-def test_the_parts_are_those_of_attribution_and_sum_to_the_odds():
+@pytest.mark.parametrize("at_once", [64, 4])
+def test_the_parts_are_those_of_attribution_and_sum_to_the_odds(at_once, monkeypatch):
+    monkeypatch.setattr("backpack_lib.evaluation.PROMPTS_AT_ONCE", at_once)
     split = split_odds(BACKPACK, TOKENIZER, PROFESSIONS, TEMPLATES)
     np.testing.assert_allclose(split.odds, log_odds(BACKPACK, TOKENIZER, PROFESSIONS, TEMPLATES), atol=1e-4)
     for p, t in itertools.product(range(len(PROFESSIONS)), range(len(TEMPLATES))):
