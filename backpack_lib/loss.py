@@ -45,20 +45,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, len(hidden), rows):
                 part = slice(start, start + rows)
                 label = labels[part, None]
-                logits = (hidden[part] @ weight.T).float()
-                normaliser = logits.logsumexp(-1, keepdim=True)
-                total += (normaliser - logits.gather(1, label)).sum()
+                log_p = (hidden[part] @ weight.T).float().log_softmax(-1)
+                total -= log_p.gather(1, label).sum()
                 if wants_gradient:
-                    # softmax minus one-hot, the gradient of the logits, in their place
-                    d_logits = logits.sub_(normaliser).exp_()
-                    d_logits.scatter_add_(1, label, torch.full_like(normaliser, -1.0))
-                    d_logits = d_logits.div_(len(hidden)).to(hidden.dtype)
-                    d_hidden[part] = d_logits @ weight
-                    d_weight += d_logits.T @ hidden[part]
-        ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
+                    # softmax minus one-hot, the gradient of the logits but for the mean, in their place
+                    d_logits = log_p.exp_().scatter_add_(1, label, torch.full_like(log_p[:, :1], -1.0))
+                    d_logits = d_logits.to(hidden.dtype)
+                    torch.mm(d_logits, weight, out=d_hidden[part])
+                    if d_logits.dtype == d_weight.dtype:
+                        d_weight.addmm_(d_logits.T, hidden[part])
+                    else:
+                        d_weight += d_logits.T @ hidden[part]
+        ctx.save_for_backward(d_hidden, d_weight)
         return total / len(hidden)
 
     @staticmethod
     def backward(ctx, d_loss):
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * d_loss, d_weight * d_loss, None, None
+        d_loss = d_loss / len(d_hidden)
+        return d_hidden * d_loss, (d_weight * d_loss).to(d_hidden.dtype), None, None

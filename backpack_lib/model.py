@@ -24,7 +24,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,17 +32,17 @@ from transformers import (
     GPT2Model,
     GPT2PreTrainedModel,
 )
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2FN, NewGELUActivation
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.generation import GenerationMixin
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput, can_return_tuple
 
+from backpack_lib.mixing import at_positions, contextualize, mix_senses, weighted_sum
+
 # The released model pads GPT-2's 50257 tokens to a multiple of 8; its config does not say so.
 GPT2_TOKENS, GPT2_TOKENS_PADDED = 50257, 50264
-QUERIES_AT_ONCE = 128  # positions whose contextualisation weights are computed together
-LONG = 512  # from more positions on, training computes them again instead of keeping them
 ROOM = 128  # tokens that a cache makes room for at once
 
 
@@ -173,54 +172,6 @@ class SenseWeightNetwork(nn.Module):
         return queries, keys
 
 
-def contextualize(queries, keys, allowed):
-    """The contextualisation weights alpha: one causal softmax per sense.
-
-    queries (B, k, T, d_s), keys (B, k, S, d_s), allowed broadcastable to (B, 1, T, S)
-    -> (B, k, T, S), each row summing to one.
-    """
-    scores = queries @ keys.transpose(-1, -2) / queries.shape[-1] ** 0.5
-    # The lowest finite number, not -inf: a padded position may attend to nothing at all.
-    return scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(dim=-1)
-
-
-def weighted_sum(alpha, senses):
-    """Sum over earlier tokens and their senses. (B, k, T, S), (B, k, S, d) -> (B, T, d)
-
-    One product over (sense, position) pairs, so that the sum over senses happens inside it and
-    nothing of the size k x T x d comes out. For a single new token that would be the lesser evil:
-    the product needs a copy of all senses if they lie in a cache.
-    """
-    if alpha.shape[2] == 1:
-        return (alpha.to(senses.dtype) @ senses).sum(1)
-    return alpha.to(senses.dtype).transpose(1, 2).flatten(2) @ senses.flatten(1, 2)
-
-
-def mix_senses(queries, keys, senses, allowed, n_past):
-    """The weighted sum of senses, for `QUERIES_AT_ONCE` positions at a time. -> (B, T, d)
-
-    Later positions, which a block may not look at, are left out: half of the work for a text of many blocks. Of a
-    long text alpha, the largest tensor of all, never exists whole: the backward pass computes each block again.
-    """
-
-    def block(queries, keys, senses, allowed):
-        return weighted_sum(contextualize(queries, keys, allowed), senses)
-
-    T = queries.shape[2]
-    if T <= QUERIES_AT_ONCE:
-        return block(queries, keys, senses, allowed)
-    sums = []
-    for start in range(0, T, QUERIES_AT_ONCE):
-        now = slice(start, start + QUERIES_AT_ONCE)
-        before = slice(n_past + min(now.stop, T))
-        part = queries[:, :, now], keys[:, :, before], senses[:, :, before], allowed[..., now, before]
-        if torch.is_grad_enabled() and T > LONG:
-            sums.append(checkpoint(block, *part, use_reentrant=False, preserve_rng_state=False))
-        else:
-            sums.append(block(*part))
-    return torch.cat(sums, 1)
-
-
 def allowed_positions(attention_mask, n_new, n_total, n_past, device):
     """Which earlier positions each new one may look at. -> bool, broadcastable to (B, 1, T, S)
 
@@ -231,6 +182,19 @@ def allowed_positions(attention_mask, n_new, n_total, n_past, device):
     new = torch.arange(n_new, device=device) + n_past
     causal = torch.arange(n_total, device=device) <= new[:, None]
     return causal if attention_mask is None else causal & attention_mask.bool()[:, None, None, :]
+
+
+@torch.compiler.disable  # their number is known only when they have been found
+def distinct_tokens(input_ids, padded: bool):
+    """The distinct tokens of a batch, and which of them stands where. (B, T) -> (n,), (B, T)
+
+    padded: repeat the last one until n is a multiple of an eighth of the batch, so that compiled code meets few sizes.
+    """
+    distinct, place = input_ids.unique(return_inverse=True)
+    if padded:
+        step = max(1, input_ids.numel() // 8)
+        distinct = torch.cat([distinct, distinct[-1:].expand(-len(distinct) % step)])
+    return distinct, place
 
 
 class SenseLayer(DynamicLayer):
@@ -342,7 +306,14 @@ class BackpackModel(BackpackPreTrainedModel):
         self.patches = []
         # Functions of (alpha, senses, input_ids, attention_mask) -> alpha, called in order; see `topic.py`.
         self.weighers = []
+        self._fuse_activations()
         self.post_init()
+
+    def _fuse_activations(self):
+        """Takes GPT-2's activation in one kernel: transformers computes the same function in eight."""
+        for module in self.modules():
+            if isinstance(getattr(module, "act", None), NewGELUActivation):
+                module.act = ACT2FN["gelu_pytorch_tanh"]
 
     def get_input_embeddings(self):
         return self.gpt2_model.wte
@@ -358,23 +329,19 @@ class BackpackModel(BackpackPreTrainedModel):
         return senses
 
     def senses_of_text(self, input_ids, known=None):
-        """Sense vectors at each position of a batch. (B, T) -> (B, k, T, d)
+        """Sense vectors of a batch's distinct tokens, and which of them stands where. (B, T) -> (n, k, d), (B, T)
 
         A token's senses do not depend on its place, so the sense network runs once per distinct token.
 
         known: senses by token, to take from and to add to; those of its tokens are not computed again.
         """
-        distinct, place = input_ids.unique(return_inverse=True)
+        distinct, place = distinct_tokens(input_ids, padded=torch.compiler.is_compiling())
         if known is None:
-            table = self.sense_vectors(distinct)
-        else:
-            tokens = distinct.tolist()
-            if new := [token for token in tokens if token not in known]:
-                known |= zip(new, self.sense_vectors(torch.tensor(new, device=input_ids.device)))
-            table = torch.stack([known[token] for token in tokens])
-        k = self.config.num_senses
-        rows = place[:, None, :] * k + torch.arange(k, device=place.device)[:, None]
-        return F.embedding(rows, table.flatten(0, 1))
+            return self.sense_vectors(distinct), place
+        tokens = distinct.tolist()
+        if new := [token for token in tokens if token not in known]:
+            known |= zip(new, self.sense_vectors(torch.tensor(new, device=input_ids.device)))
+        return torch.stack([known[token] for token in tokens]), place
 
     @can_return_tuple
     def forward(
@@ -408,24 +375,24 @@ class BackpackModel(BackpackPreTrainedModel):
             **kwargs,
         )
         queries, keys = self.sense_weight_net(trunk.last_hidden_state)
-        if past_key_values is None:
-            senses = self.senses_of_text(input_ids)
-        else:
+        cache, known = None, None
+        if past_key_values is not None:
             cache = make_room_for_senses(past_key_values, self.config.n_layer)
-            layer, known = cache.layers[-1], None
-            if isinstance(layer, SenseLayer) and input_ids.device.type == "cpu" and not torch.is_grad_enabled():
-                known = layer.known_under(self.patches)  # elsewhere asking would take as long as computing
-            senses = self.senses_of_text(input_ids, known)
+            if isinstance(cache.layers[-1], SenseLayer) and input_ids.device.type == "cpu" and not torch.is_grad_enabled():
+                known = cache.layers[-1].known_under(self.patches)  # elsewhere asking would take as long as computing
+        table, place = self.senses_of_text(input_ids, known)
+        senses = at_positions(table, place) if cache or output_senses or self.weighers else None
+        if cache:
             keys, senses = cache.update(keys, senses, self.config.n_layer)
         allowed = allowed_positions(attention_mask, n_new, keys.shape[2], n_past, input_ids.device)
         alpha = None
-        if output_senses or self.weighers or torch.compiler.is_compiling():
+        if output_senses or self.weighers or keys.shape[2] > n_new:
             alpha = contextualize(queries, keys, allowed)
             for weigh in self.weighers:
                 alpha = weigh(alpha, senses, input_ids, attention_mask)
             mixed = weighted_sum(alpha, senses)
         else:
-            mixed = mix_senses(queries, keys, senses, allowed, n_past)
+            mixed = mix_senses(queries, keys, table, place, allowed)
 
         return BackpackModelOutput(
             last_hidden_state=mixed,

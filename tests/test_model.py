@@ -9,11 +9,15 @@ import torch.nn.functional as F
 from helpers import random_ids, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, pipeline
 
-from backpack_lib import BackpackConfig, BackpackLMHeadModel
+from backpack_lib import BackpackConfig, BackpackLMHeadModel, mixing
+
+
+def gelu_new(x):
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def slow_senses(model, token):
-    """Sense vectors (k, d) of one token, from the equations, with no module called but the activation."""
+    """Sense vectors (k, d) of one token, from the equations, with no module called."""
     net, w = model.backpack.sense_network, dict(model.backpack.sense_network.named_parameters())
     eps = model.config.layer_norm_epsilon
 
@@ -21,8 +25,10 @@ def slow_senses(model, token):
         x = x - x.mean()
         return x / torch.sqrt((x**2).mean() + eps) * w[f"{name}.weight"] + w[f"{name}.bias"]
 
+    activation = {"gelu_new": gelu_new, "gelu": F.gelu}[model.config.activation_function]
+
     def mlp(x, name):
-        hidden = net.final_mlp.act(x @ w[f"{name}.c_fc.weight"] + w[f"{name}.c_fc.bias"])
+        hidden = activation(x @ w[f"{name}.c_fc.weight"] + w[f"{name}.c_fc.bias"])
         return hidden @ w[f"{name}.c_proj.weight"] + w[f"{name}.c_proj.bias"]
 
     e = model.lm_head.weight[token]
@@ -106,7 +112,7 @@ def test_sum_over_senses_makes_no_large_intermediate():
     """No tensor as large as (B, k, T, d) is made by the sum, forward."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from backpack_lib.model import weighted_sum
+    from backpack_lib.mixing import weighted_sum
 
     sizes = []
 
@@ -226,15 +232,14 @@ def test_gradients_reach_a_text_that_is_read_with_a_cache():
 
 
 @pytest.mark.parametrize("left", [0, 3])
-@pytest.mark.parametrize("long", [512, 8], ids=["kept", "computed again"])
-def test_a_text_is_read_in_blocks_of_positions(left, long, monkeypatch):
+def test_a_text_is_read_by_sense_and_block(left, monkeypatch):
     model, ids = tiny_model(), random_ids(2, 19)
     mask = torch.ones_like(ids)
     mask[0, :left] = 0
     found = []
-    for block in (256, 4):
-        monkeypatch.setattr("backpack_lib.model.QUERIES_AT_ONCE", block)
-        monkeypatch.setattr("backpack_lib.model.LONG", long)
+    for small in (2**20, 0):
+        monkeypatch.setattr(mixing, "SMALL", small)
+        monkeypatch.setitem(mixing.POSITIONS_AT_ONCE, "cpu", 4)
         model.zero_grad()
         logits = model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
         logits.square().sum().backward()
