@@ -7,6 +7,8 @@ loss is a mean, its gradient is known as soon as the logits are, so nothing is c
 import torch
 from torch import nn
 
+from backpack_lib.model import BackpackLMHeadModel, distinct_tokens
+
 # Logits held at once. On a CPU they should stay in its cache; a GPU wants large products.
 LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**28}
 
@@ -19,7 +21,11 @@ class LanguageModelLoss(nn.Module):
         self.model = model
 
     def forward(self, input_ids):
-        hidden = self.model.base_model(input_ids, use_cache=False).last_hidden_state[:, :-1]
+        given = {}
+        if isinstance(self.model, BackpackLMHeadModel):
+            # Found here, at the start, so that all that follows can be compiled in one piece.
+            given["distinct"] = distinct_tokens(input_ids, padded=torch.compiler.is_compiling())
+        hidden = self.model.base_model(input_ids, use_cache=False, **given).last_hidden_state[:, :-1]
         return linear_cross_entropy(hidden.flatten(0, 1), self.model.lm_head.weight, input_ids[:, 1:].flatten())
 
 

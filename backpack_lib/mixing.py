@@ -51,7 +51,8 @@ def mix_senses(queries, keys, table, place, allowed):
     queries and keys (B, k, T, d_s), of the same positions; table (n, k, d): the senses of distinct tokens; place
     (B, T): which of them stands where; allowed: broadcastable to (B, 1, T, T) and false for later positions.
     """
-    if place.numel() * table[0].numel() < SMALL:
+    small = place.numel() * table[0].numel() < SMALL
+    if small or torch.compiler.is_compiling():  # a compiler would write out each round of the loops
         return weighted_sum(contextualize(queries, keys, allowed), at_positions(table, place))
     allowed = allowed.expand(len(place), 1, -1, -1)[:, 0]
     return _MixSenses.apply(queries, keys, table, place, allowed)

@@ -7,7 +7,7 @@ What is notable:
 - `SenseWeightNetwork` reads the trunk's hidden states and says how much of each sense of
   each earlier token goes into each prediction (the contextualisation weights, alpha).
 - A prediction is their weighted sum, so every logit is linear in the sense vectors.
-- Senses are computed for the distinct tokens of a batch only, and summed in one product.
+- Senses are computed for the distinct tokens of a batch only; `mixing.py` sums them.
 - `patches` may change senses as they are computed, and `weighers` the weights, which is how `SenseEdits` and
   topic control work.
 - The sense layer is one more attention layer whose values are sense vectors, so it lives in
@@ -19,6 +19,7 @@ Shapes: batch B, new tokens T, all tokens so far S (= T without a cache), width 
 vocabulary V, and d_s = floor(d / k), the width of a sense's queries and keys.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -184,8 +185,8 @@ def allowed_positions(attention_mask, n_new, n_total, n_past, device):
     return causal if attention_mask is None else causal & attention_mask.bool()[:, None, None, :]
 
 
-@torch.compiler.disable  # their number is known only when they have been found
-def distinct_tokens(input_ids, padded: bool):
+@torch.compiler.disable  # their number is known only once they are found
+def distinct_tokens(input_ids, padded=False):
     """The distinct tokens of a batch, and which of them stands where. (B, T) -> (n,), (B, T)
 
     padded: repeat the last one until n is a multiple of an eighth of the batch, so that compiled code meets few sizes.
@@ -195,6 +196,12 @@ def distinct_tokens(input_ids, padded: bool):
         step = max(1, input_ids.numel() // 8)
         distinct = torch.cat([distinct, distinct[-1:].expand(-len(distinct) % step)])
     return distinct, place
+
+
+def each_token(input_ids):
+    """All tokens of a batch as they are, in the format of `distinct_tokens`."""
+    tokens = input_ids.flatten()
+    return tokens, torch.arange(len(tokens), device=tokens.device).view_as(input_ids)
 
 
 class SenseLayer(DynamicLayer):
@@ -328,20 +335,20 @@ class BackpackModel(BackpackPreTrainedModel):
             senses = patch(token_ids, senses)
         return senses
 
-    def senses_of_text(self, input_ids, known=None):
-        """Sense vectors of a batch's distinct tokens, and which of them stands where. (B, T) -> (n, k, d), (B, T)
-
-        A token's senses do not depend on its place, so the sense network runs once per distinct token.
-
-        known: senses by token, to take from and to add to; those of its tokens are not computed again.
-        """
-        distinct, place = distinct_tokens(input_ids, padded=torch.compiler.is_compiling())
+    def table_of(self, token_ids, known=None):
+        """`sense_vectors`, but for the tokens in `known`, senses by token, which gains the others. (n,) -> (n, k, d)"""
         if known is None:
-            return self.sense_vectors(distinct), place
-        tokens = distinct.tolist()
-        if new := [token for token in tokens if token not in known]:
-            known |= zip(new, self.sense_vectors(torch.tensor(new, device=input_ids.device)))
-        return torch.stack([known[token] for token in tokens]), place
+            return self.sense_vectors(token_ids)
+        tokens = token_ids.tolist()
+        if new := [token for token in dict.fromkeys(tokens) if token not in known]:
+            known |= zip(new, self.sense_vectors(torch.tensor(new, device=token_ids.device)))
+        return torch.stack([known[token] for token in tokens])
+
+    def known_senses(self, cache, device) -> dict | None:
+        """The senses that a cache knows by token. None on a GPU: asking would take as long as to compute them."""
+        if cache is None or not isinstance(cache.layers[-1], SenseLayer):
+            return None
+        return None if device.type != "cpu" or torch.is_grad_enabled() else cache.layers[-1].known_under(self.patches)
 
     @can_return_tuple
     def forward(
@@ -352,9 +359,13 @@ class BackpackModel(BackpackPreTrainedModel):
         past_key_values=None,
         use_cache=None,
         output_senses=False,
+        distinct=None,
         **kwargs,
     ) -> BackpackModelOutput:
-        """(B, T) -> (B, T, d); see `BackpackLMHeadModel.forward` for the arguments."""
+        """(B, T) -> (B, T, d); see `BackpackLMHeadModel.forward` for the other arguments.
+
+        distinct: what `distinct_tokens(input_ids)` returned, if it has been asked.
+        """
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
@@ -375,17 +386,19 @@ class BackpackModel(BackpackPreTrainedModel):
             **kwargs,
         )
         queries, keys = self.sense_weight_net(trunk.last_hidden_state)
-        cache, known = None, None
+        if distinct is None:
+            distinct = distinct_tokens(input_ids) if n_new > 1 else each_token(input_ids)
+        cache, alpha, senses = None, None, None
         if past_key_values is not None:
             cache = make_room_for_senses(past_key_values, self.config.n_layer)
-            if isinstance(cache.layers[-1], SenseLayer) and input_ids.device.type == "cpu" and not torch.is_grad_enabled():
-                known = cache.layers[-1].known_under(self.patches)  # elsewhere asking would take as long as computing
-        table, place = self.senses_of_text(input_ids, known)
-        senses = at_positions(table, place) if cache or output_senses or self.weighers else None
-        if cache:
+        # A token's senses do not depend on its place, so the sense network runs once per distinct token.
+        tokens, place = distinct
+        table = self.table_of(tokens, self.known_senses(cache, input_ids.device))
+        if cache is not None or output_senses or self.weighers:
+            senses = at_positions(table, place)
+        if cache is not None:
             keys, senses = cache.update(keys, senses, self.config.n_layer)
         allowed = allowed_positions(attention_mask, n_new, keys.shape[2], n_past, input_ids.device)
-        alpha = None
         if output_senses or self.weighers or keys.shape[2] > n_new:
             alpha = contextualize(queries, keys, allowed)
             for weigh in self.weighers:
@@ -424,6 +437,19 @@ class BackpackModel(BackpackPreTrainedModel):
             )
 
 
+class OutputEmbedding(nn.Linear):
+    """The logits E o, whose one product for a single new token is shared among the cores of a CPU."""
+
+    def forward(self, hidden):
+        rows, d = self.weight.shape
+        parts = math.gcd(rows, 8)
+        if hidden.numel() > d or hidden.device.type != "cpu" or torch.is_grad_enabled():
+            return super().forward(hidden)
+        # A matrix times one vector is left to a single core, however large it is; several such products are not.
+        column = hidden.view(1, 1, d).expand(parts, -1, -1).transpose(1, 2)  # this layout is the one that is shared
+        return torch.bmm(self.weight.view(parts, -1, d), column).view(*hidden.shape[:-1], rows)
+
+
 class BackpackLMHeadModel(BackpackPreTrainedModel, GenerationMixin):
     """A Backpack that predicts the next token: logits = E o, with E tied to the input embedding."""
 
@@ -432,7 +458,7 @@ class BackpackLMHeadModel(BackpackPreTrainedModel, GenerationMixin):
     def __init__(self, config: BackpackConfig):
         super().__init__(config)
         self.backpack = BackpackModel(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = OutputEmbedding(config.n_embd, config.vocab_size, bias=False)
         self.loss_type = "ForCausalLM"
         self.post_init()
 

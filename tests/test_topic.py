@@ -187,7 +187,7 @@ def test_bad_input_is_one_sentence(make, message):
 def test_annealing_alone_counts_from_the_first_call():
     annealing = Annealing(MODEL, torch.ones(V, 4) * 2, rate=1.0)
     ids = random_ids(2, 3, vocab_size=V)
-    senses = MODEL.backpack.senses_of_text(ids)
+    senses = MODEL(ids, output_senses=True).senses
     alpha = torch.ones(2, 4, 3, 3)
     s = torch.sigmoid(torch.tensor(6.0)) * (1 + torch.arange(3) / 100)
     torch.testing.assert_close(annealing(alpha, senses, ids), (alpha * (s * 2 + 1 - s)).expand(2, 4, 3, 3))
