@@ -69,4 +69,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, d_loss):
         d_hidden, d_weight = ctx.saved_tensors
         d_loss = d_loss / len(d_hidden)
-        return d_hidden * d_loss, (d_weight * d_loss).to(d_hidden.dtype), None, None
+        # In place: the gradient of a large vocabulary would double the peak. A second pass is refused by autograd.
+        return d_hidden.mul_(d_loss), d_weight.mul_(d_loss).to(d_hidden.dtype), None, None

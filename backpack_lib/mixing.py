@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 POSITIONS_AT_ONCE = {"cpu": 64, "cuda": 512}  # a CPU keeps what a small block needs in its cache
-SMALL = 2**20  # numbers in the senses of all positions; below, many small products cost more than one
+SMALL = 2**22  # numbers in the senses of all positions; below, many small products cost more than one
 
 
 def contextualize(queries, keys, allowed):

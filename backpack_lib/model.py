@@ -328,20 +328,24 @@ class BackpackModel(BackpackPreTrainedModel):
     def set_input_embeddings(self, embeddings):
         self.gpt2_model.wte = embeddings
 
-    def sense_vectors(self, token_ids):
-        """Sense vectors of each token, without any context. (n,) -> (n, k, d)"""
-        senses = self.sense_network(self.gpt2_model.wte(token_ids))
+    def sense_vectors(self, token_ids, embeddings=None):
+        """Sense vectors of each token, without any context. (n,) -> (n, k, d)
+
+        embeddings: the tokens' rows of the input embedding, (n, d), if they are at hand.
+        """
+        senses = self.sense_network(self.gpt2_model.wte(token_ids) if embeddings is None else embeddings)
         for patch in self.patches:
             senses = patch(token_ids, senses)
         return senses
 
-    def table_of(self, token_ids, known=None):
-        """`sense_vectors`, but for the tokens in `known`, senses by token, which gains the others. (n,) -> (n, k, d)"""
+    def table_of(self, token_ids, embeddings, known=None):
+        """`sense_vectors`, but for the tokens in `known`, senses by token, which gains the others."""
         if known is None:
-            return self.sense_vectors(token_ids)
+            return self.sense_vectors(token_ids, embeddings)
         tokens = token_ids.tolist()
-        if new := [token for token in dict.fromkeys(tokens) if token not in known]:
-            known |= zip(new, self.sense_vectors(torch.tensor(new, device=token_ids.device)))
+        if new := {token: row for row, token in enumerate(tokens) if token not in known}:
+            rows = list(new.values())
+            known |= zip(new, self.sense_vectors(token_ids[rows], embeddings[rows]))
         return torch.stack([known[token] for token in tokens])
 
     def known_senses(self, cache, device) -> dict | None:
@@ -377,8 +381,13 @@ class BackpackModel(BackpackPreTrainedModel):
             # Padding takes no position, so a left-padded text is read as if it stood alone.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -n_new:]
 
+        # A token's senses do not depend on its place, so the sense network runs once per distinct token.
+        if distinct is None:
+            distinct = distinct_tokens(input_ids) if n_new > 1 else each_token(input_ids)
+        tokens, place = distinct
+        embeddings = self.gpt2_model.wte(tokens)
         trunk = self.gpt2_model(
-            input_ids,
+            inputs_embeds=F.embedding(place, embeddings),
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -386,14 +395,10 @@ class BackpackModel(BackpackPreTrainedModel):
             **kwargs,
         )
         queries, keys = self.sense_weight_net(trunk.last_hidden_state)
-        if distinct is None:
-            distinct = distinct_tokens(input_ids) if n_new > 1 else each_token(input_ids)
         cache, alpha, senses = None, None, None
         if past_key_values is not None:
             cache = make_room_for_senses(past_key_values, self.config.n_layer)
-        # A token's senses do not depend on its place, so the sense network runs once per distinct token.
-        tokens, place = distinct
-        table = self.table_of(tokens, self.known_senses(cache, input_ids.device))
+        table = self.table_of(tokens, embeddings, self.known_senses(cache, input_ids.device))
         if cache is not None or output_senses or self.weighers:
             senses = at_positions(table, place)
         if cache is not None:
