@@ -6,6 +6,7 @@
 # make demo-model CORPUS='part-*.txt.xz' VALID=valid.txt.xz   train the models that are shipped in data/demo
 # make evaluate TEXT=valid.txt.xz LEXSIM=folder               measure them; BLIMP=folder, CORPUS=... for word2vec
 # make topic-control TEXT=valid.txt.xz                        measure how they are drawn to topics
+# make bench                                                  measure speed and memory; BENCH='--device cuda' on a GPU
 # make gender-bias TEXT=valid.txt.xz                          measure what turning their bias down costs on text
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 # An index with another build of PyTorch, such as https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 
-.PHONY: run test lab setup notebooks demo-model evaluate topic-control gender-bias clean
+.PHONY: run test lab setup notebooks demo-model evaluate topic-control gender-bias bench clean
 
 run: setup
 	$(BIN)/python -m backpack_lib.running
@@ -60,6 +61,9 @@ gender-bias: setup
 	$(BIN)/python -m backpack_lib.running 04_gender_bias -p reference '$(TEXT)' -p out runs/gender_bias
 	mkdir -p data/demo/gender_bias
 	cp runs/gender_bias/loss.csv data/demo/gender_bias
+
+bench: setup
+	$(BIN)/python data/benchmark/bench.py $(BENCH)
 
 .venv/evaluates-with: .venv/installed
 	$(INSTALL) --editable '.[eval]'

@@ -123,13 +123,13 @@ class RunFolder:
     def is_finished(self) -> bool:
         return (self.path / "model").is_dir()
 
-    def finish(self, model, tokenizer):
-        """Writes the finished model and its tokenizer; the checkpoints are no longer needed."""
+    def finish(self, model, weights: dict, tokenizer):
+        """Writes the finished model, of these weights, and its tokenizer; the checkpoints are no longer needed."""
         building = self.path / "model-building"
         shutil.rmtree(building, ignore_errors=True)
         try:
             with no_progress_bar():
-                model.save_pretrained(building)
+                model.save_pretrained(building, state_dict=weights)
             tokenizer.save_pretrained(building)
             building.rename(self.path / "model")
         except (OSError, RuntimeError, SafetensorError) as error:

@@ -19,6 +19,7 @@ class LanguageModelLoss(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
+        self._no_split_modules = model._no_split_modules  # asked for if the model is divided among processes
 
     def forward(self, input_ids):
         given = {}

@@ -11,7 +11,7 @@ What is notable:
 - `patches` may change senses as they are computed, and `weighers` the weights, which is how `SenseEdits` and
   topic control work.
 - The sense layer is one more attention layer whose values are sense vectors, so it lives in
-  transformers' cache as layer number `n_layer`, and `generate()` works unchanged.
+  transformers' cache as layer number `n_layer` (`caching.py`), and `generate()` works unchanged.
 - Parameter names are those of the released checkpoint (stanfordnlp/backpack-gpt2), which
   therefore loads without remote code.
 
@@ -34,17 +34,17 @@ from transformers import (
     GPT2PreTrainedModel,
 )
 from transformers.activations import ACT2FN, NewGELUActivation
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput, can_return_tuple
 
+from backpack_lib.caching import SenseLayer, make_room_for_senses
 from backpack_lib.mixing import at_positions, contextualize, mix_senses, weighted_sum
 
 # The released model pads GPT-2's 50257 tokens to a multiple of 8; its config does not say so.
 GPT2_TOKENS, GPT2_TOKENS_PADDED = 50257, 50264
-ROOM = 128  # tokens that a cache makes room for at once
 
 
 class BackpackConfig(GPT2Config):
@@ -204,59 +204,6 @@ def each_token(input_ids):
     return tokens, torch.arange(len(tokens), device=tokens.device).view_as(input_ids)
 
 
-class SenseLayer(DynamicLayer):
-    """The sense layer's part of a cache: the keys and senses of a text so far, with room for more.
-
-    Senses are wide, so to copy all of them for each new token, as `DynamicLayer` does, or to compute those of a
-    token that was there before, would take as long as a small trunk.
-
-    known: the senses of tokens that were there, (k, d), by token; patches: those under which they were computed.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.rooms, self.known, self.patches = {}, {}, []
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        if key_states.requires_grad:
-            return super().update(key_states, value_states, *args, **kwargs)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.keys = self._append("keys", self.keys, key_states)
-        self.values = self._append("values", self.values, value_states)
-        return self.keys, self.values
-
-    def known_under(self, patches: list) -> dict:
-        """The senses of tokens that were there, which other patches make void."""
-        if self.patches != patches:
-            self.known, self.patches = {}, list(patches)
-        return self.known
-
-    def _append(self, name, old, new):
-        """Old rows and new ones after them, (B, k, S, width), written into the room if they still lie there."""
-        if not old.numel():
-            return new  # perhaps nothing will follow, so no room is made yet
-        n_old = old.shape[-2]
-        n_all = n_old + new.shape[-2]
-        room = self.rooms.get(name)
-        if room is None or n_all > room.shape[-2] or len(old) != len(room) or old.data_ptr() != room.data_ptr():
-            room = self.rooms[name] = new.new_empty(*new.shape[:-2], n_all + ROOM, new.shape[-1])
-            room[..., :n_old, :] = old
-        room[..., n_old:n_all, :] = new
-        return room[..., :n_all, :]
-
-
-def make_room_for_senses(cache: Cache, n_layer: int) -> Cache:
-    """Adds the sense layer to a cache that has the trunk's layers only; other kinds grow by themselves."""
-    if len(cache.layers) == n_layer:
-        trunk = cache.layers[0]
-        if isinstance(trunk, StaticLayer):
-            cache.layers.append(StaticLayer(trunk.max_cache_len))
-        elif type(trunk) is DynamicLayer:
-            cache.layers.append(SenseLayer())
-    return cache
-
-
 @dataclass
 class BackpackModelOutput(ModelOutput):
     """`last_hidden_state` is the weighted sum of senses, (B, T, d), that the output embedding reads."""
@@ -292,6 +239,7 @@ class BackpackLMOutput(ModelOutput):
 class BackpackPreTrainedModel(GPT2PreTrainedModel):
     config_class = BackpackConfig
     base_model_prefix = "backpack"
+    _no_split_modules = ["GPT2Block", "SenseNetwork"]
     # Aliases and buffers that checkpoints of the released model's age carry.
     _keys_to_ignore_on_load_unexpected = [
         r"\.attn\.bias$",

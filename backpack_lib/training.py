@@ -6,6 +6,7 @@ or, from a shell, with the same names as flags,
 
     python -m backpack_lib.training --corpus "texts/*.txt.xz" --out runs/first --steps 5000
     torchrun --nproc_per_node 8 -m backpack_lib.training --corpus ...
+    accelerate launch --config_file data/launch/fsdp.yaml -m backpack_lib.training --corpus ...
 
 What is notable:
 
@@ -19,16 +20,18 @@ What is notable:
 import contextlib
 import ctypes
 import math
+import os
 import re
 import signal
 import sys
 import threading
 import time
+import warnings
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, set_seed
 from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, get_scheduler
 
 from backpack_lib.batches import ShuffledBatches, StreamedBatches
@@ -119,9 +122,7 @@ class Run:
                     raise KeyboardInterrupt(
                         f"Stopped after step {self.step}, which is saved; the same call goes on from there."
                     )
-        if self.accelerator.is_main_process:
-            self.folder.finish(self.accelerator.unwrap_model(self.loss).model, self.blocks.tokenizer)
-        self.accelerator.wait_for_everyone()
+        self.finish()
 
     def train_one_step(self, batch: list[torch.Tensor]):
         """One optimiser step on `accumulate` batches (batch_size, T)."""
@@ -151,12 +152,15 @@ class Run:
         self.loss.eval()
         n_rows = min(self.config.eval_blocks, len(self.blocks.valid))
         mine = range(self.accelerator.process_index, n_rows, self.accelerator.num_processes)
+        most = -(-n_rows // self.accelerator.num_processes)
         # Nats per token, summed over sequences, and the number of sequences.
         total = torch.zeros(2, device=self.accelerator.device)
-        for start in range(0, len(mine), self.config.batch_size):
-            rows = self.blocks.valid[list(mine[start : start + self.config.batch_size])]["input_ids"]
-            total[0] += self.loss(self.on_device(rows)) * len(rows)
-            total[1] += len(rows)
+        for start in range(0, most, self.config.batch_size):
+            numbers = list(mine[start : start + self.config.batch_size])
+            # A process that has none left goes along: a model that is divided among processes works in all or in none.
+            rows = self.blocks.valid[numbers or [0]]["input_ids"]
+            total[0] += self.loss(self.on_device(rows)) * len(numbers)
+            total[1] += len(numbers)
         nats, count = self.accelerator.reduce(total, "sum").tolist()
         return nats / count
 
@@ -212,6 +216,16 @@ class Run:
         }
         self.folder.save(self.accelerator, progress)
 
+    def finish(self):
+        whole = self.accelerator.get_state_dict(self.loss)  # gathered from all processes, if it is divided among them
+        if self.accelerator.is_main_process:
+            model = self.accelerator.unwrap_model(self.loss).model
+            weights = {name.removeprefix("model."): tensor for name, tensor in whole.items()}
+            for tied in model.all_tied_weights_keys:
+                weights.pop(tied, None)
+            self.folder.finish(model, weights, self.blocks.tokenizer)
+        self.accelerator.wait_for_everyone()
+
     def resume(self):
         progress = self.folder.resume(self.accelerator)
         if progress is None:
@@ -241,7 +255,24 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         precision = "bf16" if not on_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
     # Accelerate keeps its state for the life of a process; a notebook may train twice, differently.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    return Accelerator(mixed_precision=PRECISIONS[precision], cpu=on_cpu, step_scheduler_with_optimizer=False)
+    accelerator = Accelerator(mixed_precision=PRECISIONS[precision], cpu=on_cpu, step_scheduler_with_optimizer=False)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        divide_model(accelerator, config)
+    return accelerator
+
+
+def divide_model(accelerator: Accelerator, config: TrainingConfig):
+    """Checks that a model can be divided among processes (FSDP), and has accelerate do so on CPUs too.
+
+    Raises ValueError if the optimiser needs whole matrices.
+    """
+    if config.optimizer == "muon":
+        raise ValueError("optimizer='muon' needs whole matrices, which FSDP divides; choose 'adamw', or DDP.")
+    if accelerator.device.type == "cpu":  # where accelerate itself would have each process hold the whole model
+        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    # It warns of changes in place to what the sense network returns; there are none.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
 
 
 def keep_freed_memory():

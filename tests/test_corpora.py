@@ -254,15 +254,21 @@ def test_a_stream_gives_the_training_documents_and_resumes_where_it_was(hub):
     assert take(again, 7) == whole[5:]
 
 
-def test_processes_read_different_parts_of_a_stream(hub):
+@pytest.mark.parametrize("processes", [2, 3, 4])  # of 4 shards
+def test_processes_read_different_parts_of_a_stream(hub, processes):
     from backpack_lib.batches import StreamedBatches
 
     blocks = prepare(open_corpus(hub, streaming=True), 32, 500, valid_fraction=0.1)
-    parts = [{tuple(row["input_ids"]) for row in StreamedBatches(blocks.train, 1, 1, p, 2).stream} for p in (0, 1)]
+    places = range(processes)
+    parts = [
+        [tuple(row["input_ids"]) for row in StreamedBatches(blocks.train, 1, 1, place, processes).stream]
+        for place in places
+    ]
     n_whole = sum(1 for _ in blocks.train)
     # Each process packs its own documents, so that one block more or less may be left over.
-    assert not parts[0] & parts[1] and abs(len(parts[0]) + len(parts[1]) - n_whole) <= 2
-    assert min(map(len, parts)) > 0.4 * n_whole
+    assert len(set().union(*parts)) == sum(map(len, parts))
+    assert abs(sum(map(len, parts)) - n_whole) <= processes
+    assert min(map(len, parts)) > 0.8 * n_whole / processes
 
 
 def test_a_run_on_a_stream_can_be_interrupted(hub, tmp_path, monkeypatch):

@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import random_ids, tiny_config, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, pipeline
 
 from backpack_lib import BackpackConfig, BackpackLMHeadModel, mixing
+from backpack_lib.loss import LanguageModelLoss
 
 
 def gelu_new(x):
@@ -108,28 +110,51 @@ def test_sense_network_sees_each_distinct_token_once():
     assert seen == [3]
 
 
+class Sizes(TorchDispatchMode):
+    """Notes how many numbers each new tensor holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        inputs = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in inputs:
+            self.seen.append(out.numel())
+        return out
+
+
 def test_sum_over_senses_makes_no_large_intermediate():
     """No tensor as large as (B, k, T, d) is made by the sum, forward."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    from backpack_lib.mixing import weighted_sum
-
-    sizes = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            inputs = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
-            if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in inputs:
-                sizes.append(out.numel())
-            return out
-
     B, k, T, d = 2, 8, 16, 64
     alpha, senses = torch.rand(B, k, T, T), torch.rand(B, k, T, d)
-    with Watch():
-        out = weighted_sum(alpha, senses)
+    with Sizes() as sizes:
+        out = mixing.weighted_sum(alpha, senses)
     torch.testing.assert_close(out, (alpha @ senses).sum(1))
-    assert max(sizes) < B * k * T * d
+    assert max(sizes.seen) < B * k * T * d
+
+
+def test_mixing_makes_neither_all_weights_nor_all_senses(monkeypatch):
+    """Of the tensors of k x T x T and k x T x d numbers there is never more than a part, backward neither."""
+    monkeypatch.setattr(mixing, "SMALL", 0)
+    B, k, T, d, n = 2, 8, 96, 64, 10
+    queries, keys = (torch.rand(B, k, T, d // k, requires_grad=True) for _ in range(2))
+    table, place = torch.rand(n, k, d, requires_grad=True), torch.randint(n, (B, T))
+    with Sizes() as sizes:
+        mixed = mixing.mix_senses(queries, keys, table, place, torch.ones(T, T, dtype=torch.bool).tril())
+        mixed.sum().backward()
+    assert max(sizes.seen) < B * k * T * min(T, d) / 4
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 3)])
+@pytest.mark.parametrize("vocab_size", [61, 64])
+def test_output_embedding_is_a_product_with_e(shape, vocab_size):
+    head = tiny_model(vocab_size=vocab_size).lm_head
+    hidden = torch.randn(*shape, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(head(hidden), hidden @ head.weight.T)
+    assert head(hidden).requires_grad
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -180,7 +205,7 @@ def test_caches_of_every_make_hold_the_senses():
 
 @torch.no_grad()
 def test_a_cache_has_the_senses_of_each_token_computed_once(monkeypatch):
-    monkeypatch.setattr("backpack_lib.model.ROOM", 2)  # so that it has to grow, too
+    monkeypatch.setattr("backpack_lib.caching.ROOM", 2)  # so that it has to grow, too
     model = tiny_model()
     seen = []
     model.backpack.sense_network.register_forward_hook(lambda module, args, out: seen.extend(range(len(args[0]))))
@@ -315,6 +340,21 @@ def test_compiled_model_gives_the_same_loss_and_gradients():
     loss.backward()
     torch.testing.assert_close(loss, plain)
     torch.testing.assert_close(model.backpack.sense_network.final_mlp.c_proj.weight.grad, expected)
+
+
+def test_compiled_training_meets_few_sizes(monkeypatch):
+    """Batches with other numbers of distinct tokens, but about as many, need no compilation of their own."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model = tiny_model()
+    loss, compiled = LanguageModelLoss(model), torch.compile(LanguageModelLoss(model), backend=counter)
+    for n_distinct in (20, 18, 22, 17):
+        ids = torch.arange(64).remainder(n_distinct).view(4, 16)
+        torch.testing.assert_close(compiled(ids), loss(ids))
+        compiled(ids).backward()
+    assert counter.frame_count == 1
 
 
 # ---------------------------------------------------------------- the released format

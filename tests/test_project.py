@@ -60,7 +60,7 @@ def test_conda_users_get_the_same():
 
 def test_modules_import_one_way():
     """A module imports only from modules above it in this list, so that each can be read on its own."""
-    order = """errors paths model planted tokenization corpora loading loss config batches checkpoints progress training
+    order = """errors paths mixing caching model planted tokenization corpora loading loss config batches checkpoints progress training
                texts evaluation senses attribution edits topic pplm judging sweeps bias lexical roles views plots widgets running""".split()
     files = {path.stem: path.read_text() for path in (ROOT / "backpack_lib").glob("*.py") if path.stem != "__init__"}
     assert set(files) == set(order)

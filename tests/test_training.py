@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -269,13 +270,46 @@ def test_processes_share_the_rows_of_a_step():
         assert sorted(a + b) == sorted(alone[step])
 
 
-def test_two_processes_give_the_losses_of_one(tiny):
-    one, two = (replace(tiny, out=f"{tiny.out}-{n}", batch_size=8 // n, dropout=0.0, device="cpu") for n in (1, 2))
+def launcher(kind, port):
+    file = ROOT / "data" / "launch" / f"{kind}.yaml"
+    place = ["--num_processes=2", f"--main_process_port={port}"]
+    return ["-m", "accelerate.commands.launch", f"--config_file={file}", *place]
+
+
+@pytest.mark.parametrize("kind, port", [("ddp", 29617), ("fsdp", 29620)])
+def test_two_processes_give_the_losses_of_one(tiny, kind, port):
+    tiny = replace(tiny, dropout=0.0, device="cpu", accumulate=2, eval_blocks=7)
+    one, two = (replace(tiny, out=f"{tiny.out}-{n}", batch_size=4 // n) for n in (1, 2))
     train(one)
-    result = run_command(two, ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617"])
+    result = run_command(two, launcher(kind, port))
     assert result.returncode == 0, result.stderr
     a, b = (pd.read_csv(f"{config.out}/history.csv") for config in (one, two))
     np.testing.assert_allclose(a[RESULTS], b[RESULTS], atol=1e-4)
+    a, b = (weights(config.out) for config in (one, two))
+    assert a.keys() == b.keys()
+    assert all(torch.allclose(a[name], b[name], atol=1e-3) for name in a)
+
+
+def test_a_divided_model_goes_on_from_its_checkpoint(tiny):
+    config = replace(tiny, dropout=0.0, device="cpu", out=f"{tiny.out}-whole")
+    broken = replace(config, out=f"{tiny.out}-broken", steps=40)
+    assert run_command(replace(config, steps=40), launcher("fsdp", 29621)).returncode == 0
+    process = subprocess.Popen(
+        command(broken, launcher("fsdp", 29622)), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    while process.poll() is None and not list(Path(broken.out).glob("checkpoint-*[02468]")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() != 0
+    assert not (Path(broken.out) / "model").exists()
+    assert run_command(broken, launcher("fsdp", 29623)).returncode == 0
+    assert_same_weights(broken.out, config.out)
+
+
+def test_muon_on_a_divided_model_is_refused(tiny, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="optimizer='muon' needs whole matrices, which FSDP divides"):
+        train(replace(tiny, optimizer="muon"))
 
 
 # ---------------------------------------------------------------- interruptions

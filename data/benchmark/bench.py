@@ -146,16 +146,18 @@ def computed_in(device: str):
 # ---------------------------------------------------------------- timing
 
 
-def alternated(works: dict[str, Callable], device: str, rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Seconds of each work in each round, one after the other in every round, after a round that warms up."""
+def alternated(
+    works: dict[str, Callable], device: str, rounds: int = ROUNDS, warm_ups: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each work in each round, one after the other in every round, after rounds that only warm up."""
     seconds = {name: [] for name in works}
-    for number in range(rounds + 1):
+    for number in range(warm_ups + rounds):
         for name, work in works.items():
             began = time.perf_counter()
             work()
             if device == "cuda":
                 torch.cuda.synchronize()
-            if number:
+            if number >= warm_ups:
                 seconds[name].append(time.perf_counter() - began)
     return seconds
 
@@ -215,11 +217,17 @@ def generation(size: str, device: str, batch: int, tokens: int) -> dict[str, lis
     models = make_models(size, tokens + 1, device)
     text = text_like(batch, tokens + 1, size, device)
     settings = dict(attention_mask=torch.ones_like(text[:, :1]), do_sample=False, eos_token_id=None)
-    settings |= dict(max_new_tokens=tokens, logits_processor=[Dictated(text)])
-    works = {name: lambda model=models[name]: model.generate(text[:, :1], **settings) for name in ("ours", "GPT-2")}
-    if batch == 1:  # for more, the plain one would take hours on a CPU
-        works["plain"] = lambda: models["plain"].write(text)
-    return alternated(works, device)
+    settings |= dict(logits_processor=[Dictated(text)])
+
+    def writes(name, tokens):
+        if name == "plain":
+            return lambda: models[name].write(text[:, : tokens + 1])
+        return lambda: models[name].generate(text[:, :1], max_new_tokens=tokens, **settings)
+
+    names = MODELS if batch == 1 else ("ours", "GPT-2")  # for more, the plain one would take hours on a CPU
+    for name in names:
+        writes(name, 4)()
+    return alternated({name: writes(name, tokens) for name in names}, device, warm_ups=0)
 
 
 @torch.no_grad()
