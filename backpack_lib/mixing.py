@@ -15,6 +15,11 @@ POSITIONS_AT_ONCE = {"cpu": 64, "cuda": 512}  # a CPU keeps what a small block n
 SMALL = 2**22  # numbers in the senses of all positions; below, many small products cost more than one
 
 
+def sum_type(tensor) -> torch.dtype:
+    """What sums of many terms are taken in: float32, or better."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
 def contextualize(queries, keys, allowed):
     """The contextualisation weights alpha: one causal softmax per sense.
 
@@ -23,7 +28,7 @@ def contextualize(queries, keys, allowed):
     """
     scores = queries @ keys.transpose(-1, -2) / queries.shape[-1] ** 0.5
     # The lowest finite number, not -inf: a padded position may attend to nothing at all.
-    return scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(dim=-1)
+    return scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(dim=-1, dtype=sum_type(scores))
 
 
 def weighted_sum(alpha, senses):
@@ -66,8 +71,6 @@ def _blocks(place) -> list[tuple[slice, slice]]:
 
 
 class _MixSenses(torch.autograd.Function):
-    """Sums in float32 or better, whatever the precision of the products: they have many terms."""
-
     @staticmethod
     def forward(ctx, queries, keys, table, place, allowed):
         ctx.save_for_backward(queries, keys, table, place, allowed)
@@ -94,13 +97,10 @@ class _MixSenses(torch.autograd.Function):
                     alpha = contextualize(query[:, now], key[:, before], allowed[:, now, before])
                     d_value[:, before] += alpha.to(value.dtype).transpose(1, 2) @ d_mixed[:, now]
                     d_alpha = (d_mixed[:, now] @ value[:, before].transpose(1, 2)).to(alpha.dtype)
-                    d_scores = torch.ops.aten._softmax_backward_data(d_alpha, alpha, -1, alpha.dtype) * scale
+                    d_scores = torch.ops.aten._softmax_backward_data(d_alpha, alpha, -1, alpha.dtype)
+                    d_scores = (d_scores * scale).to(key.dtype)
                     d_queries[:, sense, now] = d_scores @ key[:, before]
                     d_key[:, before] += d_scores.transpose(1, 2) @ query[:, now]
                 d_keys[:, sense] = d_key
                 d_table[:, sense] = torch.ops.aten.embedding_dense_backward(d_value, place, len(table), -1, False)
         return d_queries, d_keys, d_table, None, None
-
-
-def sum_type(tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)

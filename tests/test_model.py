@@ -147,6 +147,36 @@ def test_mixing_makes_neither_all_weights_nor_all_senses(monkeypatch):
     assert max(sizes.seen) < B * k * T * min(T, d) / 4
 
 
+def mixing_input(dtype):
+    B, k, T, d, n = 2, 3, 7, 6, 4
+    queries, keys, table = (
+        torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((B, k, T, 2), (B, k, T, 2), (n, k, d))
+    )
+    return queries, keys, table, torch.randint(n, (B, T)), torch.ones(T, T, dtype=torch.bool).tril()
+
+
+def test_gradients_of_mixing_are_the_differences_of_its_values(monkeypatch):
+    monkeypatch.setattr(mixing, "SMALL", 0)
+    monkeypatch.setitem(mixing.POSITIONS_AT_ONCE, "cpu", 3)
+    queries, keys, table, place, allowed = mixing_input(torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda *given: mixing.mix_senses(*given, place, allowed), (queries, keys, table), fast_mode=True
+    )
+
+
+def test_mixing_in_bf16_loses_no_more_than_its_rounding(monkeypatch):
+    *given, place, allowed = mixing_input(torch.float32)
+    found = []
+    for dtype, small in ((torch.float32, 2**22), (torch.bfloat16, 0)):
+        monkeypatch.setattr(mixing, "SMALL", small)
+        leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in given]
+        mixed = mixing.mix_senses(*leaves, place, allowed)
+        assert mixed.dtype == dtype
+        mixed.sum().backward()
+        found.append([mixed.float(), *(leaf.grad.float() for leaf in leaves)])
+    torch.testing.assert_close(found[1], found[0], atol=0.05, rtol=0.02)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 3)])
 @pytest.mark.parametrize("vocab_size", [61, 64])
 def test_output_embedding_is_a_product_with_e(shape, vocab_size):
