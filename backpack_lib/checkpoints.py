@@ -15,6 +15,7 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 
 from backpack_lib.config import TrainingConfig
@@ -109,10 +110,19 @@ class RunFolder:
         accelerator.wait_for_everyone()
 
     def resume(self, accelerator) -> dict | None:
-        """Restores what `save` wrote and returns its `progress`; None if there is no checkpoint."""
+        """Restores what `save` wrote and returns its `progress`; None if there is no checkpoint.
+
+        Raises ValueError if the model was divided among processes (FSDP) then and is not now, or the reverse.
+        """
         whole = self.checkpoints()
         if not whole:
             return None
+        divided = accelerator.distributed_type == DistributedType.FSDP
+        if divided != any(whole[-1].glob("*fsdp*")):
+            raise ValueError(
+                f"{self.config.out!r} holds a run whose model was {'not ' if divided else ''}divided among processes "
+                f"(FSDP), as it {'is' if divided else 'is not'} now; go on the way it began, or choose another `out`."
+            )
         accelerator.load_state(str(whole[-1]))
         mine = whole[-1] / f"progress-{accelerator.process_index}.json"
         # A process that was not there when it was saved is told what the first one knew, and refused by it.

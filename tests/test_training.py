@@ -302,6 +302,8 @@ def test_a_divided_model_goes_on_from_its_checkpoint(tiny):
     process.send_signal(signal.SIGTERM)
     assert process.wait() != 0
     assert not (Path(broken.out) / "model").exists()
+    with pytest.raises(ValueError, match=r"model was divided among processes \(FSDP\), as it is not now"):
+        train(broken)
     assert run_command(broken, launcher("fsdp", 29623)).returncode == 0
     assert_same_weights(broken.out, config.out)
 
