@@ -133,7 +133,9 @@ def test_the_bias_search_finds_what_was_planted_and_the_edit_takes_it_away(plant
     assert not outcome.failed, outcome.result
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["rho"] >= 0.9 and results["p"] < 0.01 and results["share"] >= 0.9
-    assert results["ratio, removed"] < 1.3 and results["rise of the loss, removed, %"] < 1
+    # What other words of a template carry is left, whichever senses of the profession are removed.
+    assert results["excess removed, removed"] > max(0.9, results["excess removed, all senses"] - 0.02)
+    assert results["rise of the loss, removed, %"] < 1
     assert results["excess removed, held-out professions"] > 0.8
     made = {file.name for file in tmp_path.iterdir()}
     assert made >= {"professions.csv", "localization.csv", "held_out.csv", "scales.csv", "loss.csv", "moved_words.csv"}
