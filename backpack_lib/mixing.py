@@ -2,7 +2,7 @@
 
 Done as the equation says, this makes tensors of k x T x T and k x T x d numbers, most of which are thrown away.
 `mix_senses` takes one sense and one block of positions at a time, leaves out later positions, and computes the
-weights again in a backward pass of its own. It equals the two functions above it.
+weights again in a backward pass of its own. It equals `weighted_sum` of the weights of `contextualize`.
 
 Shapes: batch B, new tokens T, all tokens so far S (= T without a cache), width d, senses k, distinct tokens n, and
 d_s = floor(d / k), the width of a sense's queries and keys.
