@@ -15,9 +15,10 @@ def data_folder() -> Path:
 
 
 def notebooks_folder() -> Path:
-    """The suite's `notebooks/`: beside the package in a clone, inside it once installed from a wheel."""
+    """$BACKPACK_NOTEBOOKS, else the suite's: beside the package in a clone, inside it once installed from a wheel."""
     inside = _PACKAGE / "notebooks"
-    return inside if inside.is_dir() else _PACKAGE.parent / "notebooks"
+    default = inside if inside.is_dir() else _PACKAGE.parent / "notebooks"
+    return Path(os.environ.get("BACKPACK_NOTEBOOKS", default))
 
 
 def runs_folder() -> Path:
@@ -27,9 +28,25 @@ def runs_folder() -> Path:
     return Path(os.environ.get("BACKPACK_RUNS", default))
 
 
+def home_folder() -> Path:
+    """The home folder, or `.home` in the runs where there is none that can be written, as in some containers."""
+    try:
+        home = Path.home()
+    except RuntimeError:  # no such user
+        return runs_folder() / ".home"
+    return home if os.access(home, os.W_OK) else runs_folder() / ".home"
+
+
+def use_writable_home():
+    """For kernels that this process starts: Jupyter, Matplotlib and others write into the home folder."""
+    home = home_folder()
+    home.mkdir(parents=True, exist_ok=True)
+    os.environ["HOME"] = str(home)
+
+
 def cache_folder() -> Path:
     """Where tokenised corpora are kept: $BACKPACK_CACHE, else `.cache/backpack_lib` in the home folder."""
-    return Path(os.environ.get("BACKPACK_CACHE", Path.home() / ".cache" / "backpack_lib"))
+    return Path(os.environ.get("BACKPACK_CACHE", home_folder() / ".cache" / "backpack_lib"))
 
 
 @contextmanager

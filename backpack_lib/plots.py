@@ -2,14 +2,41 @@
 
 import matplotlib.pyplot as plt
 import seaborn as sns
+from matplotlib.figure import Figure
 
 WIDTH = 7.5  # inches; reads well at the width of a page
+
+
+class DescribedFigure(Figure):
+    """A figure that tells a notebook in words what it shows, as the `alt` of its picture."""
+
+    def description(self) -> str:
+        """Its title, what its axes are, and the names of what is drawn."""
+        axes = self.axes[0]
+        named = axes.get_legend_handles_labels()[1] or [
+            text.get_text() for legend in self.legends for text in legend.texts
+        ]
+        ticks = [label.get_text() for label in axes.get_yticklabels()] if not axes.get_ylabel() else []
+        parts = {
+            "across": axes.get_xlabel(),
+            "up": axes.get_ylabel(),
+            "rows": ", ".join(filter(None, ticks)),
+            "drawn": "; ".join(dict.fromkeys(named)),
+            "colour": ", ".join(other.get_ylabel() for other in self.axes[1:] if other.get_ylabel()),
+        }
+        said = [f"{name}: {' '.join(text.split())}." for name, text in parts.items() if text]
+        return " ".join([f"Figure. {axes.get_title(loc='left')}.", *said])
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        return {}, {"image/png": {"alt": self.description()}}  # the picture itself is IPython's
 
 
 def new_figure(height: float = 3.6, columns: int = 1, **kwargs):
     """A figure in the suite's style, and its axes. It is closed for pyplot, so a notebook shows it once."""
     with sns.axes_style("whitegrid"), sns.color_palette("colorblind"):
-        figure, axes = plt.subplots(1, columns, figsize=(WIDTH, height), layout="constrained", **kwargs)
+        figure, axes = plt.subplots(
+            1, columns, figsize=(WIDTH, height), layout="constrained", FigureClass=DescribedFigure, **kwargs
+        )
     plt.close(figure)
     return figure, axes
 

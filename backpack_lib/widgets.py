@@ -26,6 +26,7 @@ from backpack_lib.topic import STRENGTHS, TopicControl, largest_pushes
 ALL = "all"
 OWN = "words of your own"
 MEAN = ("mean of all", "mean")
+TWIN = "An explorer, as it opens. Its controls answer in a running notebook."
 GENERATED, WRITTEN = 20, 40  # tokens of a text that shows an edit, and of one that has a topic
 
 
@@ -49,6 +50,11 @@ class Explorer(W.VBox):
     def show(self) -> str:
         """The page as HTML, or a ValueError in one sentence."""
         raise NotImplementedError
+
+    def _repr_mimebundle_(self, **kwargs):
+        """The widget, and its page for places where none can live: a saved page, or a notebook that is not trusted."""
+        twin = f"{self.message.value}{self.page.value}<p><small>{TWIN}</small></p>"
+        return super()._repr_mimebundle_(**kwargs) | {"text/html": twin}
 
     def observe_all(self, *controls: W.Widget):
         for control in controls:

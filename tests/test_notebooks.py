@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import ROOT, tiny_classifier
 
-from backpack_lib import SenseEdits, bias, load, planted, running, sweeps
+from backpack_lib import SenseEdits, bias, load, planted, sweeps
 from backpack_lib.lexical import SETS
 from backpack_lib.loading import is_planted
 from backpack_lib.running import run_notebook
@@ -224,7 +224,7 @@ def test_exercises_say_what_is_missing_and_accept_their_solutions(name, tmp_path
         assert emptied == 1
     (tmp_path / "notebooks").mkdir()
     nbformat.write(notebook, tmp_path / "notebooks" / f"{name}.ipynb")
-    monkeypatch.setattr(running, "notebooks_folder", lambda: tmp_path / "notebooks")
+    monkeypatch.setenv("BACKPACK_NOTEBOOKS", str(tmp_path / "notebooks"))
     outcome = run_notebook(name, {"out": str(tmp_path / "out")} | SHORT.get(name, {}))
     assert not outcome.failed, outcome.result
     answers = [c.outputs[0]["data"]["text/plain"] for c in exercise_cells(nbformat.read(outcome.copy, as_version=4))]

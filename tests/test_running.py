@@ -1,14 +1,25 @@
 """Strict runs: what papermill lets pass is refused before it starts, and a failure is never hidden."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import nbformat
+import pandas as pd
 import pytest
+from helpers import ROOT
 
 from backpack_lib import running
-from backpack_lib.running import default_parameters, main, run_notebook, table
+from backpack_lib.grids import FINISHED, Grid
+from backpack_lib.parameters import default_parameters
+from backpack_lib.running import alone_in, main, run_notebook, table
 
-PARAMETERS = "steps = 3\nrate = 0.5\nname = 'a'\nfast = False\nseed = None\nout = ''"
+PARAMETERS = (
+    "steps = 3\nrate = 0.5\nname = 'a'\nfast = False\nseed = None\nout = ''\ntopics = ['a', 'b']\nsizes = [1, 2]"
+)
 WRITE = "import json, pathlib; folder = pathlib.Path(out or default)\n(folder / 'results.json').write_text(json.dumps({'headline': f'{steps} {rate} {name} {fast}'}))"
 
 
@@ -17,13 +28,14 @@ def suite(tmp_path, monkeypatch):
     """A suite of two small notebooks; returns a function that writes one more."""
     folder = tmp_path / "notebooks"
     folder.mkdir()
-    monkeypatch.setattr(running, "notebooks_folder", lambda: folder)
+    monkeypatch.setenv("BACKPACK_NOTEBOOKS", str(folder))
     monkeypatch.setenv("BACKPACK_RUNS", str(tmp_path / "runs"))
 
     def add(name, *cells):
         parameters = nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
         default = nbformat.v4.new_code_cell(f"default = {str(tmp_path / 'runs' / name)!r}")
-        notebook = nbformat.v4.new_notebook(cells=[parameters, default, *map(nbformat.v4.new_code_cell, cells)])
+        title = nbformat.v4.new_markdown_cell(f"# {name}: $x_1$")
+        notebook = nbformat.v4.new_notebook(cells=[title, parameters, default, *map(nbformat.v4.new_code_cell, cells)])
         notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
         nbformat.write(notebook, folder / f"{name}.ipynb")
 
@@ -60,7 +72,10 @@ def test_results_go_where_out_says(suite, tmp_path):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["-p", "step", "4"], "01_first has no parameter 'step'; it has: steps, rate, name, fast, seed, out."),
+        (
+            ["-p", "step", "4"],
+            "01_first has no parameter 'step'; it has: steps, rate, name, fast, seed, out, topics, sizes.",
+        ),
         (["-p", "steps", "many"], "01_first: steps='many' should be of type int, like its default 3."),
         (["-p", "steps", "2.5"], "steps=2.5 should be of type int"),
         (["-p", "steps", "true"], "steps=True should be of type int"),
@@ -68,10 +83,24 @@ def test_results_go_where_out_says(suite, tmp_path):
         (["-p", "fast", "1"], "fast=1 should be of type bool"),
         (["03_third"], "There is no notebook '03_third'; there are: 01_first, 02_second."),
         (["-f", "missing.yaml"], "missing.yaml"),
+        (["-p", "topics", "[1, 2]"], "each entry of topics=[1, 2] should be of type str"),
+        (["-p", "sizes", "1,two"], "each entry of sizes=[1, 'two'] should be of type int"),
+        (["--grid", "step=1,2"], "has no parameter 'step'"),
+        (["--grid", "steps=1,many"], "steps='many' should be of type int"),
+        (["--grid", "steps=1,2.5"], "steps=2.5 should be of type int"),
+        (["--grid", "steps="], "The grid gives no value for 'steps'; write for example --grid steps=1,2,3."),
+        (["--grid", "steps= , "], "The grid gives no value for 'steps'"),
+        (["--grid", "steps"], "The grid 'steps' should be written as name=v1,v2."),
+        (["--grid", "steps=1,2,1"], "The grid gives 'steps' a value twice"),
+        (["--grid", "steps=1", "--grid", "steps=2"], "'steps' is given twice"),
+        (["-p", "steps", "1", "--grid", "steps=2"], "'steps' is given twice"),
+        (["--grid", "out=a,b"], "`out` cannot be in a grid"),
+        (["--grid", "steps=1,2", "--processes", "-1"], "processes=-1 should be at least 1"),
+        (["01_first", "02_second", "--grid", "steps=1"], "A grid is of one notebook"),
     ],
 )
 def test_wrong_names_and_types_are_refused_before_anything_starts(suite, tmp_path, capfd, arguments, words):
-    assert main(arguments) == 2
+    assert main(["01_first", *arguments] if arguments[0].startswith("-") else arguments) == 2
     err = capfd.readouterr().err
     assert err.startswith("error: ") and words in err and len(err.splitlines()) == 1
     assert not (tmp_path / "runs").exists()
@@ -114,7 +143,8 @@ def test_old_results_are_not_taken_for_new_ones(suite):
 
 def test_default_parameters_are_the_literals_of_the_tagged_cell(suite, tmp_path):
     values = default_parameters(tmp_path / "notebooks" / "01_first.ipynb")
-    assert values == {"steps": 3, "rate": 0.5, "name": "a", "fast": False, "seed": None, "out": ""}
+    scalars = {"steps": 3, "rate": 0.5, "name": "a", "fast": False, "seed": None, "out": ""}
+    assert values == scalars | {"topics": ["a", "b"], "sizes": [1, 2]}
 
 
 def test_table_is_aligned():
@@ -127,3 +157,107 @@ def test_table_is_aligned():
     lines = table(outcomes).splitlines()
     assert lines[1].index("good") == lines[3].index("fine") == lines[0].index("result")
     assert json.dumps(lines)
+
+
+# ---------------------------------------------------------------- grids
+
+
+def test_lists_are_written_with_commas_or_as_in_python(suite, capfd):
+    suite("03_lists", WRITE.replace("{fast}", "{topics} {sizes}"))
+    assert main(["03_lists", "-p", "topics", "sports, music", "-p", "sizes", "7"]) == 0
+    assert "['sports', 'music'] [7]" in capfd.readouterr().out
+    assert main(["03_lists", "-p", "topics", "[film, tv]", "-p", "sizes", "[]"]) == 0
+    assert "['film', 'tv'] []" in capfd.readouterr().out
+
+
+def test_a_grid_runs_each_combination_once_and_gathers_a_table(suite, tmp_path, capfd):
+    suite(
+        "01_first",
+        "assert steps != 2, 'two is not allowed'",
+        WRITE.replace("'headline'", "'double': 2 * steps, 'headline'"),
+    )
+    line = ["01_first", "-p", "rate", "0.25", "--grid", "steps=1,2,3", "--grid", "name=a,b c"]
+    assert main(line) == 1
+    out, err = capfd.readouterr()
+    assert "two is not allowed" in err and "steps=2,name=a:" in err and "6/6" in err
+    folder = tmp_path / "runs" / "01_first-grid"
+    made = pd.read_csv(folder / "table.csv")
+    assert list(made["steps"]) == [1, 1, 3, 3] and list(made["name"]) == ["a", "b c"] * 2
+    assert (made["double"] == 2 * made["steps"]).all() and made["headline"].str.contains("0.25").all()
+    assert str(folder / "table.csv") in out and "b c" in out
+    copies = {copy: copy.stat().st_mtime_ns for copy in folder.glob("*/01_first.ipynb")}
+    assert len(copies) == 6
+
+    suite(
+        "01_first",
+        "assert steps != 2, 'two is not allowed'",
+        WRITE.replace("'headline'", "'double': 2 * steps, 'headline'"),
+    )
+    main(line)  # the same notebook again: only what failed is tried again
+    again = {copy for copy, written in copies.items() if copy.stat().st_mtime_ns != written}
+    assert len(again) == 2 and all("steps=2" in copy.parent.name for copy in again)
+    suite("01_first", WRITE.replace("'headline'", "'double': 2 * steps, 'headline'"))
+    assert main(line) == 0  # other code: all of them
+    assert len(pd.read_csv(folder / "table.csv")) == 6
+
+
+def test_values_of_a_grid_can_be_lists_and_get_folders_that_any_disk_takes(suite, tmp_path):
+    grid = Grid("01_first", {}, ["topics=[a, b], [c]", "name=x/y,x:y,x_y"])
+    points = list(grid.points())
+    assert [point["topics"] for point in points[::3]] == [["a", "b"], ["c"]]
+    folders = {grid.folder_of(point).name for point in points}
+    assert len(folders) == 6 and not any(set(name) & set("/:[] '\"") for name in folders)
+
+
+def test_a_grid_that_is_stopped_says_what_is_left_and_goes_on(suite, tmp_path):
+    suite(
+        "01_first",
+        "import time; time.sleep(2 if steps < 3 else 600 * (not __import__('os').path.exists('fast')))",
+        WRITE,
+    )
+    command = [sys.executable, "-m", "backpack_lib.running", "01_first", "--grid", "steps=1,2,3,4", "--processes", "2"]
+    run = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+    )
+    folder = tmp_path / "runs" / "01_first-grid"
+    for _ in range(600):
+        if len(list(folder.glob(f"*/{FINISHED}"))) == 2:
+            break
+        time.sleep(0.1)
+    other = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert other.returncode == 2 and "Another run is writing to" in other.stderr
+    os.killpg(run.pid, signal.SIGINT)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "Stopped with 2 of 4 runs finished; the same line goes on with the others." in err and "Traceback" not in err
+    (tmp_path / "fast").touch()
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(pd.read_csv(folder / "table.csv")) == 4
+
+
+# ---------------------------------------------------------------- folders
+
+
+def test_two_runs_do_not_write_to_one_folder(suite, tmp_path):
+    with alone_in(tmp_path / "runs" / "01_first"):
+        with pytest.raises(ValueError, match="Another run is writing to .*; wait for it, or choose another `out`"):
+            run_notebook("01_first")
+        assert not run_notebook("01_first", {"out": str(tmp_path / "other")}).failed
+    assert not run_notebook("01_first").failed
+
+
+def test_a_folder_that_cannot_be_written_is_named(suite, tmp_path, capfd):
+    (tmp_path / "file").write_text("no folder")
+    assert main(["01_first", "-p", "out", str(tmp_path / "file" / "runs")]) == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: The folder") and "cannot be written (Not a directory)" in last
