@@ -1,4 +1,4 @@
-# make run    execute the notebooks in order and show a table of results
+# make run    execute the notebooks in order, show a table of results, and write runs/index.html
 # make test   run the tests, notebooks included
 # make lab    open the notebooks in JupyterLab
 # make setup  only install, into .venv
@@ -40,9 +40,10 @@ setup: .venv/installed
 	$(INSTALL) --editable '.[test]'
 	@touch $@
 
-# Executes the notebooks in place, to renew the outputs that are stored with them.
+# Executes the notebooks in place, to renew the outputs that are stored with them, and the README's picture.
 notebooks: setup
 	$(BIN)/jupyter nbconvert --to notebook --inplace --execute --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+	cp runs/00_tour/picture.png data/tour.png
 
 demo-model: setup
 	$(BIN)/python data/demo/make.py --corpus '$(CORPUS)' $(if $(VALID),--valid '$(VALID)')

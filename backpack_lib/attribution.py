@@ -59,7 +59,7 @@ def read(model, input_ids, position: int = -1) -> Reading:
 
     input_ids: (T,) or (1, T). position: whose next token is predicted; negative ones count from the end.
 
-    Raises ValueError for a position outside the text, several texts, or a model that is no Backpack.
+    Raises ValueError for an empty text or several, a position outside the text, or a model that is no Backpack.
     """
     require_senses(model)
     ids = torch.as_tensor(input_ids, device=model.device)
@@ -67,6 +67,8 @@ def read(model, input_ids, position: int = -1) -> Reading:
         ids = ids[0]
     if ids.dim() != 1:
         raise ValueError(f"input_ids has shape {tuple(ids.shape)}; give one text, as (tokens,) or (1, tokens).")
+    if not len(ids):
+        raise ValueError("There is no token to read in an empty text; give at least one.")
     if not -len(ids) <= position < len(ids):
         raise ValueError(f"There is no position {position} in a text of {len(ids)} tokens (0 to {len(ids) - 1}).")
     ids = ids[: position % len(ids) + 1]  # what stands behind a position does not reach it

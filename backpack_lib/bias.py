@@ -10,6 +10,7 @@ exactly into what each sense of each token contributes, so here all senses are c
 an edit of senses leaves the contextualisation weights as they are, the log-odds after scaling are known beforehand.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -316,6 +317,20 @@ def debias(
     return edits
 
 
+def level(model, tokenizer, professions: list[str], senses: Iterable[int]) -> SenseEdits:
+    """Edits that give all professions the same of some senses: their mean.
+
+    What the professions have in common stays, so unlike a scale of 0 this leaves the balance between a profession
+    and the rest of its sentence as it was.
+    """
+    tokens = list(scales_of_tokens(tokenizer, professions, 0.0))
+    mean = model.sense_vectors(torch.tensor(tokens, device=model.device)).detach().mean(0)  # (k, d)
+    edits = SenseEdits(model, tokenizer, "professions levelled")
+    for sense in senses:
+        edits.replace(tokens, sense, mean[sense])
+    return edits
+
+
 def difference(model, tokenizer, pair) -> torch.Tensor:
     """E_first - E_second, the direction of senses that the log-odds of a pair are read along, (d,)."""
     first, second = tokens_of_pair(tokenizer, pair)
@@ -332,6 +347,8 @@ def scales_of_tokens(tokenizer, professions: list[str], scales: float | Mapping[
             if profession not in scales:
                 raise ValueError(f"There is no scale for the profession {profession!r}; give one for each.")
             scale = scales[profession]
+        if not math.isfinite(scale):
+            raise ValueError(f"The scale {scale} of {profession!r} should be a finite number.")
         for token in known_tokens_of_word(tokenizer, profession):
             if found.setdefault(token, float(scale)) != scale:
                 raise ValueError(

@@ -2,15 +2,16 @@
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field
 
+from backpack_lib.devices import DEVICES
 from backpack_lib.model import check_sizes
 
 ARCHITECTURES = ("backpack", "transformer")
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
 OPTIMIZERS = ("adamw", "muon")
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-DEVICES = ("auto", "cpu", "cuda", "mps")
 
 CHOICES = {
     "architecture": ARCHITECTURES,
@@ -76,6 +77,8 @@ class TrainingConfig:
 
     def __post_init__(self):
         self.out = str(self.out)
+        if not str(self.corpus).strip():
+            raise ValueError("The corpus is empty; give 'planted', text files, or a data set of the Hugging Face hub.")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}.")
@@ -85,8 +88,12 @@ class TrainingConfig:
         if self.block_size < 2:
             raise ValueError(f"block_size={self.block_size} is too short; a token needs one before it: at least 2.")
         for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} is out of range; it must be above 0.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} is out of range; it must be above 0 and finite.")
+        if not 0 < self.valid_fraction <= 0.5:
+            raise ValueError(f"valid_fraction={self.valid_fraction} is out of range; choose above 0 and at most 0.5.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} is out of range; it must be between 0 and 2**32 - 1.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} is out of range; it must be at least 0 and below 1.")
         if not self.weight_decay >= 0:

@@ -29,6 +29,7 @@ import numpy as np
 
 from backpack_lib import planted
 from backpack_lib.errors import first_line
+from backpack_lib.hub import reaching_hub
 from backpack_lib.paths import cache_folder
 from backpack_lib.tokenization import load_tokenizer, train_tokenizer
 
@@ -167,7 +168,8 @@ def _open_hub(name: str, streaming: bool) -> Corpus:
 
     path, _, subset = name.partition(":")
     try:
-        data = datasets.load_dataset(path, subset or None, split="train", streaming=streaming)
+        with reaching_hub(path):
+            data = datasets.load_dataset(path, subset or None, split="train", streaming=streaming)
     except Exception as error:  # the library raises many kinds, from the network's to its own
         raise ValueError(
             f"{name!r} is no file here, and no data set could be loaded by that name: {first_line(error)}"

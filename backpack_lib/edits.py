@@ -140,6 +140,8 @@ class SenseEdits:
             e_r, removed = self._embedding(remove), self._spell(remove)
         else:
             e_r, removed = _copy(remove), "a direction"
+            if not e_r.any():
+                raise ValueError("The direction to take out is zero; give one that points somewhere.")
         write, then = -e_r, ""
         if add is not None:
             e_a = self._embedding(add)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from backpack_lib.errors import first_line
+from backpack_lib.hub import reaching_hub
 from backpack_lib.texts import ids_of_text, pad_rows
 
 WINDOWS_AT_ONCE, SENTENCES_AT_ONCE, PROMPTS_AT_ONCE = 8, 128, 64
@@ -26,6 +27,8 @@ def bits_per_byte(model, tokenizer, texts: Iterable[str]) -> float:
     for text in texts:
         n_bytes += len(text.encode())
         windows += _windows(ids_of_text(tokenizer, text), model.config.n_positions)
+    if not n_bytes:
+        raise ValueError("There is no text to measure; give at least one that is not empty.")
     windows.sort(key=lambda window: len(window[0]))
     for part in parts(windows, WINDOWS_AT_ONCE):
         ids, mask = pad_rows([ids for ids, _ in part], tokenizer.eos_token_id)
@@ -92,8 +95,9 @@ def read_blimp(place: str) -> pd.DataFrame:
     import datasets
 
     try:
-        names = datasets.get_dataset_config_names(place)
-        return pd.concat([datasets.load_dataset(place, name, split="train").to_pandas() for name in names])
+        with reaching_hub(place):
+            names = datasets.get_dataset_config_names(place)
+            return pd.concat([datasets.load_dataset(place, name, split="train").to_pandas() for name in names])
     except Exception as error:  # the library raises many kinds, from the network's to its own
         raise ValueError(
             f"{place!r} is no folder, and BLiMP could not be loaded by that name: {first_line(error)}"

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 
 from backpack_lib.evaluation import log_probabilities, parts
+from backpack_lib.hub import reaching_hub
 from backpack_lib.texts import ids_of_text, pad_rows
 
 TEXTS_AT_ONCE = 32
@@ -25,6 +26,8 @@ class WordJudge:
     """
 
     def __init__(self, topics: list[dict]):
+        if not topics:
+            raise ValueError("There is no topic to judge by; give at least one.")
         self.words = {}
         for topic in topics:
             steer = {word.lower() for word in topic["steer"]}
@@ -56,7 +59,8 @@ class ClassifierJudge:
         from transformers import pipeline
 
         try:
-            self.classify = pipeline("text-classification", model=name, top_k=None, function_to_apply="sigmoid")
+            with reaching_hub(name):
+                self.classify = pipeline("text-classification", model=name, top_k=None, function_to_apply="sigmoid")
         except OSError as error:
             raise ValueError(
                 f"The classifier {name!r} could not be loaded; give a folder, or use the words."

@@ -10,7 +10,9 @@ from transformers import GPT2LMHeadModel, PreTrainedConfig
 from transformers.utils import logging
 
 from backpack_lib.corpora import PLANTED
+from backpack_lib.devices import pick_device
 from backpack_lib.errors import first_line
+from backpack_lib.hub import reaching_hub
 from backpack_lib.model import BackpackLMHeadModel, from_released_format
 from backpack_lib.paths import data_folder, runs_folder
 from backpack_lib.tokenization import load_tokenizer
@@ -21,16 +23,18 @@ MODELS = {"backpack": BackpackLMHeadModel, "gpt2": GPT2LMHeadModel}
 GPT2_TOKENIZER = "openai-community/gpt2"
 
 
-def load(name, device: str = "cpu", dtype: torch.dtype = torch.float32):
+def load(name, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
     """A model in evaluation mode, and its tokenizer.
 
     name: "demo" or "demo-transformer" (shipped with the suite); "planted" or "planted-transformer" (the
         last that 01_training trained on planted text); a folder that training or `save_pretrained`
         wrote; or a hub id such as "stanfordnlp/backpack-gpt2".
+    device: see `pick_device`.
 
-    Raises ValueError if there is no such model, if it is neither a Backpack nor a GPT-2, or if its
-    files are damaged or incomplete.
+    Raises ValueError if there is no such model or device, if it is neither a Backpack nor a GPT-2, or if
+    its files are damaged or incomplete.
     """
+    device = pick_device(device)
     model, tokenizer = load_model(name, dtype).to(device), load_tokenizer_of(name)
     if isinstance(model, BackpackLMHeadModel) and model.config.vocab_size > len(tokenizer):
         model.config.used_vocab_size = len(tokenizer)
@@ -54,7 +58,7 @@ def load_model(name, dtype: torch.dtype = torch.float32, **changes):
     if kind not in MODELS:
         raise ValueError(f"{str(name)!r} holds a model of type {kind!r}; this suite reads {' and '.join(MODELS)}.")
     try:
-        with no_progress_bar():
+        with no_progress_bar(), reaching_hub(_place(name)):
             model, info = MODELS[kind].from_pretrained(_place(name), dtype=dtype, output_loading_info=True, **changes)
     except (OSError, SafetensorError, RuntimeError, EOFError) as error:
         raise ValueError(f"The weights in {str(name)!r} are missing or damaged: {first_line(error)}") from error
@@ -92,7 +96,8 @@ def _config(name) -> dict:
     if Path(place).is_dir() and not (Path(place) / "config.json").is_file():
         raise ValueError(f"The folder {str(name)!r} holds no model (no config.json).")
     try:
-        return PreTrainedConfig.get_config_dict(place)[0]
+        with reaching_hub(place):
+            return PreTrainedConfig.get_config_dict(place)[0]
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{str(name)!r} is no folder with a model, and none could be loaded by that name: {first_line(error)}"

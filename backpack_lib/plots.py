@@ -203,3 +203,28 @@ def curves(table, title: str, xlabel: str, ylabel: str):
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     set_title(axes, title)
     return figure
+
+
+def waterfall(parts, title: str, xlabel: str):
+    """A sum as a flight of bars: each part begins where the one before it ended, and the last bar is the sum.
+
+    parts: a Series of numbers by name. Blue parts add, orange parts take away.
+    """
+    figure, axes = new_figure(height=1.1 + 0.36 * len(parts))
+    blue, orange = sns.color_palette("colorblind")[:2]
+    ends = parts.cumsum()
+    axes.barh(range(len(parts)), parts, left=ends - parts, color=[blue if value > 0 else orange for value in parts])
+    axes.barh(len(parts), ends.iloc[-1], color="dimgray")
+    for row, (end, value) in enumerate(zip([*ends, ends.iloc[-1]], [*parts, ends.iloc[-1]])):
+        side, shift = ("left", 4) if value > 0 else ("right", -4)
+        axes.annotate(
+            f"{value:+.2f}", (end, row), (shift, 0), textcoords="offset points", ha=side, va="center", fontsize=9
+        )
+    axes.set_yticks([*range(len(parts)), len(parts)], [*parts.index, "sum"])
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.axvline(0, color="gray", linewidth=1)
+    axes.grid(False, axis="y")
+    axes.set(xlabel=xlabel)
+    set_title(axes, title)
+    return figure

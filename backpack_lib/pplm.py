@@ -5,12 +5,13 @@ probability; the next token is drawn from a mix of the distributions with and wi
 it takes several forward and backward passes a token. It is the baseline that topic control is measured against.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache, set_seed
 
-from backpack_lib.senses import tokens_of_word
+from backpack_lib.senses import require_transformer, tokens_of_word
 from backpack_lib.texts import prompts_of_texts
 
 SMALL = 1e-15
@@ -36,6 +37,11 @@ class Settings:
     window: int = 5
     temperature: float = 1.0
 
+    def __post_init__(self):
+        for name, least in (("step", 0), ("temperature", 1e-3), ("iterations", 1), ("window", 1)):
+            if not least <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} is out of range; it should be at least {least}.")
+
 
 def generate(
     model, tokenizer, words: list[str], prompts: list[str], max_new_tokens: int = 100, seed: int = 0,
@@ -43,9 +49,10 @@ def generate(
 ) -> list[str]:  # fmt: skip
     """Each prompt and its continuation by a Transformer steered toward words, sampled.
 
-    A word of several tokens is steered to by its first. Raises ValueError for no words, no prompts, and a prompt
-    that leaves no room in the context.
+    A word of several tokens is steered to by its first. Raises ValueError for a Backpack, no words, no prompts, and
+    a prompt that leaves no room in the context.
     """
+    require_transformer(model)
     if not words:
         raise ValueError("A topic needs at least one word, and none was given.")
     bag = torch.tensor([tokens_of_word(tokenizer, word)[0] for word in words], device=model.device)

@@ -90,6 +90,12 @@ def require_senses(model):
         raise ValueError(f"This takes a Backpack; a {type(model).__name__} has no sense vectors.")
 
 
+def require_transformer(model):
+    """Raises ValueError for a Backpack."""
+    if has_senses(model):
+        raise ValueError("This is for a Transformer, and the model given is a Backpack; load its baseline.")
+
+
 def check_sense(model, sense: int) -> int:
     """Raises ValueError if the model has no such sense."""
     k = model.config.num_senses
@@ -110,8 +116,10 @@ def senses_of_words(model, tokenizer, words: list[str], multi_token: str | int =
     multi_token: what becomes of a word of several tokens: the "mean" of their senses, or those of the
         "first", of the "last", or of the one that an index from 0 names.
 
-    Raises ValueError for an empty word, an unknown `multi_token`, or an index that a word is too short for.
+    Raises ValueError for no words, an empty word, an unknown `multi_token`, or an index that a word is too short for.
     """
+    if not words:
+        raise ValueError("There is no word in an empty list; give at least one.")
     ids = [choose_tokens(tokenizer, word, multi_token) for word in words]
     distinct, place = torch.tensor([i for tokens in ids for i in tokens], device=model.device).unique(
         return_inverse=True

@@ -45,6 +45,8 @@ def matched_temperature(perplexity_at: Callable[[float], float], wanted: float, 
     perplexity_at: the method's perplexity at a temperature. Its logarithm is nearly a line, whose slope the first
     two trials measure.
     """
+    if not 0 < wanted < np.inf:
+        raise ValueError(f"A perplexity of {wanted} cannot be matched; it should be a finite number above 0.")
     temperature, gaps = 1.0, {}
     for _ in range(trials):
         gaps[temperature] = np.log(wanted) - np.log(perplexity_at(temperature))

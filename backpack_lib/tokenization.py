@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from backpack_lib.errors import first_line
+from backpack_lib.hub import reaching_hub
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # every byte, and the end of text
@@ -111,7 +112,8 @@ def load_tokenizer(name: str):
     Raises ValueError if there is none, or if it has no end-of-text token to put between documents.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        with reaching_hub(name):
+            tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"No tokenizer could be loaded from {str(name)!r}: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:

@@ -37,6 +37,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, get_sche
 from backpack_lib.batches import ShuffledBatches, StreamedBatches
 from backpack_lib.checkpoints import RunFolder
 from backpack_lib.config import PRECISIONS, SCHEDULES, TrainingConfig
+from backpack_lib.devices import pick_device
 from backpack_lib.errors import exit_status
 from backpack_lib.loading import load_model, load_tokenizer_of
 from backpack_lib.loss import LanguageModelLoss
@@ -245,11 +246,7 @@ class Run:
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     """Accelerate's view of the device and the other processes, made anew for each run."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device='cuda' needs a CUDA GPU, and there is none here; choose 'cpu' or 'auto'.")
-    if config.device == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device='mps' needs an Apple GPU, and there is none here; choose 'cpu' or 'auto'.")
-    on_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
+    on_cpu = pick_device(config.device).type == "cpu"
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if not on_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"

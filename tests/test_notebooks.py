@@ -135,6 +135,7 @@ def test_the_bias_search_finds_what_was_planted_and_the_edit_takes_it_away(plant
     assert results["rho"] >= 0.9 and results["p"] < 0.01 and results["share"] >= 0.9
     # What other words of a template carry is left, whichever senses of the profession are removed.
     assert results["excess removed, removed"] > max(0.9, results["excess removed, all senses"] - 0.02)
+    assert results["ratio, levelled"] < 1.3  # without what differs between professions
     assert results["rise of the loss, removed, %"] < 1
     assert results["excess removed, held-out professions"] > 0.8
     made = {file.name for file in tmp_path.iterdir()}
@@ -214,7 +215,7 @@ WITH_EXERCISES = [name for name, notebook in NOTEBOOKS.items() if folded_solutio
 
 
 @pytest.mark.parametrize("name", WITH_EXERCISES)
-def test_exercises_say_what_is_missing_and_accept_their_solutions(name, tmp_path, monkeypatch):
+def test_exercises_say_what_is_missing_and_accept_their_solutions(name, planted_run, tmp_path, monkeypatch):
     notebook = copy.deepcopy(NOTEBOOKS[name])
     solutions, cells = folded_solutions(notebook), exercise_cells(notebook)
     assert len(solutions) == len(cells) >= 2
@@ -225,7 +226,9 @@ def test_exercises_say_what_is_missing_and_accept_their_solutions(name, tmp_path
     (tmp_path / "notebooks").mkdir()
     nbformat.write(notebook, tmp_path / "notebooks" / f"{name}.ipynb")
     monkeypatch.setenv("BACKPACK_NOTEBOOKS", str(tmp_path / "notebooks"))
-    outcome = run_notebook(name, {"out": str(tmp_path / "out")} | SHORT.get(name, {}))
+    # 01 finds the models that it has trained already.
+    given = {} if name == "01_training" else {"out": str(tmp_path / "out")}
+    outcome = run_notebook(name, given | SHORT.get(name, {}))
     assert not outcome.failed, outcome.result
     answers = [c.outputs[0]["data"]["text/plain"] for c in exercise_cells(nbformat.read(outcome.copy, as_version=4))]
     assert all(answer[1:].startswith("Right") for answer in answers), answers

@@ -1,5 +1,6 @@
 """The project's files agree with each other, and the package works once it is installed."""
 
+import base64
 import json
 import re
 import shutil
@@ -13,6 +14,8 @@ import yaml
 from helpers import ROOT
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+
+from backpack_lib.parameters import default_parameters
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -60,8 +63,8 @@ def test_conda_users_get_the_same():
 
 def test_modules_import_one_way():
     """A module imports only from modules above it in this list, so that each can be read on its own."""
-    order = """errors paths mixing caching model planted tokenization corpora loading loss config batches checkpoints progress training
-               texts evaluation senses attribution edits topic pplm judging sweeps bias lexical roles views plots widgets running""".split()
+    order = """errors paths devices hub parameters mixing caching model planted tokenization corpora loading loss config batches checkpoints progress training
+               texts evaluation senses attribution edits topic pplm judging sweeps bias lexical roles views plots widgets running pages grids""".split()
     files = {path.stem: path.read_text() for path in (ROOT / "backpack_lib").glob("*.py") if path.stem != "__init__"}
     assert set(files) == set(order)
     for number, name in enumerate(order):
@@ -137,3 +140,77 @@ def test_stored_outputs_are_there_and_hold_nothing_of_this_machine(notebook):
             assert output["output_type"] != "error" and output.get("name") != "stderr"
             text = json.dumps({k: v for k, v in output.get("data", output).items() if not k.startswith("image/")})
             assert not re.search(r"/(home|root|tmp|work|Users)/|tokens/s\b", text), text[:200]
+
+
+# ---------------------------------------------------------------- the README
+
+
+README = (ROOT / "README.md").read_text()
+
+
+def outputs_of(name):
+    """All text that a notebook shows."""
+    cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())["cells"]
+    shown = [output for cell in cells for output in cell.get("outputs", ())]
+    return "\n".join("".join(o.get("text", "")) + "".join(o.get("data", {}).get("text/plain", "")) for o in shown)
+
+
+def test_the_readme_lists_every_notebook_and_only_parameters_that_they_have():
+    rows = dict(re.findall(r"^\| \[(\d\d_\w+)\]\(notebooks/\1\.ipynb\) \|.*\| ([^|]+) \|$", README, re.M))
+    assert list(rows) == [path.stem for path in NOTEBOOKS]
+    for path in NOTEBOOKS:
+        named = re.findall(r"`(\w+)`", rows[path.stem])
+        assert named and set(named) <= set(default_parameters(path)), path.stem
+
+
+def test_links_of_the_readmes_lead_somewhere():
+    for file in (ROOT / "README.md", *(ROOT / "data").glob("**/README.md"), ROOT / "backpack_lib" / "README.md"):
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", file.read_text()):
+            assert (file.parent / link).exists(), (file, link)
+
+
+def test_the_readmes_picture_is_the_one_that_the_tour_shows():
+    from io import BytesIO
+
+    import numpy as np
+    from PIL import Image
+
+    cells = code_cells(json.loads((ROOT / "notebooks" / "00_tour.ipynb").read_text()))
+    pictures = [o["data"]["image/png"] for cell in cells for o in cell["outputs"] if "image/png" in o.get("data", {})]
+    shown, shipped = (
+        np.asarray(Image.open(source).convert("RGB"))
+        for source in (BytesIO(base64.b64decode(pictures[0])), ROOT / "data" / "tour.png")
+    )
+    assert np.array_equal(shown, shipped), "run: make notebooks"
+
+
+def test_the_readmes_figures_are_those_that_were_measured():
+    measured = json.loads((ROOT / "data" / "demo" / "evaluation.json").read_text())
+    ours, theirs = (measured["models"][name] for name in ("demo", "demo-transformer"))
+
+    def similarity(part):
+        return sum(row["rho"] for row in part["similarity_held_out"].values()) / len(part["similarity_held_out"])
+
+    millions = [model["parameters"] / 1e6 for model in (ours, theirs)]
+    bench = {
+        (r["key"], r["size"]): r["against"] for r in json.loads((ROOT / "data/benchmark/cpu.json").read_text())["rows"]
+    }
+    ratios = {key: {name: f"{found['ratio']:.2f}" for name, found in row.items()} for key, row in bench.items()}
+    generated = {("generation", "demo"), ("generation", "small")}
+    training, small = ratios["training", "demo"], ratios["memory-1024", "small"]
+    removed = re.search(r"removing them takes (\d+)%", outputs_of("04_gender_bias"))[1]
+    wide = re.search(r"senses take (\d+)% of the Backpack's excess, projection (\d+)%", outputs_of("04_gender_bias"))
+    for said in (
+        f"a Backpack of {millions[0]:.0f} million parameters",
+        f"({millions[1]:.0f} million)",
+        f"{millions[0] - millions[1]:.0f} million parameters less",
+        f"{ours['bits_per_byte']:.3f} and {theirs['bits_per_byte']:.3f} bits per byte",
+        f"BLiMP {100 * ours['blimp']['mean']:.1f} % and {100 * theirs['blimp']['mean']:.1f} %",
+        f"mean ρ {similarity(ours):.2f} and {similarity(measured['word2vec']):.2f}",
+        f"takes {removed} % of the excess",
+        f"({wide[2]} % and {wide[1]} %)",
+        f"| {training['plain']} | {training['GPT-2']} ({training['GPT-2, our loss']} against",
+        *(f"| {row['plain']} | {row['GPT-2']} |" for key, row in ratios.items() if key in generated),
+        f"| {small['plain']} | {small['GPT-2']} |",
+    ):
+        assert said in README, said

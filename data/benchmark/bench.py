@@ -6,7 +6,7 @@
 
 Every row is a ratio of two times (or memories), taken in alternation within one run: the median over rounds after a
 warm-up, with the least and the greatest round. Above 1, the suite's Backpack is the faster (or the smaller) one.
-The table is written as `cpu.json` or `cuda.json` beside this file, and from there into the project's README.
+The table is written as `cpu.json` or `cuda.json` beside this file, and from there into the README there.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from backpack_lib.loss import LanguageModelLoss
 from backpack_lib.training import keep_freed_memory
 
 HERE = Path(__file__).resolve().parent
-README = HERE.parents[1] / "README.md"
+README = HERE / "README.md"
 SIZES = {  # the shipped demo model, and the least and the greatest of the paper
     "demo": dict(n_embd=256, n_layer=4, n_head=4, vocab_size=16_000),
     "micro": dict(n_embd=384, n_layer=6, n_head=6, vocab_size=50_264),
@@ -391,7 +391,7 @@ def amount(row: dict) -> str:
 
 
 def markdown(table: dict) -> str:
-    """A device's table as it stands in the README."""
+    """A device's table as it stands in the README beside this file."""
     versions = ", ".join(f"{name} {number}" for name, number in table["versions"].items())
     lines = [f"{table['machine']}, {versions}, {table['date']}:", ""]
     heads = ["", "size", "takes", *(f"against {name}" for name in AGAINST[:3]), "against its own forward pass"]

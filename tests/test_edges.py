@@ -1,0 +1,156 @@
+"""Every documented parameter of every notebook at its edges: it works, or one sentence says what is wrong."""
+
+import json
+
+import matplotlib
+import nbformat
+import pytest
+from helpers import ROOT
+
+from backpack_lib import running
+from backpack_lib.parameters import default_parameters
+
+LONGEST = "the film " * 127  # with the token that begins a text, one less than the context
+
+
+def execute(name, parameters):
+    """Runs a notebook's code in this process: the same cells in the same order, without the seconds that a kernel takes."""
+    matplotlib.use("Agg")
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    assert set(parameters) <= set(default_parameters(ROOT / "notebooks" / f"{name}.ipynb"))
+    space = {"__name__": "__main__"}
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            exec(compile(cell.source, f"{name}: {cell.source[:40]!r}", "exec"), space)
+            if "parameters" in cell.metadata.get("tags", []):
+                space |= parameters
+    return space
+
+
+WORKS = {
+    "00_tour": [
+        {"word": "a", "text": "The", "target": "film", "strength": 0, "topic": ["a"], "prompt": LONGEST, "pair": ["she", "he"]},
+        {"profession": "construction worker", "template": "{profession}", "strength": 3, "seed": 2**32 - 1, "device": "auto"},
+        {"text": LONGEST, "target": "the", "topic": ["music", "football", "law"], "pair": ["he", "they"]},
+    ],
+    "02_senses": [
+        {"word": "a", "other": "a", "long_word": "film", "text": "The", "target": "film", "baseline": ""},
+        {"word": "king", "text": LONGEST, "target": "the", "contrast": "a", "seed": 7, "device": "auto"},
+        {"text": "The film was", "contrast": "", "long_word": "antidisestablishmentarianism"},
+    ],
+    "03_topic_control": [
+        {"topics": ["music"], "strength": 0, "strengths": [], "pplm_steps": [], "samples": 1, "tokens": 1},
+        {"topics": ["music"], "topic": "sports", "words": "team game", "strength": 3, "strengths": [3, 3], "samples": 2, "tokens": 3,
+         "prompt": LONGEST[:400], "pplm_steps": [0.01, 5.0], "device": "auto", "seed": 11},
+    ],
+    "04_gender_bias": [
+        {"professions": ["nurse", "guard"], "wanted": 1.0, "wide_bounds": [0.0, 0.0], "profession": "teacher", "whole_words": True},
+        {"professions": ["nurse", "guard", "construction worker"], "wanted": 0.0, "pair": ["she", "he"], "device": "auto", "seed": 3},
+    ],
+}  # fmt: skip
+REFUSED = {
+    "00_tour": [
+        ({"word": "  "}, "is no word"),
+        ({"text": "The film"}, "name the next word"),
+        ({"text": LONGEST * 2, "target": "the"}, "context"),
+        ({"target": "antidisestablishmentarianism"}, "tokens"),
+        ({"strength": 4}, "choose one of 0, 1, 2, 3"),
+        ({"strength": -1}, "choose one of 0, 1, 2, 3"),
+        ({"topic": ["日本"]}, "日本"),
+        ({"profession": "日本"}, "日本"),
+        ({"template": "The nurse said that"}, "no slot"),
+        ({"pair": ["he", "he"]}, "twice"),
+        ({"pair": ["he"]}, "two words"),
+        ({"device": "gpu"}, "is unknown; choose one of auto, cpu, cuda, mps"),
+        ({"model": "nobody/nothing"}, "'nobody/nothing' is no folder with a model"),
+        ({"model": "demo-transformer"}, "Backpack"),
+        ({"prompt": LONGEST * 2}, "room"),
+        ({"seed": -1}, "seed"),
+    ],
+    "01_training": [
+        ({"corpus": "nothing-here/*.txt"}, "nothing-here"),
+        ({"corpus": ""}, "corpus"),
+        *(({name: 0}, f"{name}=0 is out of range") for name in
+          ("n_layer", "n_head", "n_embd", "num_senses", "vocab_size", "batch_size", "accumulate", "steps", "eval_every", "save_every", "eval_blocks")),
+        ({"n_embd": 30}, "does not divide"),
+        ({"num_senses": 65}, "num_senses=65"),
+        ({"block_size": 1}, "block_size=1"),
+        ({"block_size": 15}, "block_size=15"),
+        ({"vocab_size": 100}, "vocab"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0 is out of range"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan is out of range"),
+        ({"warmup": -1}, "warmup=-1 is out of range"),
+        ({"warmup": 801}, "warmup=801 is out of range"),
+        ({"dropout": 1.0}, "dropout=1.0 is out of range"),
+        ({"optimizer": "sgd"}, "optimizer='sgd' is unknown"),
+        ({"precision": "int8"}, "precision='int8' is unknown"),
+        ({"device": "gpu"}, "device='gpu' is unknown"),
+        ({"seed": -1}, "seed"),
+        ({"prompt": "At the zoo, " * 40}, "prompt"),
+    ],
+    "02_senses": [
+        ({"word": "…"}, "is no word"),
+        ({"other": "日本"}, "日本"),
+        ({"target": "antidisestablishmentarianism"}, "tokens"),
+        ({"text": LONGEST * 2}, "context"),
+        ({"lexsim": "nothing-here"}, "nothing-here"),
+        ({"corpus": "nothing-here.txt"}, "nothing-here"),
+        ({"baseline": "nobody/nothing"}, "'nobody/nothing' is no folder with a model"),
+        ({"model": "demo-transformer"}, "Backpack"),
+        ({"device": "gpu"}, "is unknown"),
+    ],
+    "03_topic_control": [
+        ({"topic": "weather"}, "are no topics here"),
+        ({"topics": ["weather"]}, "are no topics here"),
+        ({"words": "日本"}, "日本"),
+        ({"strength": 4}, "choose one of 0, 1, 2, 3"),
+        ({"strengths": [-1]}, "choose one of 0, 1, 2, 3"),
+        ({"pplm_steps": [-0.1]}, "step"),
+        ({"samples": 0}, "samples=0 should be at least 1"),
+        ({"tokens": 0}, "tokens=0 should be at least 1"),
+        ({"tokens": 300}, "leaves no room"),
+        ({"prompt": LONGEST * 2}, "leaves no room"),
+        ({"judge": "nothing/here"}, "nothing/here"),
+        ({"baseline": "demo"}, "Transformer"),
+        ({"baseline": "nobody/nothing"}, "'nobody/nothing' is no folder with a model"),
+        ({"device": "gpu"}, "is unknown"),
+        ({"reference": "nothing-here.txt"}, "nothing-here"),
+    ],
+    "04_gender_bias": [
+        ({"professions": ["nurse"]}, "two professions"),
+        ({"professions": ["nurse", "nurse"]}, "twice"),
+        ({"profession": "日本"}, "日本"),
+        ({"pair": ["he", "he"]}, "twice"),
+        ({"pair": ["he", "antidisestablishmentarianism"]}, "tokens"),
+        ({"wanted": 1.5}, "wanted=1.5"),
+        ({"wide_bounds": [1.0, -1.0]}, "bounds"),
+        ({"wide_bounds": [1.0]}, "bounds"),
+        ({"prompts": "nothing-here.json"}, "nothing-here"),
+        ({"baseline": "demo"}, "Transformer"),
+        ({"reference": "nothing-here.txt"}, "nothing-here"),
+        ({"device": "gpu"}, "is unknown"),
+    ],
+}  # fmt: skip
+
+
+def cases(table):
+    return [
+        pytest.param(name, case, id=f"{name}-{number}") for name in table for number, case in enumerate(table[name])
+    ]
+
+
+@pytest.mark.parametrize(("name", "parameters"), cases(WORKS))
+def test_a_notebook_works_at_the_edges(name, parameters, tmp_path):
+    execute(name, parameters | {"out": str(tmp_path / "out")})
+    results = json.loads((tmp_path / "out" / running.RESULTS).read_text())
+    assert results["headline"] and len(results) > 1
+
+
+@pytest.mark.parametrize(("name", "case"), cases(REFUSED))
+def test_a_notebook_says_what_is_wrong(name, case, tmp_path):
+    parameters, words = case
+    with pytest.raises((ValueError, OSError)) as refused:
+        execute(name, parameters | {"out": str(tmp_path / "out")})
+    message = str(refused.value)
+    assert words in message and len(message.splitlines()) == 1 and len(message) < 500, message
+    assert not list(tmp_path.rglob("results.json"))

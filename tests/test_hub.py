@@ -1,0 +1,113 @@
+"""With a network, models come from the hub by their names; without one, nothing hangs, warns or asks for it."""
+
+import http.server
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+
+import pytest
+from helpers import ROOT, tiny_model, tiny_tokenizer
+
+from backpack_lib.devices import pick_device
+
+LOAD = "from backpack_lib import load; model, tokenizer = load({!r}); print(model.config.num_senses, len(tokenizer))"
+
+
+def run(code, folder, **env):
+    """Runs Python as a user would, without the settings that keep the tests themselves off the network."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "HF_HOME")}
+    env = kept | {"HF_HOME": str(folder / "home"), "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1"} | env
+    started = time.monotonic()
+    made = subprocess.run([sys.executable, "-c", code], env=env, cwd=folder, capture_output=True, text=True)
+    return made, time.monotonic() - started
+
+
+class Hub(http.server.SimpleHTTPRequestHandler):
+    """As much of the hub as a download needs: OWNER/NAME/resolve/main/FILE, with a commit and a tag."""
+
+    def translate_path(self, path):
+        return super().translate_path(path.split("?")[0].replace("/resolve/main/", "/"))
+
+    def end_headers(self):
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("ETag", f'"{abs(hash(self.path)):x}"')
+        super().end_headers()
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path):
+    folder = tmp_path / "hub" / "somebody" / "tiny"
+    tokenizer = tiny_tokenizer()
+    tiny_model(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, directory=str(tmp_path / "hub")))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_model_comes_from_the_hub_by_its_name_and_afterwards_from_the_cache(hub, tmp_path):
+    address = f"http://127.0.0.1:{hub.server_address[1]}"
+    made, _ = run(LOAD.format("somebody/tiny"), tmp_path, HF_ENDPOINT=address)
+    assert made.stdout.split() == ["3", "500"], made.stderr
+    made, _ = run(LOAD.format("somebody/other"), tmp_path, HF_ENDPOINT=address)
+    assert "ValueError: 'somebody/other' is no folder with a model, and none could be loaded" in made.stderr
+    hub.shutdown()
+    hub.server_close()
+    made, _ = run(LOAD.format("somebody/tiny"), tmp_path, HF_ENDPOINT=address)
+    assert made.stdout.split() == ["3", "500"] and not made.stderr
+
+
+@pytest.mark.parametrize("what", ["model", "data set"])
+def test_a_hub_that_does_not_answer_is_given_up_soon_and_in_one_sentence(what, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the call and says nothing
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        if what == "model":
+            code = "load('somebody/tiny')"
+        else:
+            code = "open_corpus('somebody/texts')"
+        code = f"from backpack_lib import load; from backpack_lib.corpora import open_corpus; import time\nt = time.time()\ntry: {code}\nexcept ValueError as e: print(e)\nprint(time.time() - t)"
+        made, _ = run(code, tmp_path, HF_ENDPOINT=address)
+    *message, seconds = made.stdout.splitlines()
+    assert len(message) == 1 and "could be loaded by that name" in message[0]
+    assert float(seconds) < 12 and not made.stderr, made.stderr
+
+
+def test_what_is_shipped_asks_for_no_network(tmp_path):
+    """Whoever asks goes through a proxy that notes it."""
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        proxy.settimeout(0.5)
+        address = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+        proxies = {name: address for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy")}
+        code = "from backpack_lib.running import run_notebook; o = run_notebook('00_tour', progress_bar=False); print(o.failed, o.result)"
+        made, _ = run(code, tmp_path, BACKPACK_RUNS=str(tmp_path / "runs"), **proxies)
+        with pytest.raises(TimeoutError):
+            proxy.accept()
+    assert made.stdout.startswith("False") and not made.stderr, made.stderr
+    assert json.loads((tmp_path / "runs" / "00_tour" / "results.json").read_text())["residual"] < 1e-3
+
+
+def test_devices_are_chosen_by_name(monkeypatch):
+    assert pick_device("cpu").type == "cpu" and pick_device().type in ("cpu", "cuda")
+    for here, chosen in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda here=here: here)
+        monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+        assert pick_device("auto").type == chosen  # an Apple GPU only if it is asked for
+    assert pick_device("mps").type == "mps"
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    for name, message in (
+        ("cuda", "needs a CUDA GPU"),
+        ("mps", "needs an Apple GPU"),
+        ("gpu", "is unknown; choose one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pick_device(name)
