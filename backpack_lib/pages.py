@@ -5,6 +5,7 @@ page as it was when it opened. Nothing is loaded from anywhere.
 """
 
 import re
+from base64 import b64decode
 from functools import cache
 from html import escape
 from pathlib import Path
@@ -86,6 +87,12 @@ def title_of(notebook: nbformat.NotebookNode) -> str:
     """The first heading. (In a notebook that failed, papermill's note of it stands before.)"""
     headings = (re.search(r"^# (.+)$", cell.source, re.M) for cell in notebook.cells if cell.cell_type == "markdown")
     return next(heading[1] for heading in headings if heading)
+
+
+def pictures(notebook: nbformat.NotebookNode) -> list[bytes]:
+    """The pictures that an executed notebook shows, as PNG files."""
+    shown = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", ())]
+    return [b64decode(data["image/png"]) for data in shown if "image/png" in data]
 
 
 def write_page(copy: Path) -> tuple[str, Path]:

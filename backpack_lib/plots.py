@@ -1,10 +1,13 @@
 """Figures of the suite, in one style. Each function returns a matplotlib figure and shows nothing itself."""
 
+from textwrap import fill
+
 import matplotlib.pyplot as plt
 import seaborn as sns
 from matplotlib.figure import Figure
 
 WIDTH = 7.5  # inches; reads well at the width of a page
+LINE = 88  # characters of a title
 
 
 class DescribedFigure(Figure):
@@ -25,7 +28,7 @@ class DescribedFigure(Figure):
             "colour": ", ".join(other.get_ylabel() for other in self.axes[1:] if other.get_ylabel()),
         }
         said = [f"{name}: {' '.join(text.split())}." for name, text in parts.items() if text]
-        return " ".join([f"Figure. {axes.get_title(loc='left')}.", *said])
+        return " ".join([f"Figure. {' '.join(self.get_suptitle().split())}.", *said])
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         return {}, {"image/png": {"alt": self.description()}}  # the picture itself is IPython's
@@ -42,8 +45,8 @@ def new_figure(height: float = 3.6, columns: int = 1, **kwargs):
 
 
 def set_title(axes, finding: str):
-    """A figure's title states its finding."""
-    axes.set_title(finding, loc="left", fontweight="bold", fontsize=11)
+    """A figure's title states its finding, across the whole width."""
+    axes.figure.suptitle(fill(finding, LINE), x=0.01, ha="left", fontweight="bold", fontsize=11)
 
 
 def loss_curves(histories: dict, title: str | None = None):
@@ -222,7 +225,7 @@ def waterfall(parts, title: str, xlabel: str):
         )
     axes.set_yticks([*range(len(parts)), len(parts)], [*parts.index, "sum"])
     axes.invert_yaxis()
-    axes.margins(x=0.12)
+    axes.margins(x=0.15)
     axes.axvline(0, color="gray", linewidth=1)
     axes.grid(False, axis="y")
     axes.set(xlabel=xlabel)
