@@ -130,7 +130,7 @@ CASES = {
         (lambda c: continue_texts(c.m, c.t, []), "no prompt"),
         (lambda c: continue_texts(c.m, c.t, ["the nurse " * 30]), "leaves room for 0"),
         (lambda c: continue_texts(c.m, c.t, ["the"], 500), "leaves room for"),
-        (lambda c: continue_texts(c.m, c.t, ["the"], 0), "must be greater than 0"),
+        (lambda c: continue_texts(c.m, c.t, ["the"], 0), "max_new_tokens=0 writes nothing"),
         (lambda c: continue_texts(c.m, c.t, ["the"], 4, seed=-1), "Seed must be between 0 and"),
     ],
     "topic": [

@@ -7,10 +7,24 @@ import nbformat
 import pytest
 from helpers import ROOT
 
-from backpack_lib import running
+from backpack_lib import running, topic
 from backpack_lib.parameters import default_parameters
 
-LONGEST = "the film " * 127  # with the token that begins a text, one less than the context
+LONGEST = ("the film " * 127).strip()  # with the token that begins a text, one less than the context
+
+
+@pytest.fixture(autouse=True)
+def pushes_computed_once(monkeypatch):
+    """What takes a notebook most of its time is the same for all of these runs."""
+    monkeypatch.setattr(topic, "largest_pushes", lambda model: remembered(model.num_parameters(), lambda: slow(model)))
+
+
+slow, known = topic.largest_pushes, {}
+
+
+def remembered(key, compute):
+    known[key] = known[key] if key in known else compute()
+    return known[key]
 
 
 def execute(name, parameters):
@@ -30,7 +44,7 @@ def execute(name, parameters):
 WORKS = {
     "00_tour": [
         {"word": "a", "text": "The", "target": "film", "strength": 0, "topic": ["a"], "prompt": LONGEST, "pair": ["she", "he"]},
-        {"profession": "construction worker", "template": "{profession}", "strength": 3, "seed": 2**32 - 1, "device": "auto"},
+        {"profession": "construction worker", "template": "The {profession}", "strength": 3, "seed": 2**32 - 1, "device": "auto"},
         {"text": LONGEST, "target": "the", "topic": ["music", "football", "law"], "pair": ["he", "they"]},
     ],
     "02_senses": [

@@ -1,0 +1,75 @@
+"""Where people work: a folder with spaces and other letters, data that cannot be written, no home; stopped, and at once."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+from helpers import ROOT
+
+from backpack_lib import planted
+
+COMMAND = [sys.executable, "-m", "backpack_lib.running"]
+
+
+def environment(**changes):
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("BACKPACK_")}
+    return kept | {key: str(value) for key, value in changes.items()}
+
+
+def contents(folder):
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+
+
+def test_a_clone_in_a_foreign_folder_with_data_that_is_only_read_and_no_home(tmp_path):
+    clone = tmp_path / "Müllers Ordner 背包" / "clone"
+    left_out = shutil.ignore_patterns(".*", "runs", "tests", "__pycache__", "*.egg-info")
+    shutil.copytree(ROOT, clone, ignore=left_out)
+    for path in [clone / "data", *(clone / "data").rglob("*")]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before = contents(clone / "data")
+    env = environment(HOME="/dev/null/nobody", PYTHONPATH=clone, PYTHONDONTWRITEBYTECODE=1)
+    for name in ("HF_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "MPLCONFIGDIR", "IPYTHONDIR"):
+        env.pop(name, None)
+    runs = [
+        subprocess.Popen([*COMMAND, "00_tour", *more], cwd=clone, env=env, stdout=-1, stderr=-1, text=True)
+        for more in ([], ["-p", "word", "king", "-p", "out", "runs/zwei te"])  # two at once
+    ]
+    for run, folder in zip(runs, ("00_tour", "zwei te")):
+        out, err = run.communicate(timeout=300)
+        assert run.returncode == 0, out + err
+        assert "warn" not in err.lower()
+        assert json.loads((clone / "runs" / folder / "results.json").read_text())["residual"] < 1e-3
+    assert contents(clone / "data") == before
+    for path in [clone / "data", *(clone / "data").rglob("*")]:
+        path.chmod(0o755)
+
+
+def test_a_run_that_is_interrupted_goes_on_to_the_same_result(tmp_path):
+    (tmp_path / "texts.txt").write_text("\n\n".join(text.text for text in planted.generate(1500)))
+    sizes = "n_layer 1, n_head 2, n_embd 16, num_senses 2, vocab_size 600, block_size 32, batch_size 4, warmup 5"
+    often = "steps 120, eval_every 20, save_every 20, eval_blocks 4"
+    settings = [part for setting in f"{sizes}, {often}".split(", ") for part in ("-p", *setting.split())]
+    line = [*COMMAND, "01_training", "-p", "corpus", str(tmp_path / "texts.txt"), *settings]
+    found = {}
+    for name in ("whole", "interrupted"):
+        env = environment(BACKPACK_RUNS=tmp_path / name, BACKPACK_CACHE=tmp_path / "cache", PYTHONPATH=ROOT)
+        if name == "interrupted":
+            run = subprocess.Popen(line, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
+            while not list((tmp_path / name).glob("01_training/backpack-*/checkpoint-[0-9]*")):
+                assert run.poll() is None
+                time.sleep(0.05)
+            os.killpg(run.pid, signal.SIGINT)
+            _, err = run.communicate(timeout=60)
+            assert run.returncode == 130 and "Training goes on from its last checkpoint" in err
+            assert "Traceback" not in err, err
+            assert not (tmp_path / name / "01_training" / "results.json").exists()
+        again = subprocess.run(line, env=env, capture_output=True, text=True)
+        assert again.returncode == 0, again.stdout + again.stderr
+        table = pd.read_csv(tmp_path / name / "01_training" / "backpack.csv")
+        found[name] = table[["step", "train_loss", "valid_loss"]]
+    pd.testing.assert_frame_equal(found["whole"], found["interrupted"])
