@@ -397,7 +397,7 @@ def fit_scales(
 
     Raises ValueError as `log_odds` does, for bounds that hold no number, and for a Backpack without senses to scale.
     """
-    low, high = bounds
+    low, high = bounds if len(bounds) == 2 else (math.nan, math.nan)
     if not low < high:
         raise ValueError(f"bounds={tuple(bounds)} should be a lower and a higher number.")
     grid = np.linspace(low, high, GRID)

@@ -47,6 +47,12 @@ WORKS = {
         {"profession": "construction worker", "template": "The {profession}", "strength": 3, "seed": 2**32 - 1, "device": "auto"},
         {"text": LONGEST, "target": "the", "topic": ["music", "football", "law"], "pair": ["he", "they"]},
     ],
+    "01_training": [
+        {"steps": 1, "n_layer": 1, "n_head": 1, "n_embd": 8, "num_senses": 1, "block_size": 16, "batch_size": 1, "warmup": 0, "eval_every": 1, "save_every": 1,
+         "eval_blocks": 1, "dropout": 0.5, "strict": False, "seed": 2**32 - 1, "prompt": "At"},
+        {"steps": 3, "n_head": 3, "n_embd": 12, "num_senses": 6, "vocab_size": 3000, "accumulate": 3, "optimizer": "muon", "warmup": 3, "eval_every": 1000,
+         "save_every": 1000, "precision": "bf16", "device": "cpu", "strict": False, "learning_rate": 1e-9},
+    ],
     "02_senses": [
         {"word": "a", "other": "a", "long_word": "film", "text": "The", "target": "film", "baseline": ""},
         {"word": "king", "text": LONGEST, "target": "the", "contrast": "a", "seed": 7, "device": "auto"},
@@ -58,15 +64,15 @@ WORKS = {
          "prompt": LONGEST[:400], "pplm_steps": [0.01, 5.0], "device": "auto", "seed": 11},
     ],
     "04_gender_bias": [
-        {"professions": ["nurse", "guard"], "wanted": 1.0, "wide_bounds": [0.0, 0.0], "profession": "teacher", "whole_words": True},
-        {"professions": ["nurse", "guard", "construction worker"], "wanted": 0.0, "pair": ["she", "he"], "device": "auto", "seed": 3},
+        {"professions": ["nurse", "guard", "cook"], "wanted": 1.0, "wide_bounds": [-0.01, 0.0], "profession": "teacher", "whole_words": True},
+        {"professions": ["nurse", "guard", "construction worker"], "wanted": 0.01, "pair": ["she", "he"], "device": "auto", "seed": 3},
     ],
 }  # fmt: skip
 REFUSED = {
     "00_tour": [
         ({"word": "  "}, "is no word"),
         ({"text": "The film"}, "name the next word"),
-        ({"text": LONGEST * 2, "target": "the"}, "context"),
+        ({"text": LONGEST * 2, "target": "the"}, "n_positions=256"),
         ({"target": "antidisestablishmentarianism"}, "tokens"),
         ({"strength": 4}, "choose one of 0, 1, 2, 3"),
         ({"strength": -1}, "choose one of 0, 1, 2, 3"),
@@ -79,11 +85,11 @@ REFUSED = {
         ({"model": "nobody/nothing"}, "'nobody/nothing' is no folder with a model"),
         ({"model": "demo-transformer"}, "Backpack"),
         ({"prompt": LONGEST * 2}, "room"),
-        ({"seed": -1}, "seed"),
+        ({"seed": -1}, "Seed must be"),
     ],
     "01_training": [
         ({"corpus": "nothing-here/*.txt"}, "nothing-here"),
-        ({"corpus": ""}, "corpus"),
+        ({"corpus": ""}, "No file matches"),
         *(({name: 0}, f"{name}=0 is out of range") for name in
           ("n_layer", "n_head", "n_embd", "num_senses", "vocab_size", "batch_size", "accumulate", "steps", "eval_every", "save_every", "eval_blocks")),
         ({"n_embd": 30}, "does not divide"),
@@ -106,10 +112,9 @@ REFUSED = {
         ({"word": "…"}, "is no word"),
         ({"other": "日本"}, "日本"),
         ({"target": "antidisestablishmentarianism"}, "tokens"),
-        ({"text": LONGEST * 2}, "context"),
+        ({"text": LONGEST * 2}, "n_positions=256"),
         ({"lexsim": "nothing-here"}, "nothing-here"),
         ({"corpus": "nothing-here.txt"}, "nothing-here"),
-        ({"baseline": "nobody/nothing"}, "'nobody/nothing' is no folder with a model"),
         ({"model": "demo-transformer"}, "Backpack"),
         ({"device": "gpu"}, "is unknown"),
     ],
@@ -131,7 +136,7 @@ REFUSED = {
         ({"reference": "nothing-here.txt"}, "nothing-here"),
     ],
     "04_gender_bias": [
-        ({"professions": ["nurse"]}, "two professions"),
+        ({"professions": ["nurse", "guard"]}, "need three of them"),
         ({"professions": ["nurse", "nurse"]}, "twice"),
         ({"profession": "日本"}, "日本"),
         ({"pair": ["he", "he"]}, "twice"),
