@@ -1,4 +1,7 @@
-"""For all tests, notebooks included: no network, and folders that none of them shares with a user's work."""
+"""For all tests, notebooks included: no network, and folders that none of them shares with a user's work.
+
+Tests run in several processes, each with folders and cores of its own; the cells of a notebook stay together.
+"""
 
 import atexit
 import os
@@ -14,6 +17,9 @@ os.environ["BACKPACK_RUNS"] = f"{_FOLDER}/runs"
 os.environ["HF_HOME"] = f"{_FOLDER}/huggingface"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    _CORES = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ["OMP_NUM_THREADS"] = str(max(1, _CORES))
 
 import pytest
 
@@ -26,3 +32,9 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip(f"reference files are not on this machine ({SHARED})")
     return SHARED
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.suffix == ".ipynb":
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))

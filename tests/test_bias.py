@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from backpack_lib import SenseEdits, attribute, bias
 from backpack_lib.bias import SLOT, Split, debias, fit_scales, localize, log_odds, nullspace, split_odds
 from backpack_lib.evaluation import next_log_probabilities
-from backpack_lib.senses import tokens_of_word
+from backpack_lib.senses import token_of_word, tokens_of_word
 from backpack_lib.texts import ids_of_text
 
 TOKENIZER = tiny_tokenizer()
@@ -350,3 +350,15 @@ def test_bad_input_is_one_sentence(call, message):
     with pytest.raises(ValueError) as error:
         call()
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_levelled_professions_share_their_mean_sense_and_nothing_else_changes(model, tokenizer):
+    jobs = ["nurse", "concert"]
+    ids = torch.tensor([token_of_word(tokenizer, word) for word in [*jobs, "the"]])
+    before = model.sense_vectors(ids).detach()
+    with bias.level(model, tokenizer, jobs, [1]).applied():
+        after = model.sense_vectors(ids).detach()
+    mean = before[:2, 1].mean(0)
+    torch.testing.assert_close(after[:2, 1], mean.expand(2, -1))
+    untouched = [sense for sense in range(before.shape[1]) if sense != 1]
+    assert torch.equal(after[:, untouched], before[:, untouched]) and torch.equal(after[2], before[2])

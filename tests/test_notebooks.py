@@ -19,7 +19,7 @@ from backpack_lib.texts import ids_of_text
 FOLD = re.compile(r"<details><summary>Solution</summary>.*?```python\n(.*?)```.*?</details>", re.S)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def planted_run():
     """01_training as it stands, in the tests' own folder for runs; it goes on from what is there."""
     outcome = run_notebook("01_training")
