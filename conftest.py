@@ -32,9 +32,3 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip(f"reference files are not on this machine ({SHARED})")
     return SHARED
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.path.suffix == ".ipynb":
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))

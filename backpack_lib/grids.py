@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -104,7 +105,9 @@ class Grid:
                             bar.write(f"{self.folder_of(running[done]).name}: {outcomes[-1].result}", file=sys.stderr)
                         self.write_table()
                 except KeyboardInterrupt:
-                    pool.shutdown(wait=True, cancel_futures=True)
+                    for process in multiprocessing.active_children():
+                        process.terminate()  # and with it its kernel
+                    pool.shutdown(cancel_futures=True)
                     finished = sum(map(self.is_finished, points))
                     raise KeyboardInterrupt(
                         f"Stopped with {finished} of {len(points)} runs finished; the same line goes on with the others."
@@ -153,8 +156,9 @@ def workers(processes: int, runs: int) -> ProcessPoolExecutor:
     count = max(1, min(processes or min(cores, MOST), runs))
     threads = max(1, cores // count)
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(count, mp_context=context, initializer=_use_threads, initargs=(threads,))
+    return ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(threads,))
 
 
-def _use_threads(threads: int):
+def _begin(threads: int):
     os.environ["OMP_NUM_THREADS"] = str(threads)  # kernels inherit it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the process that waits for them all

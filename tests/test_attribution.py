@@ -100,7 +100,7 @@ def test_bad_input_is_one_sentence():
         attribute(model, ids, 5, contrast=-1)
     with pytest.raises(ValueError, match=r"shape \(2, 6\); give one text"):
         attribute(model, random_ids(2, 6), 5)
-    with pytest.raises(ValueError, match="no position -1 in a text of 0 tokens"):
+    with pytest.raises(ValueError, match="no token to read in an empty text"):
         attribute(model, [], 5)
     with pytest.raises(ValueError, match="takes a Backpack; a GPT2LMHeadModel has no sense vectors"):
         attribute(GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1)), ids, 5)

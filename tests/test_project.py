@@ -104,7 +104,7 @@ def test_a_wheel_holds_the_data_and_the_notebooks(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path / "site", capture_output=True, text=True, check=True
     )
     *found, file = result.stdout.split()
-    assert found == ["kitchen", "01_training", "16", "0"] and file.startswith(str(tmp_path))
+    assert found == ["kitchen", "00_tour", "16", "0"] and file.startswith(str(tmp_path))
 
 
 # ---------------------------------------------------------------- the notebooks as a visitor sees them
@@ -141,6 +141,20 @@ def test_stored_outputs_are_there_and_hold_nothing_of_this_machine(notebook):
             assert output["output_type"] != "error" and output.get("name") != "stderr"
             text = json.dumps({k: v for k, v in output.get("data", output).items() if not k.startswith("image/")})
             assert not re.search(r"/(home|root|tmp|work|Users)/|tokens/s\b", text), text[:200]
+
+
+def test_widgets_are_stored_with_their_state_and_a_page_to_show_without_it(notebook):
+    kind, views = "application/vnd.jupyter.widget-state+json", "application/vnd.jupyter.widget-view+json"
+    shown = [o["data"] for cell in code_cells(notebook) for o in cell["outputs"] if views in o.get("data", {})]
+    state = notebook["metadata"].get("widgets", {}).get(kind, {}).get("state", {})
+    for data in shown:
+        assert data[views]["model_id"] in state
+        assert "answer in a running notebook" in "".join(data["text/html"])
+    # Widgets of ipywidgets itself, which every front end brings along: nothing has to be fetched for them.
+    assert {widget["model_module"] for widget in state.values()} <= {
+        "@jupyter-widgets/base",
+        "@jupyter-widgets/controls",
+    }
 
 
 # ---------------------------------------------------------------- the README

@@ -70,7 +70,8 @@ def training_speed(name: str, blocks, device: str) -> float:
     settings = recipe(device) | {"steps": 2 * TIMED_STEPS, "eval_every": TIMED_STEPS, "eval_blocks": 1, "warmup": 1}
     with tempfile.TemporaryDirectory() as out:
         history = train(
-            TrainingConfig(corpus="", out=out, architecture=ARCHITECTURE_OF[name], device=device, **settings), blocks
+            TrainingConfig(corpus="planted", out=out, architecture=ARCHITECTURE_OF[name], device=device, **settings),
+            blocks,
         )
     return history["tokens_per_second"].iloc[-1]
 
