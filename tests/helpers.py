@@ -1,5 +1,8 @@
 """Small random models and inputs."""
 
+import os
+import signal
+import subprocess
 from functools import cache
 from pathlib import Path
 
@@ -48,3 +51,19 @@ def tiny_classifier(folder, labels, bias):
     model.classifier.bias.data = torch.tensor(bias)
     model.save_pretrained(folder)
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+
+
+class Interruptible(subprocess.Popen):
+    """A command as if typed at a terminal: it can be stopped like by Ctrl-C, even if these tests run in the background."""
+
+    def __init__(self, command, **settings):
+        # A shell has what it starts in the background ignore interrupts, and whatever that starts inherits it.
+        heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+        super().__init__(
+            command, start_new_session=True, preexec_fn=heed, stderr=subprocess.PIPE, text=True, **settings
+        )
+
+    def interrupt(self, timeout: float = 60) -> str:
+        """Interrupts it with all that it has started; returns what it wrote to stderr."""
+        os.killpg(self.pid, signal.SIGINT)
+        return self.communicate(timeout=timeout)[1]

@@ -3,13 +3,12 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 
 import pandas as pd
-from helpers import ROOT
+from helpers import ROOT, Interruptible
 
 from backpack_lib import planted
 
@@ -59,12 +58,11 @@ def test_a_run_that_is_interrupted_goes_on_to_the_same_result(tmp_path):
     for name in ("whole", "interrupted"):
         env = environment(BACKPACK_RUNS=tmp_path / name, BACKPACK_CACHE=tmp_path / "cache", PYTHONPATH=ROOT)
         if name == "interrupted":
-            run = subprocess.Popen(line, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
+            run = Interruptible(line, env=env)
             while not list((tmp_path / name).glob("01_training/backpack-*/checkpoint-[0-9]*")):
                 assert run.poll() is None
                 time.sleep(0.05)
-            os.killpg(run.pid, signal.SIGINT)
-            _, err = run.communicate(timeout=60)
+            err = run.interrupt()
             assert run.returncode == 130 and "Training goes on from its last checkpoint" in err
             assert "Traceback" not in err, err
             assert not (tmp_path / name / "01_training" / "results.json").exists()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ import time
 import nbformat
 import pandas as pd
 import pytest
-from helpers import ROOT
+from helpers import ROOT, Interruptible
 
 from backpack_lib import running
 from backpack_lib.grids import FINISHED, Grid
@@ -216,31 +215,18 @@ def test_a_grid_that_is_stopped_says_what_is_left_and_goes_on(suite, tmp_path):
         WRITE,
     )
     command = [sys.executable, "-m", "backpack_lib.running", "01_first", "--grid", "steps=1,2,3,4", "--processes", "2"]
-    run = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        text=True,
-    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = Interruptible(command, cwd=tmp_path, env=env)
     folder = tmp_path / "runs" / "01_first-grid"
     for _ in range(600):
         if len(list(folder.glob(f"*/{FINISHED}"))) == 2:
             break
         time.sleep(0.1)
-    other = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
-    assert other.returncode == 2 and "Another run is writing to" in other.stderr
-    os.killpg(run.pid, signal.SIGINT)
-    _, err = run.communicate(timeout=60)
+    err = run.interrupt()
     assert run.returncode == 130
     assert "Stopped with 2 of 4 runs finished; the same line goes on with the others." in err and "Traceback" not in err
     (tmp_path / "fast").touch()
-    done = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(pd.read_csv(folder / "table.csv")) == 4
 
