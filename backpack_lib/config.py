@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 
+from backpack_lib.corpora import check_valid_fraction
 from backpack_lib.devices import DEVICES
 from backpack_lib.model import check_sizes
 
@@ -90,8 +91,7 @@ class TrainingConfig:
         for name in ("learning_rate", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} is out of range; it must be above 0 and finite.")
-        if not 0 < self.valid_fraction <= 0.5:
-            raise ValueError(f"valid_fraction={self.valid_fraction} is out of range; choose above 0 and at most 0.5.")
+        check_valid_fraction(self.valid_fraction)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed} is out of range; it must be between 0 and 2**32 - 1.")
         if not 0 <= self.dropout < 1:

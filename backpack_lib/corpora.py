@@ -210,6 +210,12 @@ def _planted_fingerprint() -> str:
 # ---------------------------------------------------------------- splitting, tokenising, packing
 
 
+def check_valid_fraction(valid_fraction: float):
+    """Raises ValueError if it leaves one of the two sides without text, or training with less than half."""
+    if not 0 < valid_fraction <= 0.5:
+        raise ValueError(f"valid_fraction={valid_fraction} is out of range; choose above 0 and at most 0.5.")
+
+
 def is_validation(text: str, valid_fraction: float) -> bool:
     """Whether a document is for validation: decided by its content, so copies of it fall on the same side."""
     draw = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
@@ -287,8 +293,7 @@ def prepare(
 
     Raises ValueError if the corpus is empty or too small for one block on either side.
     """
-    if not 0 < valid_fraction <= 0.5:
-        raise ValueError(f"valid_fraction={valid_fraction} is out of range; choose above 0 and at most 0.5.")
+    check_valid_fraction(valid_fraction)
     words = list(words)
     settings = [FORMAT, block_size, vocab_size, words, valid_fraction, corpus.stream is not None]
     source = (valid_corpus or corpus).fingerprint

@@ -52,8 +52,7 @@ class Grid:
                 raise ValueError("`out` cannot be in a grid; each run has a folder of its own.")
             if name in given or name in read:
                 raise ValueError(f"{name!r} is given twice.")
-            check_parameters(self.name, self.defaults, {name: self.defaults.get(name)})
-            read[name] = read_values(name, values, self.defaults[name])
+            read[name] = read_values(name, values, self.defaults.get(name))
             for value in read[name]:
                 check_parameters(self.name, self.defaults, {name: value})
         return read

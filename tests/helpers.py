@@ -57,8 +57,9 @@ class Interruptible(subprocess.Popen):
     """A command as if typed at a terminal: it can be stopped like by Ctrl-C, even if these tests run in the background."""
 
     def __init__(self, command, **settings):
-        # A shell has what it starts in the background ignore interrupts, and whatever that starts inherits it.
-        heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+        def heed():  # a shell has what it starts in the background ignore interrupts, and all below that inherits it
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
         super().__init__(
             command, start_new_session=True, preexec_fn=heed, stderr=subprocess.PIPE, text=True, **settings
         )
