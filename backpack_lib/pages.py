@@ -30,6 +30,7 @@ main { max-width: 62rem; margin: 0 auto; }
 .jp-RenderedHTMLCommon table { margin-left: 0; }
 .jp-OutputArea-output { overflow-x: auto; }
 .highlight pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+.jp-RenderedText pre { word-break: normal; overflow-wrap: anywhere; }
 .jp-RenderedMarkdown .highlight { margin-bottom: 1em; }
 .jp-RenderedImage img { max-width: 100%; height: auto; }
 </style>{%- endblock -%}
