@@ -205,7 +205,12 @@ def test_the_readmes_figures_are_those_that_were_measured():
     training, small = ratios["training", "demo"], ratios["memory-1024", "small"]
     removed = re.search(r"removing them takes (\d+)%", outputs_of("04_gender_bias"))[1]
     wide = re.search(r"senses take (\d+)% of the Backpack's excess, projection (\d+)%", outputs_of("04_gender_bias"))
+    topics = outputs_of("03_topic_control")
+    senses, pplm = (
+        re.findall(r"  [\d.]+: ([\d.]+) times", part)[-1] for part in topics.split("PPLM: at equal fluency")
+    )
     for said in (
+        f"({pplm} and {senses} times as often as without control",
         f"a Backpack of {millions[0]:.0f} million parameters",
         f"({millions[1]:.0f} million)",
         f"{millions[0] - millions[1]:.0f} million parameters less",
