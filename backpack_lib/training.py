@@ -426,9 +426,12 @@ def main() -> int:
     def work():
         (config,) = parser.parse_args_into_dataclasses()
         history = train(config)
-        if PartialState().is_main_process:
+        state = PartialState()
+        if state.is_main_process:
             print(history.tail(1).to_string(index=False))
             print(f"The model is in {config.out}/model.")
+        # A process that leaves a group of CPUs open now and then dies of SIGABRT when Python ends.
+        state.destroy_process_group()
 
     return exit_status(work)
 

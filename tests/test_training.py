@@ -290,10 +290,23 @@ def test_two_processes_give_the_losses_of_one(tiny, kind, port):
     assert all(torch.allclose(a[name], b[name], atol=1e-3) for name in a)
 
 
+def test_processes_leave_their_group_before_they_end(tiny, tmp_path):
+    script = tmp_path / "leave.py"
+    script.write_text(
+        "from torch.distributed import is_initialized\nfrom backpack_lib.training import main\n"
+        "status = main()\nprint(status, 'group open:', is_initialized())\n"
+    )
+    config = replace(tiny, device="cpu", steps=2)
+    flags = [*launcher("ddp", 29624), str(script), *command(config)[3:]]
+    result = subprocess.run([sys.executable, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.count("0 group open: False") == 2, result.stderr
+
+
 def test_a_divided_model_goes_on_from_its_checkpoint(tiny):
     config = replace(tiny, dropout=0.0, device="cpu", out=f"{tiny.out}-whole")
     broken = replace(config, out=f"{tiny.out}-broken", steps=40)
-    assert run_command(replace(config, steps=40), launcher("fsdp", 29621)).returncode == 0
+    result = run_command(replace(config, steps=40), launcher("fsdp", 29621))
+    assert result.returncode == 0, result.stderr
     process = subprocess.Popen(
         command(broken, launcher("fsdp", 29622)), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -304,7 +317,8 @@ def test_a_divided_model_goes_on_from_its_checkpoint(tiny):
     assert not (Path(broken.out) / "model").exists()
     with pytest.raises(ValueError, match=r"model was divided among processes \(FSDP\), as it is not now"):
         train(broken)
-    assert run_command(broken, launcher("fsdp", 29623)).returncode == 0
+    result = run_command(broken, launcher("fsdp", 29623))
+    assert result.returncode == 0, result.stderr
     assert_same_weights(broken.out, config.out)
 
 
