@@ -9,6 +9,7 @@ Blocks are kept in the cache folder as memory-mapped Arrow files, under a key ma
 content and of the settings: a second run starts at once, and changed text is never mistaken for old.
 """
 
+import contextlib
 import glob
 import gzip
 import hashlib
@@ -19,6 +20,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -38,6 +40,8 @@ TOKENIZER_CHARACTERS = 50_000_000  # a tokenizer is trained on the first so many
 LONGEST_DOCUMENT = 1_000_000  # characters; a longer one is read as several, to bound memory
 BATCH_CHARACTERS = 2_000_000  # tokenised at a time
 STREAM_VALID_CHARACTERS = 1_000_000  # of a stream are set aside for validation
+BUILDING = "building-"  # the cache's folders that are not yet whole
+ABANDONED = 24 * 60 * 60  # seconds without a change, after which whoever was building must have been killed
 FORMAT = 1  # of the cached files; a change of it makes old caches unread
 
 
@@ -369,7 +373,8 @@ def _build_atomically(folder: Path, build: Callable[[Path], None]):
     """Builds a folder under another name and renames it, so that it is there whole or not at all."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        target = Path(tempfile.mkdtemp(prefix="building-", dir=folder.parent))
+        _remove_abandoned(folder.parent)
+        target = Path(tempfile.mkdtemp(prefix=BUILDING, dir=folder.parent))
     except OSError as error:
         raise OSError(
             f"The cache folder {folder.parent} cannot be written ({error}); set BACKPACK_CACHE to another."
@@ -383,6 +388,14 @@ def _build_atomically(folder: Path, build: Callable[[Path], None]):
                 raise
     finally:
         shutil.rmtree(target, ignore_errors=True)
+
+
+def _remove_abandoned(cache: Path):
+    """Clears away what killed builds have left, which may be gigabytes."""
+    for folder in cache.glob(f"{BUILDING}*"):
+        with contextlib.suppress(OSError):  # another process has finished it meanwhile, or it is of another user
+            if time.time() - max(path.stat().st_mtime for path in (folder, *folder.rglob("*"))) > ABANDONED:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _load_blocks(folder: Path, corpus: Corpus, block_size: int, valid_fraction: float) -> Blocks:

@@ -4,6 +4,7 @@ import gzip
 import json
 import lzma
 import os
+import time
 import tracemalloc
 
 import numpy as np
@@ -151,6 +152,20 @@ def test_a_build_that_breaks_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(ValueError):
         prepare(open_corpus(write(tmp_path / "a.txt")), 8, 500)
     assert os.listdir(tmp_path / "cache") == []
+
+
+def test_what_a_killed_build_left_is_cleared_away_after_a_day_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setenv("BACKPACK_CACHE", str(tmp_path))
+    name = open_corpus(write(tmp_path / "a.txt"))
+    whole = prepare(name, 8, 500).fingerprint
+    two_days_ago = time.time() - 48 * 60 * 60
+    for folder in ("building-killed", "building-goes-on"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "train.arrow").write_bytes(b"blocks")
+    for path in (tmp_path / whole, *(tmp_path / "building-killed").iterdir(), *tmp_path.glob("building-*")):
+        os.utime(path, (two_days_ago, two_days_ago))
+    other = prepare(name, 16, 500).fingerprint
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"building-goes-on", whole, other}
 
 
 def test_an_unwritable_cache_is_one_sentence(tmp_path, monkeypatch):
