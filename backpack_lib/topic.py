@@ -21,7 +21,7 @@ from backpack_lib.texts import continue_texts
 QUANTILES = (0.95, 0.80, 0.60)
 # What senses above each quantile, and all the others, are multiplied by.
 STRENGTHS = {0: (1.0, 1.0, 1.0, 1.0), 1: (1.5, 1.5, 1.3, 1.0), 2: (2.2, 2.2, 1.5, 1.0), 3: (3.3, 3.3, 3.0, 1.0)}
-TOKENS_AT_ONCE = 64
+TOKENS_AT_ONCE = 32
 READINESS = 6.0  # a sense that has said nothing yet is sigmoid(6) = 99.8 % on
 GREATEST_RELEASE = 7.5  # the rate of release is the greatest delta divided by this, as in the paper's code
 GROWTH = 100  # positions over which a factor grows by as much as it is

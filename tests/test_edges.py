@@ -12,14 +12,25 @@ from backpack_lib.parameters import default_parameters
 
 LONGEST = ("the film " * 127).strip()  # with the token that begins a text, one less than the context
 
+TEXT = str(ROOT / "README.md")
+
 
 @pytest.fixture(autouse=True)
-def pushes_computed_once(monkeypatch):
+def scores_computed_once(monkeypatch):
     """What takes a notebook most of its time is the same for all of these runs."""
-    monkeypatch.setattr(topic, "largest_pushes", lambda model: remembered(model.num_parameters(), lambda: slow(model)))
+
+    def scores(model, direction, largest):
+        return remembered(
+            (model.num_parameters(), *direction.tolist()), lambda: topic_scores(model, direction, largest)
+        )
+
+    monkeypatch.setattr(topic, "topic_scores", scores)
+    monkeypatch.setattr(
+        topic, "largest_pushes", lambda model: remembered(model.num_parameters(), lambda: largest_pushes(model))
+    )
 
 
-slow, known = topic.largest_pushes, {}
+topic_scores, largest_pushes, known = topic.topic_scores, topic.largest_pushes, {}
 
 
 def remembered(key, compute):
@@ -64,8 +75,8 @@ WORKS = {
          "prompt": LONGEST[:400], "pplm_steps": [0.01, 5.0], "device": "auto", "seed": 11},
     ],
     "04_gender_bias": [
-        {"professions": ["nurse", "guard", "cook"], "wanted": 1.0, "wide_bounds": [-0.01, 0.0], "profession": "teacher", "whole_words": True},
-        {"professions": ["nurse", "guard", "construction worker"], "wanted": 0.01, "pair": ["she", "he"], "device": "auto", "seed": 3},
+        {"professions": ["nurse", "guard", "cook"], "wanted": 1.0, "wide_bounds": [-0.01, 0.0], "profession": "teacher", "whole_words": True, "reference": TEXT},
+        {"professions": ["nurse", "guard", "construction worker"], "wanted": 0.01, "pair": ["she", "he"], "device": "auto", "seed": 3, "reference": TEXT},
     ],
 }  # fmt: skip
 REFUSED = {

@@ -1,7 +1,6 @@
 """With a network, models come from the hub by their names; without one, nothing hangs, warns or asks for it."""
 
 import http.server
-import json
 import os
 import socket
 import subprocess
@@ -80,20 +79,6 @@ def test_a_hub_that_does_not_answer_is_given_up_soon_and_in_one_sentence(what, t
     *message, seconds = made.stdout.splitlines()
     assert len(message) == 1 and "could be loaded by that name" in message[0]
     assert float(seconds) < 12 and not made.stderr, made.stderr
-
-
-def test_what_is_shipped_asks_for_no_network(tmp_path):
-    """Whoever asks goes through a proxy that notes it."""
-    with socket.create_server(("127.0.0.1", 0)) as proxy:
-        proxy.settimeout(0.5)
-        address = f"http://127.0.0.1:{proxy.getsockname()[1]}"
-        proxies = {name: address for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy")}
-        code = "from backpack_lib.running import run_notebook; o = run_notebook('00_tour', progress_bar=False); print(o.failed, o.result)"
-        made, _ = run(code, tmp_path, BACKPACK_RUNS=str(tmp_path / "runs"), **proxies)
-        with pytest.raises(TimeoutError):
-            proxy.accept()
-    assert made.stdout.startswith("False") and not made.stderr, made.stderr
-    assert json.loads((tmp_path / "runs" / "00_tour" / "results.json").read_text())["residual"] < 1e-3
 
 
 def test_devices_are_chosen_by_name(monkeypatch):

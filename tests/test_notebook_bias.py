@@ -47,6 +47,7 @@ def own_prompts(folder, **changes):
 def test_bias_of_another_pair_with_professions_and_templates_of_ones_own(tmp_path):
     given = {"pair": ["he", "they"], "professions": ["nurse", "guard", "construction worker", "teacher", "cook"]}
     given |= {"prompts": own_prompts(tmp_path), "wanted": 0.5, "out": str(tmp_path / "out")}
+    given |= {"reference": str(ROOT / "README.md")}
     outcome = run_notebook("04_gender_bias", given)
     assert not outcome.failed, outcome.result
     model, tokenizer = load("demo")

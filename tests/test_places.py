@@ -1,13 +1,15 @@
-"""Where people work: a folder with spaces and other letters, data that cannot be written, no home; stopped, and at once."""
+"""Where people work: a folder with spaces and other letters, data that cannot be written, no home, no network; stopped, and at once."""
 
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
 
 import pandas as pd
+import pytest
 from helpers import ROOT, Interruptible
 
 from backpack_lib import planted
@@ -24,7 +26,7 @@ def contents(folder):
     return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
 
 
-def test_a_clone_in_a_foreign_folder_with_data_that_is_only_read_and_no_home(tmp_path):
+def test_a_clone_in_a_foreign_folder_with_data_that_is_only_read_no_home_and_no_network(tmp_path):
     clone = tmp_path / "Müllers Ordner 背包" / "clone"
     left_out = shutil.ignore_patterns(".*", "runs", "tests", "__pycache__", "*.egg-info")
     shutil.copytree(ROOT, clone, ignore=left_out)
@@ -32,17 +34,23 @@ def test_a_clone_in_a_foreign_folder_with_data_that_is_only_read_and_no_home(tmp
         path.chmod(0o555 if path.is_dir() else 0o444)
     before = contents(clone / "data")
     env = environment(HOME="/dev/null/nobody", PYTHONPATH=clone, PYTHONDONTWRITEBYTECODE=1)
-    for name in ("HF_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "MPLCONFIGDIR", "IPYTHONDIR"):
+    for name in ("HF_HOME", "HF_HUB_OFFLINE", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "MPLCONFIGDIR", "IPYTHONDIR"):
         env.pop(name, None)
-    runs = [
-        subprocess.Popen([*COMMAND, "00_tour", *more], cwd=clone, env=env, stdout=-1, stderr=-1, text=True)
-        for more in ([], ["-p", "word", "king", "-p", "out", "runs/zwei te"])  # two at once
-    ]
-    for run, folder in zip(runs, ("00_tour", "zwei te")):
-        out, err = run.communicate(timeout=300)
-        assert run.returncode == 0, out + err
-        assert "warn" not in err.lower()
-        assert json.loads((clone / "runs" / folder / "results.json").read_text())["residual"] < 1e-3
+    with socket.create_server(("127.0.0.1", 0)) as proxy:  # whoever asks for the network calls here
+        proxy.settimeout(0.5)
+        address = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+        env |= {name: address for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy")}
+        runs = [
+            subprocess.Popen([*COMMAND, "00_tour", *more], cwd=clone, env=env, stdout=-1, stderr=-1, text=True)
+            for more in ([], ["-p", "word", "king", "-p", "out", "runs/zwei te"])  # two at once
+        ]
+        for run, folder in zip(runs, ("00_tour", "zwei te")):
+            out, err = run.communicate(timeout=600)
+            assert run.returncode == 0, out + err
+            assert "warn" not in err.lower()
+            assert json.loads((clone / "runs" / folder / "results.json").read_text())["residual"] < 1e-3
+        with pytest.raises(TimeoutError):
+            proxy.accept()
     assert contents(clone / "data") == before
     for path in [clone / "data", *(clone / "data").rglob("*")]:
         path.chmod(0o755)

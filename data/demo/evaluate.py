@@ -27,6 +27,7 @@ from backpack_lib.config import TrainingConfig
 from backpack_lib.corpora import first_characters, open_corpus, prepare
 from backpack_lib.errors import exit_status
 from backpack_lib.evaluation import bits_per_byte, blimp_accuracy, read_blimp
+from backpack_lib.sweeps import fingerprint
 from backpack_lib.texts import continue_text
 from backpack_lib.training import keep_freed_memory, train
 
@@ -123,6 +124,7 @@ def evaluate_model(name: str, texts: list[str], blimp, sets, professions, blocks
     history = pd.read_csv(HERE / ARCHITECTURE_OF[name] / "history.csv")
     accuracy = blimp_accuracy(model, tokenizer, blimp)
     found = {
+        "weights": fingerprint(model),
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens_seen": int(history["tokens"].iloc[-1]),
         "bits_per_byte": bits_per_byte(model, tokenizer, texts),
