@@ -12,7 +12,7 @@ from backpack_lib.parameters import default_parameters
 
 LONGEST = ("the film " * 127).strip()  # with the token that begins a text, one less than the context
 
-TEXT = str(ROOT / "README.md")
+TEXT, FOLDER = str(ROOT / "README.md"), str(ROOT / "data" / "demo" / "backpack")
 
 
 @pytest.fixture(autouse=True)
@@ -70,8 +70,8 @@ WORKS = {
         {"text": "The film was", "contrast": "", "long_word": "antidisestablishmentarianism"},
     ],
     "03_topic_control": [
-        {"topics": ["music"], "strength": 0, "strengths": [], "pplm_steps": [], "samples": 1, "tokens": 1},
-        {"topics": ["music"], "topic": "sports", "words": "team game", "strength": 3, "strengths": [3, 3], "samples": 2, "tokens": 3,
+        {"model": FOLDER, "topics": ["music"], "strength": 0, "strengths": [], "pplm_steps": [], "samples": 1, "tokens": 1},
+        {"model": FOLDER, "topics": ["music"], "topic": "sports", "words": "team game", "strength": 3, "strengths": [3, 3], "samples": 2, "tokens": 3,
          "prompt": LONGEST[:400], "pplm_steps": [0.01, 5.0], "device": "auto", "seed": 11},
     ],
     "04_gender_bias": [
