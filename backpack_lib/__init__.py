@@ -1,10 +1,10 @@
 """Learn, train and take apart Backpack language models."""
 
-from backpack_lib.attribution import attribute
-from backpack_lib.config import TrainingConfig
-from backpack_lib.edits import SenseEdits
+from backpack_lib.analysis.attribution import attribute
+from backpack_lib.analysis.edits import SenseEdits
 from backpack_lib.loading import load
 from backpack_lib.model import BackpackConfig, BackpackLMHeadModel, BackpackModel
+from backpack_lib.training import TrainingConfig, train
 
 __all__ = [
     "BackpackConfig",
@@ -16,12 +16,3 @@ __all__ = [
     "load",
     "train",
 ]
-
-
-def __getattr__(name: str):
-    # Imported when asked for, because Python warns if `python -m backpack_lib.training` finds it imported already.
-    if name == "train":
-        from backpack_lib.training import train
-
-        return train
-    raise AttributeError(f"module 'backpack_lib' has no attribute {name!r}")

@@ -1,5 +1,6 @@
 """Models and tokenizers by name: those shipped with the suite, folders, and the Hugging Face hub."""
 
+import hashlib
 import json
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,14 +10,13 @@ from safetensors import SafetensorError
 from transformers import GPT2LMHeadModel, PreTrainedConfig
 from transformers.utils import logging
 
-from backpack_lib.corpora import PLANTED
-from backpack_lib.devices import pick_device
-from backpack_lib.errors import first_line
+from backpack_lib.files import data_folder, first_line, runs_folder
 from backpack_lib.hub import reaching_hub
-from backpack_lib.model import BackpackLMHeadModel, from_released_format
-from backpack_lib.paths import data_folder, runs_folder
-from backpack_lib.tokenization import load_tokenizer
+from backpack_lib.model.backpack import BackpackLMHeadModel, from_released_format
+from backpack_lib.text.corpora import PLANTED
+from backpack_lib.text.tokenizers import load_tokenizer
 
+DEVICES = ("auto", "cpu", "cuda", "mps")
 SHIPPED = {"demo": "demo/backpack", "demo-transformer": "demo/transformer"}
 TRAINED = {"planted": "backpack", "planted-transformer": "transformer"}  # by the notebook 01_training
 MODELS = {"backpack": BackpackLMHeadModel, "gpt2": GPT2LMHeadModel}
@@ -44,7 +44,7 @@ def load(name, device: str | torch.device = "cpu", dtype: torch.dtype = torch.fl
 def load_tokenizer_of(name):
     """The tokenizer of a model alone; see `load`."""
     try:
-        return load_tokenizer(_place(name))
+        return load_tokenizer(_path_of(name))
     except ValueError:
         # The released model uses GPT-2's tokenizer without carrying a copy of it.
         if not _is_released_format(_config(name)):
@@ -58,8 +58,8 @@ def load_model(name, dtype: torch.dtype = torch.float32, **changes):
     if kind not in MODELS:
         raise ValueError(f"{str(name)!r} holds a model of type {kind!r}; this suite reads {' and '.join(MODELS)}.")
     try:
-        with no_progress_bar(), reaching_hub(_place(name)):
-            model, info = MODELS[kind].from_pretrained(_place(name), dtype=dtype, output_loading_info=True, **changes)
+        with no_progress_bar(), reaching_hub(_path_of(name)):
+            model, info = MODELS[kind].from_pretrained(_path_of(name), dtype=dtype, output_loading_info=True, **changes)
     except (OSError, SafetensorError, RuntimeError, EOFError) as error:
         raise ValueError(f"The weights in {str(name)!r} are missing or damaged: {first_line(error)}") from error
     if info["missing_keys"]:
@@ -73,11 +73,11 @@ def load_model(name, dtype: torch.dtype = torch.float32, **changes):
 
 def is_planted(name) -> bool:
     """Whether a model was trained on planted text, as the settings beside its folder say."""
-    settings = Path(_place(name)).parent / "settings.json"
+    settings = Path(_path_of(name)).parent / "settings.json"
     return settings.is_file() and json.loads(settings.read_text()).get("corpus") == PLANTED
 
 
-def _place(name) -> str:
+def _path_of(name) -> str:
     if name in TRAINED:
         return _last_planted(TRAINED[name])
     return str(data_folder() / SHIPPED[name]) if name in SHIPPED else str(name)
@@ -92,12 +92,12 @@ def _last_planted(architecture: str) -> str:
 
 
 def _config(name) -> dict:
-    place = _place(name)
-    if Path(place).is_dir() and not (Path(place) / "config.json").is_file():
+    path = _path_of(name)
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise ValueError(f"The folder {str(name)!r} holds no model (no config.json).")
     try:
-        with reaching_hub(place):
-            return PreTrainedConfig.get_config_dict(place)[0]
+        with reaching_hub(path):
+            return PreTrainedConfig.get_config_dict(path)[0]
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{str(name)!r} is no folder with a model, and none could be loaded by that name: {first_line(error)}"
@@ -117,3 +117,31 @@ def no_progress_bar():
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of a name. "auto": a CUDA GPU where there is one, else the CPU.
+
+    An Apple GPU ("mps") has to be asked for, since it rounds otherwise and gives slightly other results.
+
+    Raises ValueError for an unknown name, and for a device that is not here.
+    """
+    if str(name).split(":")[0] not in DEVICES:
+        raise ValueError(f"device={name!r} is unknown; choose one of {', '.join(DEVICES)}.")
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={name!r} needs a CUDA GPU, and there is none here; choose 'cpu' or 'auto'.")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device={name!r} needs an Apple GPU, and there is none here; choose 'cpu' or 'auto'.")
+    return device
+
+
+def fingerprint(model) -> str:
+    """A model's weights in twelve letters: other weights have others."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().float().numpy().tobytes())
+    return digest.hexdigest()[:12]

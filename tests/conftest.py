@@ -3,7 +3,7 @@
 import pytest
 from helpers import tiny_model, tiny_tokenizer
 
-from backpack_lib.running import run_notebook
+from backpack_lib.running.notebook import run_notebook
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-from backpack_lib import BackpackConfig, BackpackLMHeadModel, planted
-from backpack_lib.tokenization import train_tokenizer
+from backpack_lib import BackpackConfig, BackpackLMHeadModel
+from backpack_lib.text import planted
+from backpack_lib.text.tokenizers import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from backpack_lib import BackpackLMHeadModel, attribute
-from backpack_lib.attribution import read
+from backpack_lib.analysis.attribution import read
 
 
 @settings(deadline=None)

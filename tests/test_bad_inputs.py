@@ -10,18 +10,23 @@ from helpers import ROOT, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from backpack_lib import SenseEdits, TrainingConfig, attribute, bias, lexical, load, pplm, sweeps, views
-from backpack_lib.attribution import read
-from backpack_lib.corpora import open_corpus, prepare
-from backpack_lib.evaluation import bits_per_byte, read_blimp
-from backpack_lib.grids import Grid
-from backpack_lib.judging import ClassifierJudge, WordJudge
-from backpack_lib.parameters import read_file
-from backpack_lib.running import run_notebook
-from backpack_lib.senses import check_sense, senses_of_words, token_of_word, tokens_of_word
-from backpack_lib.texts import continue_texts
-from backpack_lib.tokenization import train_tokenizer
-from backpack_lib.topic import TopicControl, topic_direction
+from backpack_lib import SenseEdits, TrainingConfig, attribute, load
+from backpack_lib.analysis import bias, pplm, similarity
+from backpack_lib.analysis.attribution import read
+from backpack_lib.analysis.scores import bits_per_byte, read_blimp
+from backpack_lib.analysis.senses import senses_of_words
+from backpack_lib.analysis.topic import TopicControl, topic_direction
+from backpack_lib.display import tables
+from backpack_lib.model.kinds import check_sense
+from backpack_lib.running.grid import Grid
+from backpack_lib.running.notebook import run_notebook
+from backpack_lib.running.parameters import read_file
+from backpack_lib.studies.fluency import matched_temperature
+from backpack_lib.studies.judges import ClassifierJudge, WordJudge
+from backpack_lib.text.corpora import open_corpus, prepare
+from backpack_lib.text.tokenizers import train_tokenizer
+from backpack_lib.text.words import token_of_word, tokens_of_word
+from backpack_lib.text.writing import continue_texts
 
 NAN = float("nan")
 JOBS, TEMPLATES = ["nurse", "guard"], ["At the zoo, the {profession} says that"]
@@ -92,7 +97,7 @@ CASES = {
         (lambda c: senses_of_words(c.m, c.t, ["concertina"], "least"), "least"),
         (lambda c: check_sense(c.m, 3), "3"),
         (lambda c: check_sense(c.m, -1), "-1"),
-        (lambda c: views.word_senses(c.m, c.t, ""), "is no word"),
+        (lambda c: tables.word_senses(c.m, c.t, ""), "is no word"),
     ],
     "attribution": [
         (lambda c: attribute(c.m, [], 5), "no token"),
@@ -117,7 +122,7 @@ CASES = {
         (lambda c: c.edits().add("nurse", 0, torch.full((20,), math.inf)), "finite"),
         (lambda c: c.edits().project("nurse", "concertina"), "tokens"),
         (lambda c: c.edits().project("nurse", torch.zeros(20)), "zero"),
-        (lambda c: c.edits().weigh(torch.ones(3, 3)), "(500, 3)"),
+        (lambda c: c.edits().scale_each(torch.ones(3, 3)), "(500, 3)"),
         (lambda c: c.edits().undo(), "no edit to undo"),
         (lambda c: c.edits().save(c.files / "no folder" / "e.safetensors"), "could not be written"),
         (lambda c: SenseEdits.load(c.files / "none.safetensors", c.m, c.t), "none.safetensors"),
@@ -170,11 +175,11 @@ CASES = {
     "measuring": [
         (lambda c: bits_per_byte(c.m, c.t, []), "no text"),
         (lambda c: read_blimp(str(c.files / "no model")), "no .jsonl file"),
-        (lambda c: lexical.read_sets(str(c.files / "sets")), "sets"),
-        (lambda c: lexical.read_sets(str(c.files / "nowhere")), "nowhere"),
+        (lambda c: similarity.read_sets(str(c.files / "sets")), "sets"),
+        (lambda c: similarity.read_sets(str(c.files / "nowhere")), "nowhere"),
         (lambda c: WordJudge([]), "no topic"),
         (lambda c: ClassifierJudge(str(c.files / "nowhere")), "nowhere"),
-        (lambda c: sweeps.matched_temperature(lambda t: 1.0, NAN), "nan"),
+        (lambda c: matched_temperature(lambda t: 1.0, NAN), "nan"),
     ],
     "corpora": [
         (lambda c: open_corpus(str(c.files / "none*.txt")), "none*.txt"),

@@ -13,8 +13,9 @@ import urllib.request
 import pytest
 from helpers import ROOT
 
-from backpack_lib import load, views
-from backpack_lib.senses import sense_directions, senses_of_words
+from backpack_lib import load
+from backpack_lib.analysis.senses import sense_directions, senses_of_words
+from backpack_lib.display import tables
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SETTINGS = {
@@ -28,7 +29,7 @@ def nearest_words(word: str) -> list[str]:
     """What the demo model's page of a word should say of each sense."""
     model, tokenizer = load("demo")
     (vectors,) = senses_of_words(model, tokenizer, [word])
-    return list(views.near_words(sense_directions(model), tokenizer, vectors)["nearest"])
+    return list(tables.near_words(sense_directions(model), tokenizer, vectors)["nearest"])
 
 
 @pytest.fixture

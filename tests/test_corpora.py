@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backpack_lib import corpora, planted
-from backpack_lib.corpora import open_corpus, pack, prepare, split
-from backpack_lib.tokenization import END_OF_TEXT, load_tokenizer, train_tokenizer
+from backpack_lib.text import corpora, planted
+from backpack_lib.text.corpora import open_corpus, pack, prepare, split
+from backpack_lib.text.tokenizers import END_OF_TEXT, load_tokenizer, train_tokenizer
 
 TEXTS = [text.text for text in planted.generate(300)]
 
@@ -251,7 +251,7 @@ def test_a_data_set_by_name(hub):
 
 
 def test_a_stream_gives_the_training_documents_and_resumes_where_it_was(hub):
-    from backpack_lib.batches import StreamedBatches
+    from backpack_lib.training.batches import StreamedBatches
 
     blocks = prepare(open_corpus(hub, streaming=True), 8, 500, valid_fraction=0.1)
     train_text = " ".join(split(sorted(TEXTS), 0.1, False))
@@ -271,7 +271,7 @@ def test_a_stream_gives_the_training_documents_and_resumes_where_it_was(hub):
 
 @pytest.mark.parametrize("processes", [2, 3, 4])  # of 4 shards
 def test_processes_read_different_parts_of_a_stream(hub, processes):
-    from backpack_lib.batches import StreamedBatches
+    from backpack_lib.training.batches import StreamedBatches
 
     blocks = prepare(open_corpus(hub, streaming=True), 32, 500, valid_fraction=0.1)
     places = range(processes)
@@ -287,7 +287,8 @@ def test_processes_read_different_parts_of_a_stream(hub, processes):
 
 
 def test_a_run_on_a_stream_can_be_interrupted(hub, tmp_path, monkeypatch):
-    from backpack_lib import TrainingConfig, load, train, training
+    from backpack_lib import TrainingConfig, load, train
+    from backpack_lib.training.run import Run
 
     def config(name):
         sizes = dict(n_layer=1, n_head=2, n_embd=16, num_senses=2, vocab_size=500, block_size=8, batch_size=4)
@@ -295,17 +296,17 @@ def test_a_run_on_a_stream_can_be_interrupted(hub, tmp_path, monkeypatch):
         return TrainingConfig(corpus=hub, out=str(tmp_path / name), streaming=True, **sizes, **steps)
 
     train(config("whole"))
-    step = training.Run.train_one_step
+    step = Run.train_one_step
 
     def breaking(self, batch):
         if self.step == 7:
             raise SystemExit
         step(self, batch)
 
-    monkeypatch.setattr(training.Run, "train_one_step", breaking)
+    monkeypatch.setattr(Run, "train_one_step", breaking)
     with pytest.raises(SystemExit):
         train(config("broken"))
-    monkeypatch.setattr(training.Run, "train_one_step", step)
+    monkeypatch.setattr(Run, "train_one_step", step)
     train(config("broken"))
     a, b = (load(tmp_path / name / "model")[0].state_dict() for name in ("whole", "broken"))
     assert all((a[name] == b[name]).all() for name in a)

@@ -14,11 +14,12 @@ from helpers import ROOT
 from safetensors import safe_open
 from transformers import GPT2LMHeadModel
 
-from backpack_lib import BackpackLMHeadModel, TrainingConfig, load, planted
-from backpack_lib.evaluation import bits_per_byte, blimp_accuracy, read_blimp
-from backpack_lib.senses import tokens_of_word
-from backpack_lib.sweeps import fingerprint
-from backpack_lib.texts import continue_text
+from backpack_lib import BackpackLMHeadModel, TrainingConfig, load
+from backpack_lib.analysis.scores import bits_per_byte, blimp_accuracy, read_blimp
+from backpack_lib.loading import fingerprint
+from backpack_lib.text import planted
+from backpack_lib.text.words import tokens_of_word
+from backpack_lib.text.writing import continue_text
 
 DEMO = ROOT / "data" / "demo"
 
@@ -199,7 +200,7 @@ def test_there_are_seventeen_topics_with_words_of_their_own():
 
 
 def test_the_commonest_words_of_the_corpus_are_single_tokens(demo, scripts, shared):
-    from backpack_lib.corpora import first_characters, open_corpus
+    from backpack_lib.text.corpora import first_characters, open_corpus
 
     texts = first_characters(open_corpus(str(shared / "corpus" / "part-3.txt.xz")).read(), 20_000_000)
     words = scripts.make.common_words(texts)
@@ -240,7 +241,7 @@ def test_the_evaluation_is_of_these_weights(name, evaluation):
 
 def test_figures_of_the_evaluation_come_out_again(demo, evaluation, shared):
     """BLiMP's first sets, and bits per byte of a tenth of the text, since all of it takes minutes."""
-    from backpack_lib.corpora import open_corpus
+    from backpack_lib.text.corpora import open_corpus
 
     found, texts = evaluation["models"]["demo"], list(open_corpus(str(shared / "corpus" / "valid.txt.xz")).read())
     assert len(texts) == evaluation["text"]["documents"]

@@ -7,8 +7,9 @@ import nbformat
 import pytest
 from helpers import ROOT
 
-from backpack_lib import running, topic
-from backpack_lib.parameters import default_parameters
+from backpack_lib import running
+from backpack_lib.analysis import topic
+from backpack_lib.running.parameters import default_parameters
 
 LONGEST = ("the film " * 127).strip()  # with the token that begins a text, one less than the context
 

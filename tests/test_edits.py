@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from backpack_lib import BackpackLMHeadModel, SenseEdits, attribute
-from backpack_lib.senses import spell
+from backpack_lib.text.words import spell
 
 TOKENIZER = tiny_tokenizer()
 V, K, D = len(TOKENIZER), 4, 20

@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from helpers import ROOT
 
-from backpack_lib.running import run_notebook
+from backpack_lib.running.notebook import run_notebook
 
 FOLD = re.compile(r"<details><summary>Solution</summary>.*?```python\n(.*?)```.*?</details>", re.S)
 

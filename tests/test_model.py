@@ -10,8 +10,9 @@ from helpers import random_ids, tiny_config, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, pipeline
 
-from backpack_lib import BackpackConfig, BackpackLMHeadModel, mixing
-from backpack_lib.loss import LanguageModelLoss
+from backpack_lib import BackpackConfig, BackpackLMHeadModel
+from backpack_lib.model import mixing
+from backpack_lib.training.loss import LanguageModelLoss
 
 
 def gelu_new(x):
@@ -235,7 +236,7 @@ def test_caches_of_every_make_hold_the_senses():
 
 @torch.no_grad()
 def test_a_cache_has_the_senses_of_each_token_computed_once(monkeypatch):
-    monkeypatch.setattr("backpack_lib.caching.ROOM", 2)  # so that it has to grow, too
+    monkeypatch.setattr("backpack_lib.model.cache.ROOM", 2)  # so that it has to grow, too
     model = tiny_model()
     seen = []
     model.backpack.sense_network.register_forward_hook(lambda module, args, out: seen.extend(range(len(args[0]))))
@@ -351,7 +352,7 @@ def test_saved_model_comes_back(tmp_path, auto):
 
 
 def test_text_generation_pipeline(tmp_path):
-    from backpack_lib.tokenization import train_tokenizer
+    from backpack_lib.text.tokenizers import train_tokenizer
 
     tokenizer = train_tokenizer(["one two three four"] * 10, 270)
     tokenizer.save_pretrained(tmp_path)

@@ -7,9 +7,11 @@ import pytest
 import torch
 from helpers import ROOT
 
-from backpack_lib import SenseEdits, bias, load, sweeps
-from backpack_lib.running import run_notebook
-from backpack_lib.texts import ids_of_text
+from backpack_lib import SenseEdits, load
+from backpack_lib.analysis import bias
+from backpack_lib.loading import fingerprint
+from backpack_lib.running.notebook import run_notebook
+from backpack_lib.text.writing import ids_of_text
 
 
 def test_the_bias_search_finds_what_was_planted_and_the_edit_takes_it_away(planted_run, tmp_path):
@@ -77,5 +79,5 @@ def test_the_bias_notebook_says_what_is_wrong(given, prompts, message, tmp_path)
 
 def test_the_stored_losses_of_debiasing_are_of_the_demo_model():
     loss = pd.read_csv(ROOT / "data" / "demo" / "gender_bias" / "loss.csv", index_col="method")
-    assert set(loss["model"]) == {sweeps.fingerprint(load("demo")[0])}, "run: make gender-bias"
+    assert set(loss["model"]) == {fingerprint(load("demo")[0])}, "run: make gender-bias"
     assert loss.loc["as it is", "rise, %"] == 0 and "removed, along" in loss.index

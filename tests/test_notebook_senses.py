@@ -5,9 +5,9 @@ import json
 import pandas as pd
 
 from backpack_lib import load
-from backpack_lib.lexical import SETS
+from backpack_lib.analysis.similarity import SETS
 from backpack_lib.loading import is_planted
-from backpack_lib.running import run_notebook
+from backpack_lib.running.notebook import run_notebook
 
 
 def test_senses_of_the_trained_backpack_hold_the_planted_meanings(planted_run, tmp_path):

@@ -6,8 +6,11 @@ import pandas as pd
 import pytest
 from helpers import ROOT, tiny_classifier
 
-from backpack_lib import load, planted, sweeps
-from backpack_lib.running import run_notebook
+from backpack_lib import load
+from backpack_lib.loading import fingerprint
+from backpack_lib.running.notebook import run_notebook
+from backpack_lib.studies.fluency import success
+from backpack_lib.text import planted
 
 
 def test_topic_control_finds_planted_topics_and_goes_on_where_it_was(planted_run, tmp_path):
@@ -64,12 +67,12 @@ def test_the_stored_tables_of_topic_control_are_of_the_demo_models_and_hold_what
     folder = ROOT / "data" / "demo" / "topic_control"
     summary, topics = (pd.read_csv(folder / f"{name}.csv") for name in ("summary", "topics"))
     models = summary.groupby("method")["model"].first()
-    assert models["Backpack"] == sweeps.fingerprint(load("demo")[0]), "run: make topic-control"
-    assert models["PPLM"] == sweeps.fingerprint(load("demo-transformer")[0])
+    assert models["Backpack"] == fingerprint(load("demo")[0]), "run: make topic-control"
+    assert models["PPLM"] == fingerprint(load("demo-transformer")[0])
     assert topics["topic"].nunique() == 17
     keys = ["method", "strength", "fluency"]
     rows = topics.set_index(keys)
     for row in summary.to_dict("records"):
         mine, none = (rows.loc[(row["method"], strength, row["fluency"])] for strength in (row["strength"], 0))
-        for name, value in sweeps.success(mine, none).items():
+        for name, value in success(mine, none).items():
             assert row[name] == pytest.approx(value), (row["method"], row["strength"], name)

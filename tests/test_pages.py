@@ -7,8 +7,8 @@ import nbformat
 import pytest
 from helpers import ROOT
 
-from backpack_lib.pages import page, title_of, write_index
-from backpack_lib.running import Outcome
+from backpack_lib.running.notebook import Outcome
+from backpack_lib.running.pages import page, title_of, write_index
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from helpers import ROOT, Interruptible
 
-from backpack_lib import planted
+from backpack_lib.text import planted
 
 COMMAND = [sys.executable, "-m", "backpack_lib.running"]
 

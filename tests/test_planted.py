@@ -6,8 +6,8 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from backpack_lib import planted
-from backpack_lib.planted import generate, lexicon, nouns, plural, third_person, topic_of, topic_words
+from backpack_lib.text import planted
+from backpack_lib.text.planted import generate, lexicon, nouns, plural, third_person, topic_of, topic_words
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import torch
 from helpers import random_ids, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from backpack_lib import pplm
+from backpack_lib.analysis import pplm
 
 TOKENIZER = tiny_tokenizer()
 V = len(TOKENIZER)

@@ -1,5 +1,6 @@
 """The project's files agree with each other, and the package works once it is installed."""
 
+import ast
 import json
 import re
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from graphlib import CycleError, TopologicalSorter
 
 import nbformat
 import pytest
@@ -15,8 +17,8 @@ from helpers import ROOT
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from backpack_lib.pages import pictures
-from backpack_lib.parameters import default_parameters
+from backpack_lib.running.pages import pictures
+from backpack_lib.running.parameters import default_parameters
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -62,20 +64,65 @@ def test_conda_users_get_the_same():
     assert Requirement(python).specifier == SpecifierSet(PROJECT["requires-python"])
 
 
-def test_modules_import_one_way():
-    """A module imports only from modules above it in this list, so that each can be read on its own."""
-    order = """errors paths devices hub parameters mixing caching model planted tokenization corpora loading loss config batches checkpoints progress training
-               texts evaluation senses attribution edits topic pplm judging sweeps bias lexical roles views plots widgets running pages grids""".split()
-    files = {path.stem: path.read_text() for path in (ROOT / "backpack_lib").glob("*.py") if path.stem != "__init__"}
-    assert set(files) == set(order)
-    for number, name in enumerate(order):
-        top_level = re.findall(r"^from backpack_lib(?:\.(\w+))? import (\w+)", files[name], re.M)
-        for module, imported in top_level:
-            assert (module or imported) in order[:number], f"{name} imports {module or imported}"
+# The wings of the library, from the ground up; each imports only from those before it.
+WINGS = "files hub figures model text loading training analysis studies display lessons running".split()
+ALONE = {"running": {"files"}}  # what a wing may import besides itself, where that is not all before it
+
+
+def imports_of(path, package):
+    """The modules of the package that a file imports, wherever the import stands."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path.name}: a relative import"
+            # What is imported from a package may be a module of it.
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name for name in found if name.split(".")[0] == package.name}
+
+
+def check_one_way(package):
+    """Raises AssertionError where wings are out of order, or files import each other in a circle."""
+    files = {".".join(p.relative_to(package.parent).with_suffix("").parts): p for p in package.rglob("*.py")}
+    files = {name.removesuffix(".__init__"): path for name, path in files.items()}
+    assert {name.split(".")[1] for name in files if name != package.name} == set(WINGS)
+    graph = {name: (imports_of(path, package) & set(files)) - {name} for name, path in files.items()}
+    for name, imported in graph.items():
+        if name == package.name:
+            continue
+        wing = name.split(".")[1]
+        allowed = {wing, *ALONE.get(wing, WINGS[: WINGS.index(wing)])}
+        for other in imported:
+            assert other.split(".")[1:2] and other.split(".")[1] in allowed, f"{name} imports {other}"
+    # A package is there once all that its __init__ imports is, so whoever imports it stands after those.
+    TopologicalSorter({name: imported - {name.rpartition(".")[0]} for name, imported in graph.items()}).prepare()
+
+
+def test_files_and_wings_import_one_way():
+    check_one_way(ROOT / "backpack_lib")
+
+
+@pytest.mark.parametrize(
+    "file, line",
+    {
+        "a wing below": ("files.py", "from backpack_lib.model.kinds import has_senses"),
+        "inside a function": ("model/kinds.py", "def late():\n    from backpack_lib.loading import load"),
+        "a circle in a wing": ("model/mixing.py", "import backpack_lib.model.backpack"),
+        "running on its own": ("running/pages.py", "from backpack_lib import figures"),
+        "the whole package": ("analysis/topic.py", "import backpack_lib"),
+    }.values(),
+)
+def test_a_planted_circle_is_found(file, line, tmp_path):
+    package = shutil.copytree(ROOT / "backpack_lib", tmp_path / "backpack_lib")
+    with open(package / file, "a") as target:
+        target.write(f"\n\n{line}\n")
+    with pytest.raises((AssertionError, CycleError)):
+        check_one_way(package)
 
 
 def test_training_loads_nothing_that_a_bare_gpu_machine_lacks():
-    code = "import backpack_lib.training, backpack_lib.edits, sys; print([m for m in sys.modules])"
+    code = "import backpack_lib, backpack_lib.training, sys; print([m for m in sys.modules])"
     loaded = eval(
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     )
@@ -96,9 +143,10 @@ def test_a_wheel_holds_the_data_and_the_notebooks(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     code = (
-        "from backpack_lib import load, planted, running; import backpack_lib;"
+        "from backpack_lib import load; from backpack_lib.text import planted; import backpack_lib;"
+        "from backpack_lib.running.parameters import ordered_notebooks;"
         "senses = [getattr(load(name)[0].config, 'num_senses', 0) for name in ('demo', 'demo-transformer')];"
-        "print(next(planted.generate(1)).topic, running.ordered_notebooks()[0], *senses, backpack_lib.__file__)"
+        "print(next(planted.generate(1)).topic, ordered_notebooks()[0], *senses, backpack_lib.__file__)"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path / "site", capture_output=True, text=True, check=True
@@ -122,8 +170,6 @@ def code_cells(notebook):
 
 
 def test_notebook_opens_with_text_and_literal_parameters(notebook):
-    import ast
-
     assert notebook["cells"][0]["cell_type"] == "markdown"
     first = code_cells(notebook)[0]
     tagged = [cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", [])]

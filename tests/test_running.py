@@ -12,9 +12,11 @@ import pytest
 from helpers import ROOT, Interruptible
 
 from backpack_lib import running
-from backpack_lib.grids import FINISHED, Grid
-from backpack_lib.parameters import default_parameters
-from backpack_lib.running import alone_in, main, run_notebook, table
+from backpack_lib.files import locked_folder
+from backpack_lib.running.__main__ import main, table
+from backpack_lib.running.grid import FINISHED, Grid
+from backpack_lib.running.notebook import run_notebook
+from backpack_lib.running.parameters import default_parameters
 
 PARAMETERS = (
     "steps = 3\nrate = 0.5\nname = 'a'\nfast = False\nseed = None\nout = ''\ntopics = ['a', 'b']\nsizes = [1, 2]"
@@ -237,7 +239,7 @@ def test_a_grid_that_is_stopped_says_what_is_left_and_goes_on(suite, tmp_path):
 
 
 def test_two_runs_do_not_write_to_one_folder(suite, tmp_path):
-    with alone_in(tmp_path / "runs" / "01_first"):
+    with locked_folder(tmp_path / "runs" / "01_first"):
         with pytest.raises(ValueError, match="Another run is writing to .*; wait for it, or choose another `out`"):
             run_notebook("01_first")
         assert not run_notebook("01_first", {"out": str(tmp_path / "other")}).failed

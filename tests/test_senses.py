@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from backpack_lib import senses
-from backpack_lib.senses import senses_of_words, spell, token_of_word, tokens_of_word
+from backpack_lib.analysis import senses
+from backpack_lib.analysis.senses import senses_of_words
+from backpack_lib.text import words
+from backpack_lib.text.words import spell, token_of_word, tokens_of_word
 
 # ---------------------------------------------------------------- words and tokens
 
@@ -55,7 +57,7 @@ def test_tokens_show_where_words_begin_and_what_cannot_be_seen(tokenizer):
 
 def test_in_a_text_only_what_continues_a_word_is_marked(tokenizer):
     ids = [tokenizer.eos_token_id, *tokenizer('nurse "nurse concertts')["input_ids"]]
-    shown = senses.spell_text(tokenizer, ids)
+    shown = words.spell_text(tokenizer, ids)
     assert "".join(shown[1:]).replace("…", "").replace("␣", "") == 'nurse"nurseconcertts'
     assert [name for name in shown if name.startswith("…")] == [
         name for name, before in zip(spell(tokenizer, ids)[1:], shown) if name.startswith("…") and before[-1].isalnum()

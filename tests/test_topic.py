@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from backpack_lib import topic
-from backpack_lib.texts import continue_texts
-from backpack_lib.topic import Annealing, TopicControl
+from backpack_lib.analysis import topic
+from backpack_lib.analysis.topic import Annealing, TopicControl
+from backpack_lib.text.writing import continue_texts
 
 TOKENIZER = tiny_tokenizer()
 V = len(TOKENIZER)
@@ -150,7 +150,7 @@ def test_leaving_restores_the_model_also_after_an_error():
         control.generate(["the nurse " * 20], 9)
     with pytest.raises(RuntimeError, match="inside"), control.applied():
         raise RuntimeError("inside")
-    assert not MODEL.backpack.weighers and not MODEL.backpack.patches
+    assert not MODEL.backpack.weight_hooks and not MODEL.backpack.patches
 
 
 def test_the_weights_in_force_are_shown():

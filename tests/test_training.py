@@ -16,11 +16,13 @@ import torch
 from helpers import ROOT
 from transformers import GPT2LMHeadModel
 
-from backpack_lib import BackpackLMHeadModel, TrainingConfig, load, planted, train, training
-from backpack_lib import loss as loss_module
-from backpack_lib.batches import ShuffledBatches
-from backpack_lib.loss import LanguageModelLoss
-from backpack_lib.training import make_model, make_optimizers
+from backpack_lib import BackpackLMHeadModel, TrainingConfig, load, train
+from backpack_lib.text import planted
+from backpack_lib.training import loss as loss_module
+from backpack_lib.training.batches import ShuffledBatches
+from backpack_lib.training.build import make_model, make_optimizers
+from backpack_lib.training.loss import LanguageModelLoss
+from backpack_lib.training.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,7 @@ def test_training_learns_and_leaves_model_tokenizer_and_history(tiny, architectu
     assert sorted(os.listdir(config.out)) == ["history.csv", "model", "settings.json"]
 
     # The loss in the history is that of the saved model on the validation blocks.
-    from backpack_lib.training import prepare_blocks
+    from backpack_lib.training.build import prepare_blocks
 
     rows = prepare_blocks(config).valid[:8]["input_ids"]
     assert model(rows, labels=rows).loss.item() == pytest.approx(history["valid_loss"].iloc[-1], abs=1e-5)
@@ -88,7 +90,7 @@ def test_training_learns_and_leaves_model_tokenizer_and_history(tiny, architectu
 
 
 def test_baseline_sees_the_same_batches_and_has_the_same_trunk(tiny):
-    from backpack_lib.training import prepare_blocks
+    from backpack_lib.training.build import prepare_blocks
 
     tokenizer = prepare_blocks(tiny).tokenizer
     backpack = make_model(tiny, tokenizer)
@@ -135,7 +137,7 @@ def test_a_run_with_muon_learns_and_resumes_exactly(tiny, architecture, monkeypa
     config = replace(tiny, architecture=architecture, optimizer="muon", schedule="wsd")
     whole = train(replace(config, out=config.out + "-whole"))
     assert whole["valid_loss"].iloc[-1] < whole["valid_loss"].iloc[0]
-    monkeypatch.setattr(training.Run, "save", save_then_stop_at(training.Run.save, 6))
+    monkeypatch.setattr(Run, "save", save_then_stop_at(Run.save, 6))
     with pytest.raises(KeyboardInterrupt):
         train(config)
     monkeypatch.undo()
@@ -206,7 +208,7 @@ def test_finetuning_uses_the_dropout_that_is_asked_for(tiny):
 
 
 def test_another_number_of_processes_is_refused(tiny, monkeypatch):
-    from backpack_lib.checkpoints import RunFolder
+    from backpack_lib.training.checkpoints import RunFolder
 
     monkeypatch.setattr(RunFolder, "finish", lambda *args: None)  # as if killed just before
     train(tiny)
@@ -283,7 +285,7 @@ def test_two_processes_give_the_losses_of_one_and_leave_their_group(tiny, tmp_pa
     train(one)
     script = tmp_path / "train.py"
     script.write_text(
-        "import os, pathlib, torch\nfrom backpack_lib.training import main\n"
+        "import os, pathlib, torch\nfrom backpack_lib.training.__main__ import main\n"
         "said = f'status {main()}, group open: {torch.distributed.is_initialized()}'\n"
         "pathlib.Path(__file__).with_name(os.environ['RANK'] + '.said').write_text(said)\n"
     )
@@ -355,14 +357,14 @@ def test_an_interrupt_saves_and_stops_and_the_run_goes_on(tiny, monkeypatch):
     whole = replace(tiny, out=tiny.out + "-whole")
     train(whole)
 
-    step = training.Run.train_one_step
+    step = Run.train_one_step
 
     def interrupted_step(self, batch):
         step(self, batch)
         if self.step == 5:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(training.Run, "train_one_step", interrupted_step)
+    monkeypatch.setattr(Run, "train_one_step", interrupted_step)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt, match="Stopped after step 5, which is saved"):
         train(tiny)
@@ -378,7 +380,7 @@ def test_what_a_kill_leaves_behind_does_not_matter(tiny, monkeypatch):
     whole = replace(tiny, out=tiny.out + "-whole")
     train(whole)
 
-    from backpack_lib.checkpoints import RunFolder
+    from backpack_lib.training.checkpoints import RunFolder
 
     monkeypatch.setattr(RunFolder, "finish", lambda *args: None)
     train(tiny)
@@ -393,7 +395,7 @@ def test_what_a_kill_leaves_behind_does_not_matter(tiny, monkeypatch):
 
 def test_a_finished_run_is_not_run_again(tiny, monkeypatch):
     history = train(tiny)
-    monkeypatch.setattr("backpack_lib.training.Run", None)
+    monkeypatch.setattr("backpack_lib.training.run.Run", None)
     pd.testing.assert_frame_equal(train(tiny), history)
 
 
@@ -408,7 +410,7 @@ def test_changed_text_is_not_mixed_into_a_run(tiny, monkeypatch, tmp_path):
     file = tmp_path / "text.txt"
     file.write_text(open(tiny.corpus).read())
     config = replace(tiny, corpus=str(file))
-    from backpack_lib.checkpoints import RunFolder
+    from backpack_lib.training.checkpoints import RunFolder
 
     monkeypatch.setattr(RunFolder, "finish", lambda *args: None)  # as if killed just before
     train(config)

@@ -31,11 +31,10 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessor
 
 from backpack_lib import BackpackConfig, BackpackLMHeadModel, SenseEdits, attribute
-from backpack_lib.checkpoints import write_text
-from backpack_lib.errors import exit_status
+from backpack_lib.files import exit_status, write_text
 from backpack_lib.loading import load_tokenizer_of
-from backpack_lib.loss import LanguageModelLoss
-from backpack_lib.training import keep_freed_memory
+from backpack_lib.training.build import keep_freed_memory
+from backpack_lib.training.loss import LanguageModelLoss
 
 HERE = Path(__file__).resolve().parent
 README = HERE / "README.md"

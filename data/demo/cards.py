@@ -11,9 +11,9 @@ from string import Template
 
 import pandas as pd
 
-from backpack_lib.checkpoints import write_text
+from backpack_lib.analysis.roles import find_roles
+from backpack_lib.files import write_text
 from backpack_lib.loading import SHIPPED
-from backpack_lib.roles import find_roles
 
 HERE = Path(__file__).resolve().parent
 ARCHITECTURE_OF = {name: Path(place).name for name, place in SHIPPED.items()}

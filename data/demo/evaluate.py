@@ -20,16 +20,17 @@ from cards import ARCHITECTURE_OF, write_cards
 from make import HERE, recipe
 from scipy.stats import spearmanr
 
-from backpack_lib import lexical, load, roles
-from backpack_lib.bias import SLOT, log_odds, ratio
-from backpack_lib.checkpoints import write_text
-from backpack_lib.config import TrainingConfig
-from backpack_lib.corpora import first_characters, open_corpus, prepare
-from backpack_lib.errors import exit_status
-from backpack_lib.evaluation import bits_per_byte, blimp_accuracy, read_blimp
-from backpack_lib.sweeps import fingerprint
-from backpack_lib.texts import continue_text
-from backpack_lib.training import keep_freed_memory, train
+from backpack_lib import load
+from backpack_lib.analysis import roles, similarity
+from backpack_lib.analysis.bias import SLOT, log_odds, ratio
+from backpack_lib.analysis.scores import bits_per_byte, blimp_accuracy, read_blimp
+from backpack_lib.files import exit_status, write_text
+from backpack_lib.loading import fingerprint
+from backpack_lib.text.corpora import first_characters, open_corpus, prepare
+from backpack_lib.text.writing import continue_text
+from backpack_lib.training.build import keep_freed_memory
+from backpack_lib.training.config import TrainingConfig
+from backpack_lib.training.run import train
 
 TIMED_STEPS, TIMED_TOKENS, TIMES = 20, 200, 3
 RELATED = 7.0  # of ten: from this score on, two words are related
@@ -100,8 +101,8 @@ def sense_roles(model, tokenizer, texts: list[str], sets: dict[str, pd.DataFrame
 def word_similarity(senses_of, sets: dict[str, pd.DataFrame]) -> dict:
     """Every similarity on every set, and how well the best of them does where it was not picked."""
     return {
-        "similarity": lexical.similarity_table(senses_of, sets).to_dict(),
-        "similarity_held_out": lexical.held_out_table(senses_of, sets).to_dict("index"),
+        "similarity": similarity.similarity_table(senses_of, sets).to_dict(),
+        "similarity_held_out": similarity.held_out_table(senses_of, sets).to_dict("index"),
     }
 
 
@@ -130,7 +131,7 @@ def evaluate_model(name: str, texts: list[str], blimp, sets, professions, blocks
         "bits_per_byte": bits_per_byte(model, tokenizer, texts),
         "bits_per_byte_of_a_tenth": bits_per_byte(model, tokenizer, texts[::10]),  # quick to measure again
         "blimp": {"mean": accuracy.mean(), "by_set": accuracy.to_dict()},
-        **word_similarity(lexical.of_model(model, tokenizer), sets),
+        **word_similarity(similarity.of_model(model, tokenizer), sets),
         "pronouns": pronouns(model, tokenizer, professions),
         "generation_tokens_per_second": generation_speed(model),
         "training_tokens_per_second": training_speed(name, blocks, device),
@@ -147,7 +148,7 @@ def evaluate_model(name: str, texts: list[str], blimp, sets, professions, blocks
 def evaluate(given) -> dict:
     """All figures: of both models, and of word2vec on as much text as they saw."""
     text = open_corpus(given.text)
-    texts, sets, blimp = list(text.read()), lexical.read_sets(given.lexsim), read_blimp(given.blimp)
+    texts, sets, blimp = list(text.read()), similarity.read_sets(given.lexsim), read_blimp(given.blimp)
     professions = pd.read_csv(HERE.parent / "professions.csv")
     settings, (_, tokenizer) = recipe(given.device), load("demo")
     blocks = prepare(text, settings["block_size"], tokenizer=tokenizer)
@@ -166,7 +167,7 @@ def evaluate(given) -> dict:
         characters = int(found["models"]["demo"]["tokens_seen"] * blocks.bytes_per_token)
         vectors = word2vec(given.corpus, characters, settings["n_embd"])
         found["word2vec"] = {"characters": characters, "words": len(vectors)}
-        found["word2vec"] |= word_similarity(lexical.of_word2vec(vectors), sets)
+        found["word2vec"] |= word_similarity(similarity.of_word2vec(vectors), sets)
     return found
 
 

@@ -24,13 +24,13 @@ import torch
 import yaml
 from accelerate.utils import set_seed
 
-from backpack_lib.config import ARCHITECTURES, TrainingConfig
-from backpack_lib.corpora import TOKENIZER_CHARACTERS, Blocks, first_characters, open_corpus, prepare
-from backpack_lib.errors import exit_status
-from backpack_lib.lexical import read_sets
+from backpack_lib.analysis.similarity import read_sets
+from backpack_lib.files import exit_status, runs_folder
 from backpack_lib.loading import load, no_progress_bar
-from backpack_lib.paths import runs_folder
-from backpack_lib.training import make_model, train
+from backpack_lib.text.corpora import TOKENIZER_CHARACTERS, Blocks, first_characters, open_corpus, prepare
+from backpack_lib.training.build import make_model
+from backpack_lib.training.config import ARCHITECTURES, TrainingConfig
+from backpack_lib.training.run import train
 
 COMMON_WORDS = 2000  # of the corpus that are single tokens, whatever byte-pair encoding would make of them
 OFTEN = 20  # times in the tokenizer's text, from which on a word of the similarity sets is a single token
@@ -91,7 +91,15 @@ def token_vectors(blocks: Blocks, width: int, tokens: int, passes: int, skip_gra
     rows = blocks.train.with_format("numpy")[: tokens // len(blocks.train[0]["input_ids"])]["input_ids"]
     sentences = [[str(token) for token in row] for row in rows]
     made = Word2Vec(
-        sentences, vector_size=width, window=5, min_count=1, sg=skip_gram, negative=5, epochs=passes, workers=1, seed=seed
+        sentences,
+        vector_size=width,
+        window=5,
+        min_count=1,
+        sg=skip_gram,
+        negative=5,
+        epochs=passes,
+        workers=1,
+        seed=seed,
     ).wv
     vectors = torch.randn(len(blocks.tokenizer), width, generator=torch.Generator().manual_seed(seed))
     met = torch.tensor([int(token) for token in made.index_to_key])

@@ -16,12 +16,10 @@ from pathlib import Path
 import pandas as pd
 from make import HERE, prepare_demo, recipe, token_vectors, write_start
 
-from backpack_lib.checkpoints import write_text
-from backpack_lib.config import TrainingConfig
-from backpack_lib.corpora import Blocks, open_corpus, prepare
-from backpack_lib.errors import exit_status
-from backpack_lib.paths import runs_folder
-from backpack_lib.training import train
+from backpack_lib.files import exit_status, runs_folder, write_text
+from backpack_lib.text.corpora import Blocks, open_corpus, prepare
+from backpack_lib.training.config import TrainingConfig
+from backpack_lib.training.run import train
 
 TOKENS = 2_000_000  # of each trial, unless it says otherwise
 FIFTEEN_MILLION, ALL = 15_000_000, 10**9  # tokens that word2vec reads
@@ -72,7 +70,9 @@ def run_trial(trial: dict, texts: dict[str, Blocks], settings: dict, runs: Path)
     if STARTS[trial["start"]]:
         folder = runs / ("start-" + trial["start"].replace(" ", "_").replace(",", ""))
         if not folder.is_dir():
-            write_start(folder, config, texts["simple"], token_vectors(texts["simple"], config.n_embd, **STARTS[trial["start"]]))
+            write_start(
+                folder, config, texts["simple"], token_vectors(texts["simple"], config.n_embd, **STARTS[trial["start"]])
+            )
         config.init_from = str(folder)
     nats = train(config, blocks)["valid_loss"].iloc[-1]
     return {

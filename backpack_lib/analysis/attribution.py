@@ -1,0 +1,95 @@
+"""What a prediction is made of: the exact share of each sense of each earlier token in a logit.
+
+    logit_y(i) = sum over positions j <= i and senses l of alpha_{l i j} (C(x_j)_l . E_y)
+
+This is the model's own equation (Hewitt et al., 2023, section 2), not an approximation; and because
+log p(a) - log p(b) is the difference of two logits, log-odds split just as exactly.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from backpack_lib.model.kinds import require_senses
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One prediction and all that went into it.
+
+    weights: alpha of the position, (T, k): how much of each sense of each token goes in; sums to one over tokens.
+    senses: the tokens' sense vectors, (T, k, d).
+    logits: the model's own, (V,).
+    embeddings: the output embedding E, (V, d).
+    """
+
+    weights: torch.Tensor
+    senses: torch.Tensor
+    logits: torch.Tensor
+    embeddings: torch.Tensor
+
+    def contributions(self, target: int, contrast: int | None = None) -> torch.Tensor:
+        """The share of each (token, sense) in the target's logit, or in its log-odds to the contrast, (T, k).
+
+        Raises ValueError if one of the two is no row of the vocabulary.
+        """
+        direction = self.embeddings[self._row(target)].float()
+        if contrast is not None:
+            direction = direction - self.embeddings[self._row(contrast)].float()
+        return self.weights.float() * (self.senses.float() @ direction)
+
+    def total(self, target: int, contrast: int | None = None) -> float:
+        """What the contributions should sum to: the model's own logit, or log-odds in nats."""
+        other = 0.0 if contrast is None else self.logits[self._row(contrast)].item()
+        return self.logits[self._row(target)].item() - other
+
+    def log_probs(self) -> torch.Tensor:
+        """Log-probabilities of the next token in nats, (V,)."""
+        return self.logits.float().log_softmax(-1)
+
+    def _row(self, token: int) -> int:
+        if not 0 <= token < len(self.embeddings):
+            raise ValueError(f"There is no token {token}; this model's vocabulary is 0 to {len(self.embeddings) - 1}.")
+        return token
+
+
+@torch.no_grad()
+def read(model, input_ids, position: int = -1) -> Reading:
+    """Runs the model on one text, up to a position, and keeps all that went into the prediction there.
+
+    input_ids: (T,) or (1, T). position: whose next token is predicted; negative ones count from the end.
+
+    Raises ValueError for an empty text or several, a position outside the text, or a model that is no Backpack.
+    """
+    require_senses(model)
+    ids = torch.as_tensor(input_ids, device=model.device)
+    if ids.dim() == 2 and len(ids) == 1:
+        ids = ids[0]
+    if ids.dim() != 1:
+        raise ValueError(f"input_ids has shape {tuple(ids.shape)}; give one text, as (tokens,) or (1, tokens).")
+    if not len(ids):
+        raise ValueError("There is no token to read in an empty text; give at least one.")
+    if not -len(ids) <= position < len(ids):
+        raise ValueError(f"There is no position {position} in a text of {len(ids)} tokens (0 to {len(ids) - 1}).")
+    ids = ids[: position % len(ids) + 1]  # what stands behind a position does not reach it
+    whole = torch.ones_like(ids)[None]  # said openly, since transformers takes the end of text for padding
+    out = model(ids[None], attention_mask=whole, output_senses=True, use_cache=False, logits_to_keep=1)
+    return Reading(
+        weights=out.contextualization[0, :, -1].T,
+        senses=out.senses[0].transpose(0, 1),
+        logits=out.logits[0, -1],
+        embeddings=model.get_output_embeddings().weight.detach(),
+    )
+
+
+def attribute(model, input_ids, target: int, contrast: int | None = None, position: int = -1) -> torch.Tensor:
+    """The contribution of each sense of each token to a logit, or to log-odds, at a position; (T, k).
+
+    They sum to the model's own logit of `target`, or to log p(target) - log p(contrast), up to rounding.
+    Takes one forward pass and T k products of width d, whatever the size of the vocabulary.
+
+    input_ids: (T,) or (1, T); with a position before the last, T counts the tokens up to it.
+
+    Raises ValueError as `read` does, and for a target or contrast outside the vocabulary.
+    """
+    return read(model, input_ids, position).contributions(target, contrast)

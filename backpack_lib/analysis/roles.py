@@ -1,0 +1,174 @@
+"""What the senses of a model do, found by asking which pairs of words each sense ties together.
+
+A relation is a list of pairs (x, y): y continues x's word, follows x, is the object of the verb x,
+and so on. A sense holds a relation if it pushes true partners more than false ones: the AUC is the
+chance that C(x)_l . E_y is greater for a true pair than for a false one. False pairs are the true ones
+with their y shuffled, so how frequent a word is, or of what kind, cannot explain an AUC. For pronouns,
+where most y fit most x, they are other words x with the same y.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import rankdata, spearmanr
+
+from backpack_lib.analysis.senses import vectors_of_tokens
+from backpack_lib.text import planted
+from backpack_lib.text.words import token_of_word, tokens_of_word
+
+PAIRS_AT_MOST = 20_000  # of a relation
+DETERMINERS = {"the", "a", "an", "his", "her", "its", "their", "this", "that"}
+PRONOUNS = {"he", "him", "his", "himself", "she", "her", "hers", "herself"}
+NEARBY = range(2, 11)  # tokens ahead
+MIN_AUC = 0.6  # from here on a sense holds a relation; from 1 - .6 down it holds against it
+
+
+def relations_of_text(tokenizer, texts: Iterable[str], verbs: Iterable[str] = ()) -> dict[str, np.ndarray]:
+    """Pairs of token ids, (n, 2), for each relation that the text shows.
+
+    verbs: base forms; what stands behind a verb and a determiner is its object more often than not.
+    """
+    spelled = np.array(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+    starts = np.array([bool(re.fullmatch("Ġ[A-Za-z]+", token)) for token in spelled])
+    goes_on = np.array([bool(re.fullmatch("[a-z]+", token)) for token in spelled])
+    of_verbs = _tokens_of(tokenizer, [form for verb in verbs for form in _forms(verb)])
+    determiners = _tokens_of(tokenizer, DETERMINERS)
+    found = defaultdict(list)
+    for text in texts:
+        ids = np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        word, piece = starts[ids], goes_on[ids]
+        found["itself"].append(np.stack([ids, ids], 1)[word])
+        next_pair = np.stack([ids[:-1], ids[1:]], 1)
+        found["rest of the word"].append(next_pair[word[:-1] & piece[1:]])
+        found["next word"].append(next_pair[word[:-1] & word[1:]])
+        for ahead in NEARBY:
+            both = word[:-ahead] & word[ahead:]
+            found["words nearby"].append(np.stack([ids[:-ahead], ids[ahead:]], 1)[both])
+        third = np.isin(ids[:-2], of_verbs) & np.isin(ids[1:-1], determiners) & word[2:]
+        found["object of the verb"].append(np.stack([ids[:-2], ids[2:]], 1)[third])
+    pairs = {name: np.concatenate(parts) for name, parts in found.items()}
+    # Function words follow everything; what is nearby should be what the text is about.
+    common = np.bincount(np.concatenate([p[:, 1] for p in pairs.values()]), minlength=len(tokenizer)).argsort()[-150:]
+    about = pairs["words nearby"]
+    pairs["words nearby"] = about[~np.isin(about, common).any(1)]
+    return {name: rows for name, rows in pairs.items() if len(rows)}
+
+
+def related_words(tokenizer, pairs: pd.DataFrame, least_score: float) -> np.ndarray:
+    """Pairs of words that people scored `least_score` or more, both ways round, where both are single tokens."""
+    rows = pairs[pairs["score"] >= least_score]
+    ids = [[tokens_of_word(tokenizer, word) for word in (row.word1, row.word2)] for row in rows.itertuples()]
+    single = np.array([(a[0], b[0]) for a, b in ids if len(a) == len(b) == 1 and a != b], dtype=int).reshape(-1, 2)
+    return np.concatenate([single, single[:, ::-1]])
+
+
+def persons_and_pronouns(tokenizer, people: Iterable[str], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Each word for a person with each pronoun, and the false pairs: as many other words with each pronoun."""
+    persons, pronouns = _tokens_of(tokenizer, people), _tokens_of(tokenizer, PRONOUNS)
+    words = [i for token, i in tokenizer.get_vocab().items() if re.fullmatch("Ġ[a-z]{3,}", token)]
+    others = np.random.default_rng(seed).choice(np.setdiff1d(words, [*persons, *pronouns]), len(persons), replace=False)
+    true, false = (np.stack(np.meshgrid(x, pronouns), -1).reshape(-1, 2) for x in (persons, others))
+    return true, false
+
+
+def relation_auc(model, pairs: np.ndarray, false_pairs: np.ndarray | None = None, seed: int = 0) -> np.ndarray:
+    """How well each sense tells true pairs, (n, 2), from false ones: (k,); .5 is chance, 1 is always.
+
+    false_pairs: (m, 2); None shuffles the second words of the true ones.
+
+    Raises ValueError if there is no pair.
+    """
+    if not len(pairs):
+        raise ValueError("There are no pairs to tell from false ones; give more text, or other words.")
+    rng = np.random.default_rng(seed)
+    if len(pairs) > PAIRS_AT_MOST:
+        pairs = rng.choice(pairs, PAIRS_AT_MOST, replace=False)
+    if false_pairs is None:
+        false_pairs = np.stack([pairs[:, 0], rng.permutation(pairs[:, 1])], 1)
+    true, false = (_scores(model, *rows.T) for rows in (pairs, false_pairs))
+    ranks = rankdata(np.concatenate([true, false]), axis=0)[: len(true)]
+    return (ranks.sum(0) - len(true) * (len(true) + 1) / 2) / (len(true) * len(false))
+
+
+def planted_meanings(model, tokenizer) -> tuple[pd.DataFrame, pd.Series]:
+    """How well each sense of an ambiguous planted word tells a topic's words from those of all other topics.
+
+    -> AUCs, (word, topic) x senses; and whether that topic was planted as a meaning of that word.
+    """
+    lexicon = planted.lexicon()
+    own = {t: [token_of_word(tokenizer, w) for w in sorted(planted.topic_words(t))] for t in lexicon["topics"]}
+    rows = {}
+    for word in lexicon["ambiguous"]:
+        x = token_of_word(tokenizer, word)
+        for topic in own:
+            false = [(x, y) for other in own if other != topic for y in own[other]]
+            rows[word, topic] = relation_auc(model, np.array([(x, y) for y in own[topic]]), np.array(false))
+    auc = pd.DataFrame.from_dict(rows, orient="index")
+    auc.index = pd.MultiIndex.from_tuples(auc.index, names=["word", "topic"])
+    is_meaning = pd.Series([topic in lexicon["ambiguous"][word] for word, topic in auc.index], auc.index)
+    return auc, is_meaning
+
+
+@torch.no_grad()
+def profession_pronouns(model, tokenizer, professions: pd.DataFrame) -> pd.DataFrame:
+    """For each sense, how its push of "he" over "she" goes with the share of men in a profession.
+
+    professions: profession and percent_women. Columns: rho (Spearman), p, and push, the standard deviation
+    of the push over professions, in logits.
+    """
+    ids = [tokens_of_word(tokenizer, name)[-1] for name in professions["profession"]]
+    he, she = (tokens_of_word(tokenizer, word)[0] for word in ("he", "she"))
+    embeddings = model.get_output_embeddings().weight
+    push = vectors_of_tokens(model, torch.tensor(ids, device=model.device)) @ (embeddings[he] - embeddings[she])
+    push = push.cpu().numpy()
+    tests = [spearmanr(column, 100 - professions["percent_women"]) for column in push.T]
+    return pd.DataFrame(
+        {"rho": [t.statistic for t in tests], "p": [t.pvalue for t in tests], "push": push.std(0, ddof=1)}
+    )
+
+
+def find_roles(auc: pd.DataFrame) -> pd.DataFrame:
+    """One line for each sense: the relation in which it stands out most from the other senses, if in any.
+
+    auc: senses x relations. Columns: role, auc, and lead, by how many standard deviations over the senses it
+    stands above (or, for a role "against" a relation, below) their mean in that relation. A role needs a lead
+    of at least one, and an AUC of at least `MIN_AUC` (at most 1 - `MIN_AUC`).
+    """
+    lead = (auc - auc.mean()) / auc.std()
+    towards = lead.where((auc >= MIN_AUC) & (lead >= 1), 0.0)
+    against = lead.where((auc <= 1 - MIN_AUC) & (lead <= -1), 0.0)
+    standing_out = towards - against
+    rows = []
+    for sense in auc.index:
+        relation = standing_out.loc[sense].idxmax()
+        if standing_out.at[sense, relation] == 0:
+            rows.append({"role": "no clear role", "auc": None, "lead": None})
+        else:
+            sign = "" if towards.at[sense, relation] else "against "
+            rows.append({"role": sign + relation, "auc": auc.at[sense, relation], "lead": lead.at[sense, relation]})
+    return pd.DataFrame(rows, index=auc.index)
+
+
+@torch.no_grad()
+def _scores(model, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """C(x)_l . E_y of pairs of tokens, (n, k)."""
+    distinct, inverse = np.unique(x, return_inverse=True)
+    senses = vectors_of_tokens(model, torch.from_numpy(distinct).to(model.device))[inverse]
+    outputs = model.get_output_embeddings().weight[y]
+    return torch.einsum("nkd,nd->nk", senses, outputs).cpu().numpy()
+
+
+def _forms(verb: str) -> list[str]:
+    """A verb's base and regular forms: open, opens, opened, opening; hope, hopes, hoped, hoping."""
+    stem = verb.removesuffix("e")
+    return [verb, verb + "s", stem + "ed", stem + "ing"]
+
+
+def _tokens_of(tokenizer, words: Iterable[str]) -> np.ndarray:
+    """Ids of those words that are one token."""
+    ids = [tokens_of_word(tokenizer, word) for word in words]
+    return np.array([tokens[0] for tokens in ids if len(tokens) == 1], dtype=int)

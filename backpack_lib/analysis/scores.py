@@ -1,0 +1,108 @@
+"""How well a model knows a language: bits per byte, and BLiMP's minimal pairs (Warstadt et al., 2020)."""
+
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+
+from backpack_lib.files import first_line
+from backpack_lib.hub import reaching_hub
+from backpack_lib.text.writing import ids_of_text, pad_rows
+
+WINDOWS_AT_ONCE, SENTENCES_AT_ONCE, PROMPTS_AT_ONCE = 8, 128, 64
+
+
+@torch.inference_mode()
+def bits_per_byte(model, tokenizer, texts: Iterable[str]) -> float:
+    """Mean bits that the model needs for a byte of UTF-8 text, which does not depend on the tokenizer.
+
+    Each text stands alone behind an end-of-text token. Longer ones are read in windows that overlap by
+    half, so that a token has at least half a window before it; each token counts once.
+    """
+    nats = n_bytes = 0
+    windows = []
+    for text in texts:
+        n_bytes += len(text.encode())
+        windows += _windows(ids_of_text(tokenizer, text), model.config.n_positions)
+    if not n_bytes:
+        raise ValueError("There is no text to measure; give at least one that is not empty.")
+    windows.sort(key=lambda window: len(window[0]))
+    for part in parts(windows, WINDOWS_AT_ONCE):
+        ids, mask = pad_rows([ids for ids, _ in part], tokenizer.eos_token_id)
+        logits = model(ids.to(model.device), attention_mask=mask.to(model.device)).logits
+        for row, (tokens, first) in zip(logits, part):
+            labels = torch.tensor(tokens[first:], device=model.device)
+            nats += F.cross_entropy(row[first - 1 : len(tokens) - 1].float(), labels, reduction="sum").item()
+    return nats / math.log(2) / n_bytes
+
+
+def _windows(ids: list[int], size: int) -> Iterator[tuple[list[int], int]]:
+    """Windows of a text's tokens, and in each the first token that no window before has counted."""
+    start, counted = 0, 1
+    while counted < len(ids):
+        yield ids[start : start + size], counted - start
+        counted = start + size
+        start += size // 2
+
+
+@torch.inference_mode()
+def log_probabilities(model, tokenizer, sentences: list[str]) -> torch.Tensor:
+    """Log-probability of each sentence, the sum over its tokens, (n,)."""
+    found = []
+    for part in parts(sentences, SENTENCES_AT_ONCE):
+        ids, mask = pad_rows([ids_of_text(tokenizer, sentence) for sentence in part], tokenizer.eos_token_id)
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        logits = model(ids, attention_mask=mask).logits[:, :-1].float()
+        nats = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
+        found.append(-(nats * mask[:, 1:]).sum(1))
+    return torch.cat(found)
+
+
+@torch.inference_mode()
+def next_log_probabilities(model, tokenizer, prompts: list[str]) -> torch.Tensor:
+    """Log-probabilities of the token that follows each prompt, (n, V)."""
+    found = []
+    for ids, mask, last in prompt_batches(model, tokenizer, prompts):
+        hidden = model.base_model(ids, attention_mask=mask, use_cache=False).last_hidden_state
+        logits = model.get_output_embeddings()(hidden[torch.arange(len(ids)), last])
+        found.append(logits.float().log_softmax(-1))
+    return torch.cat(found)
+
+
+def prompt_batches(model, tokenizer, prompts: list[str]) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Prompts, `PROMPTS_AT_ONCE` at a time: their ids and mask, (B, T), and the source of each one's last token, (B,)."""
+    for part in parts(prompts, PROMPTS_AT_ONCE):
+        ids, mask = pad_rows([ids_of_text(tokenizer, prompt) for prompt in part], tokenizer.eos_token_id)
+        yield ids.to(model.device), mask.to(model.device), mask.sum(1) - 1
+
+
+def blimp_accuracy(model, tokenizer, pairs: pd.DataFrame) -> pd.Series:
+    """The share of each phenomenon's pairs in which the grammatical sentence is the likelier one."""
+    good, bad = (log_probabilities(model, tokenizer, list(pairs[c])) for c in ("sentence_good", "sentence_bad"))
+    return pd.Series((good > bad).cpu().numpy()).groupby(pairs["UID"].to_numpy()).mean()
+
+
+def read_blimp(source: str) -> pd.DataFrame:
+    """BLiMP's pairs, from a folder of its .jsonl files or from the Hugging Face hub."""
+    if Path(source).is_dir():
+        files = sorted(Path(source).glob("*.jsonl"))
+        if not files:
+            raise ValueError(f"The folder {source!r} has no .jsonl file; give one with BLiMP's sets.")
+        return pd.concat([pd.read_json(file, lines=True) for file in files], ignore_index=True)
+    import datasets
+
+    try:
+        with reaching_hub(source):
+            names = datasets.get_dataset_config_names(source)
+            return pd.concat([datasets.load_dataset(source, name, split="train").to_pandas() for name in names])
+    except Exception as error:  # the library raises many kinds, from the network's to its own
+        raise ValueError(
+            f"{source!r} is no folder, and BLiMP could not be loaded by that name: {first_line(error)}"
+        ) from error
+
+
+def parts(items: list, size: int) -> Iterator[list]:
+    return (items[start : start + size] for start in range(0, len(items), size))

@@ -1,0 +1,82 @@
+"""Look-ups on the sense table: what each sense of a word holds, whatever the context.
+
+A word is given as it is written, or as the id of one token. What a sense pushes up or down is its
+projection E C(x)_l: exactly what it adds to each word's logit when it goes in with weight one.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from backpack_lib.model.kinds import has_senses, require_senses, used_tokens
+from backpack_lib.text.words import choose_tokens
+
+TOKENS_AT_ONCE = 2048
+
+
+@torch.no_grad()
+def senses_of_words(model, tokenizer, words: list[str], multi_token: str | int = "mean") -> torch.Tensor:
+    """Sense vectors of words, (n, k, d). A Transformer has none; its input embeddings stand in as one sense.
+
+    multi_token: what becomes of a word of several tokens: the "mean" of their senses, or those of the
+        "first", of the "last", or of the one that an index from 0 names.
+
+    Raises ValueError for no words, an empty word, an unknown `multi_token`, or an index that a word is too short for.
+    """
+    if not words:
+        raise ValueError("There is no word in an empty list; give at least one.")
+    ids = [choose_tokens(tokenizer, word, multi_token) for word in words]
+    distinct, inverse = torch.tensor([i for tokens in ids for i in tokens], device=model.device).unique(
+        return_inverse=True
+    )
+    table = vectors_of_tokens(model, distinct)[inverse]
+    return torch.stack([part.mean(0) for part in table.split([len(tokens) for tokens in ids])])
+
+
+def vectors_of_tokens(model, token_ids: torch.Tensor) -> torch.Tensor:
+    """Sense vectors of tokens, (n, k, d); of a Transformer, its input embeddings, (n, 1, d)."""
+    if has_senses(model):
+        return model.sense_vectors(token_ids)
+    return model.get_input_embeddings()(token_ids)[:, None]
+
+
+@torch.no_grad()
+def pushes(model, senses: torch.Tensor) -> torch.Tensor:
+    """What sense vectors add to each logit at weight one, E C(x)_l. (..., d) -> (..., V)"""
+    return senses @ model.get_output_embeddings().weight.T
+
+
+def pushed_most(model, senses: torch.Tensor, n: int = 8, among: torch.Tensor | None = None) -> tuple:
+    """The tokens that each of k senses pushes up most and down most.
+
+    senses: (k, d). among: ids of the tokens to choose from; None: the whole vocabulary.
+    -> (ids up, scores up, ids down, scores down), each (k, n), the strongest first.
+    """
+    among = used_tokens(model) if among is None else among.to(senses.device)
+    found = pushes(model, senses)[:, among]
+    n = min(n, len(among))
+    up, down = found.topk(n), found.topk(n, largest=False)
+    return among[up.indices], up.values, among[down.indices], down.values
+
+
+@torch.no_grad()
+def sense_directions(model) -> torch.Tensor:
+    """Sense vectors of all tokens, scaled to length one, (k, tokens, d): 262 MB for the demo model."""
+    require_senses(model)
+    tokens, k, width = used_tokens(model), model.config.num_senses, model.config.n_embd
+    found = torch.empty(k, len(tokens), width, dtype=model.dtype, device=model.device)
+    for ids in tokens.split(TOKENS_AT_ONCE):
+        found[:, ids] = F.normalize(model.sense_vectors(ids), dim=-1).transpose(0, 1)
+    return found
+
+
+def neighbours(directions: torch.Tensor, vectors: torch.Tensor, n: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each of a word's senses, (k, d), the tokens whose same sense lies nearest: ids and cosines, (k, n) each."""
+    cosines = (directions @ F.normalize(vectors, dim=-1)[..., None])[..., 0]
+    nearest = cosines.topk(min(n, cosines.shape[1]))
+    return nearest.indices, nearest.values
+
+
+def likeness_of_senses(directions: torch.Tensor) -> torch.Tensor:
+    """How alike the senses of one word are: the cosine of C(x)_l and C(x)_m, averaged over all x. -> (k, k)"""
+    flat = directions.flatten(1)
+    return flat @ flat.T / directions.shape[1]

@@ -1,0 +1,1 @@
+"""What notebooks show: tables and explorers, with no maths of their own."""

@@ -1,0 +1,223 @@
+"""What the notebooks and widgets show: tables as DataFrames, and small pieces of HTML with every token escaped.
+
+Tables hold numbers and can be computed with; `shaded`, `sense_words_html` and `colored_tokens` turn them into
+something to look at. Blue stands for up and orange for down; colours are laid over the page's own background,
+so they read in light and dark mode.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from html import escape
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+
+from backpack_lib.analysis.senses import neighbours, pushed_most, pushes, senses_of_words
+from backpack_lib.model.kinds import used_tokens
+from backpack_lib.text.words import spell, spell_text
+
+UP, DOWN = "1, 115, 178", "222, 143, 5"  # of seaborn's colour-blind-safe palette
+DEEPEST = 0.6  # opacity of the largest value's colour
+
+
+# ---------------------------------------------------------------- tables
+
+
+def word_senses(
+    model, tokenizer, word: str, n: int = 7, multi_token: str | int = "mean", among: torch.Tensor | None = None
+) -> pd.DataFrame:
+    """The tokens that each sense of a word pushes up most and down most, one row each.
+
+    Columns: sense, direction ("up" or "down"), rank (from 1), token, and push, in logits. For `multi_token` see
+    `senses_of_words`, for `among` see `pushed_most`; both say what they raise.
+    """
+    vectors = senses_of_words(model, tokenizer, [word], multi_token)[0]
+    up, up_scores, down, down_scores = pushed_most(model, vectors, n, among)
+    rows = [
+        (sense, direction, rank, token, push)
+        for direction, ids, scores in (("up", up, up_scores), ("down", down, down_scores))
+        for sense, (row, values) in enumerate(zip(ids, scores.tolist()))
+        for rank, (token, push) in enumerate(zip(spell(tokenizer, row), values), start=1)
+    ]
+    return pd.DataFrame(rows, columns=["sense", "direction", "rank", "token", "push"])
+
+
+def compare_senses(
+    model, tokenizer, one: torch.Tensor, two: torch.Tensor, n: int = 5, among: torch.Tensor | None = None
+) -> pd.DataFrame:
+    """Two words by their sense vectors, (k, d) each: the cosine of each sense, and the tokens that both push up.
+
+    The order of tokens is decided by the smaller of its two pushes. For `among` see `pushed_most`.
+    """
+    both = torch.minimum(pushes(model, one), pushes(model, two))
+    among = used_tokens(model) if among is None else among.to(both.device)
+    shared = among[both[:, among].topk(min(n, len(among))).indices]
+    return pd.DataFrame(
+        {
+            "cosine": F.cosine_similarity(one, two, dim=-1).tolist(),
+            "both push up": [" · ".join(spell(tokenizer, row)) for row in shared],
+        }
+    ).rename_axis("sense")
+
+
+def near_words(directions: torch.Tensor, tokenizer, vectors: torch.Tensor, n: int = 8) -> pd.DataFrame:
+    """For each of a word's senses, (k, d), the tokens whose same sense lies nearest, and their mean cosine."""
+    ids, cosines = neighbours(directions, vectors, n)
+    return pd.DataFrame(
+        {"nearest": [" · ".join(spell(tokenizer, row)) for row in ids], "mean cosine": cosines.mean(1).tolist()}
+    ).rename_axis("sense")
+
+
+def by_token(tokenizer, input_ids, values: torch.Tensor) -> pd.DataFrame:
+    """Contributions or weights, (T, k), as a table: a row for each token of the text, a column for each sense."""
+    names = [f"{position} {name}" for position, name in enumerate(spell_text(tokenizer, input_ids[: len(values)]))]
+    return pd.DataFrame(values.cpu().numpy(), index=pd.Index(names, name="token")).rename_axis(columns="sense")
+
+
+def largest(contributions: pd.DataFrame, n: int = 10) -> pd.DataFrame:
+    """The (token, sense) pairs that contribute most, of either sign, and the sum of all the others."""
+    flat = contributions.stack()
+    order = flat.abs().sort_values(ascending=False).index[:n]
+    top = flat.loc[order].rename("contribution").reset_index()
+    rest = pd.DataFrame([("all others", "", flat.sum() - flat.loc[order].sum())], columns=top.columns)
+    return pd.concat([top, rest], ignore_index=True)
+
+
+def next_words(
+    tokenizer, before: torch.Tensor, after: torch.Tensor | None = None, n: int = 10, watch: Iterable[int] = ()
+) -> pd.DataFrame:
+    """The likeliest next tokens with their probabilities, and after them those to watch.
+
+    before, after: log-probabilities, (V,). With both, the tokens are the likeliest of either, and the columns
+    are before, after, and their ratio.
+    """
+    highest = before if after is None else torch.maximum(before, after)
+    ids = list(dict.fromkeys([*highest.topk(min(n, len(highest))).indices.tolist(), *watch]))
+    if after is None:
+        columns = {"probability": before[ids].exp().tolist()}
+    else:
+        columns = {"before": before[ids].exp(), "after": after[ids].exp(), "ratio": (after[ids] - before[ids]).exp()}
+        columns = {name: values.tolist() for name, values in columns.items()}
+    return pd.DataFrame({"next": spell(tokenizer, ids)} | columns)
+
+
+def turned_up(control, n: int = 10, among: torch.Tensor | None = None) -> pd.DataFrame:
+    """The (token, sense) pairs of highest score under a `TopicControl`, and what each is multiplied by.
+
+    among: the tokens to choose from; None: all that the model was trained with.
+    """
+    ids = used_tokens(control.model) if among is None else among
+    scores = control.scores[ids]
+    best = scores.flatten().topk(min(n, scores.numel())).indices
+    rows, senses = ids[best // scores.shape[1]], best % scores.shape[1]
+    columns = {"sense": senses, "score": control.scores[rows, senses], "factor": control.factors[rows, senses]}
+    return pd.DataFrame({"token": spell(control.tokenizer, rows)} | {k: v.tolist() for k, v in columns.items()})
+
+
+# ---------------------------------------------------------------- HTML
+
+
+def _background(value: float, largest: float) -> str:
+    """A colour for a number: blue above zero, orange below, stronger the larger it is."""
+    if not largest or not np.isfinite(value):
+        return ""
+    strength = DEEPEST * min(abs(value) / largest, 1)
+    return f"background-color: rgba({UP if value > 0 else DOWN}, {strength:.2f})"
+
+
+def shaded(frame: pd.DataFrame, precision: int = 2, caption: str = "", shade: list | None = None):
+    """A table with everything escaped and its numbers shaded, as a pandas Styler; `.to_html()` gives the HTML.
+
+    An index without a name that only counts the rows is left out.
+
+    shade: the columns to shade together; None: all that hold numbers.
+    """
+    numbered = isinstance(frame.index, pd.RangeIndex) and not frame.index.name
+    names = [name for name in (frame.index.name, frame.columns.name) if name]
+    frame = frame.rename_axis(index=None, columns=" \\ ".join(names) or None)  # both in the corner, on one line
+    columns = frame.columns if shade is None else shade
+    columns = [c for c in columns if pd.api.types.is_numeric_dtype(frame[c])]
+    greatest = float(frame[columns].abs().max().max()) if columns else 0.0
+    name = hashlib.sha256(f"{caption}{frame.to_csv()}".encode()).hexdigest()[:8]  # the same page for the same table
+    styler = frame.style.set_uuid(name).format(precision=precision, escape="html", na_rep="")
+    styler = styler.format_index(escape="html").format_index(escape="html", axis=1)
+    if numbered:
+        styler = styler.hide(axis="index")
+    if columns:
+        styler = styler.map(lambda value: _background(value, greatest), subset=columns)
+    styles = {
+        "td, th": "padding: 2px 5px; text-align: left",
+        "th, caption": "text-align: left; white-space: nowrap",
+        "caption": "padding-top: 0.6em",
+    }
+    styler = styler.set_table_styles([{"selector": selector, "props": props} for selector, props in styles.items()])
+    return styler.set_caption(escape(caption)) if caption else styler
+
+
+def sense_words_html(words: pd.DataFrame, caption: str = "") -> str:
+    """`word_senses` as a table of HTML: a row for each sense, what it pushes up and down, each with its score."""
+
+    def run(rows: pd.DataFrame) -> str:
+        return " &nbsp;".join(
+            f"<span style='white-space: nowrap'>{escape(row.token)} <small style='opacity: .6'>{row.push:+.1f}</small></span>"
+            for row in rows.itertuples()
+        )
+
+    cell = "style='text-align: left; padding: 2px 8px; vertical-align: top'"
+    lines = []
+    for sense, rows in words.groupby("sense"):
+        up, down = (run(rows[rows["direction"] == direction]) for direction in ("up", "down"))
+        lines.append(f"<tr><th {cell}>{sense}</th><td {cell}>{up}</td><td {cell}>{down}</td></tr>")
+    head = "".join(f"<th {cell}>{name}</th>" for name in ("sense", "pushes up", "pushes down"))
+    return (
+        f"<table><caption style='text-align: left'>{escape(caption)}</caption><tr>{head}</tr>{''.join(lines)}</table>"
+    )
+
+
+def colored_tokens(tokenizer, input_ids, values: torch.Tensor) -> str:
+    """A text with each token shaded by its value, (T,), and the value written below it."""
+    values = values.tolist()
+    greatest = max(map(abs, values), default=0.0)
+    box = "display: inline-block; text-align: center; margin: 1px; padding: 1px 4px; border-radius: 3px"
+    spans = [
+        f"<span style='{box}; {_background(value, greatest)}'>{escape(name)}<br>"
+        f"<small style='opacity: .7'>{value:+.2f}</small></span>"
+        for name, value in zip(spell_text(tokenizer, input_ids[: len(values)]), values)
+    ]
+    return f"<div style='line-height: 1.3'>{''.join(spans)}</div>"
+
+
+def reading_html(tokenizer, input_ids, reading, target: int, contrast: int | None = None, what="contributions") -> str:
+    """All about one prediction: the likeliest next words, the text shaded, and each (token, sense), with the residual.
+
+    reading: an `attribution.Reading` of the ids. what: "contributions" to the logit of `target` (or to its log-odds
+    to `contrast`), or "weights".
+    """
+    contributions = reading.contributions(target, contrast)
+    names = spell(tokenizer, [target] if contrast is None else [target, contrast])
+    total = reading.total(target, contrast)
+    residual = abs(contributions.sum().item() - total)
+    quantity = f"logit of “{names[0]}”" if contrast is None else f"log-odds of “{names[0]}” to “{names[1]}”"
+    sentence = f"{quantity}: {total:.3f}; the contributions sum to it with a residual of {residual:.0e}"
+    table = by_token(tokenizer, input_ids, contributions)
+    shown = by_token(tokenizer, input_ids, reading.weights) if what == "weights" else table
+    watched = [target] if contrast is None else [target, contrast]
+    parts = [
+        colored_tokens(tokenizer, input_ids, contributions.sum(1)),
+        f"<p>{escape(sentence)}</p>",
+        shaded(shown, caption=f"{what}: tokens and senses").to_html(),
+        shaded(largest(table), caption="largest contributions").to_html(),
+        shaded(next_words(tokenizer, reading.log_probs(), n=6, watch=watched), 3, "the next word").to_html(),
+    ]
+    return "".join(parts)
+
+
+def side_by_side(titles_and_texts: dict[str, str]) -> str:
+    """Texts beside each other, each under its title."""
+    cells = "".join(
+        f"<div style='flex: 1; min-width: 16em'><b>{escape(title)}</b><br>{escape(text)}</div>"
+        for title, text in titles_and_texts.items()
+    )
+    return f"<div style='display: flex; flex-wrap: wrap; gap: 1.5em'>{cells}</div>"

@@ -1,0 +1,233 @@
+"""Figures of the suite, in one style. Each function returns a matplotlib figure and shows nothing itself."""
+
+from textwrap import fill
+
+import matplotlib.pyplot as plt
+import seaborn as sns
+from matplotlib.figure import Figure
+
+WIDTH = 7.5  # inches; reads well at the width of a page
+LINE = 88  # characters of a title
+
+
+class DescribedFigure(Figure):
+    """A figure that tells a notebook in words what it shows, as the `alt` of its picture."""
+
+    def description(self) -> str:
+        """Its title, what its axes are, and the names of what is drawn."""
+        axes = self.axes[0]
+        named = axes.get_legend_handles_labels()[1] or [
+            text.get_text() for legend in self.legends for text in legend.texts
+        ]
+        ticks = [label.get_text() for label in axes.get_yticklabels()] if not axes.get_ylabel() else []
+        parts = {
+            "across": axes.get_xlabel(),
+            "up": axes.get_ylabel(),
+            "rows": ", ".join(filter(None, ticks)),
+            "drawn": "; ".join(dict.fromkeys(named)),
+            "colour": ", ".join(other.get_ylabel() for other in self.axes[1:] if other.get_ylabel()),
+        }
+        said = [f"{name}: {' '.join(text.split())}." for name, text in parts.items() if text]
+        return " ".join([f"Figure. {' '.join(self.get_suptitle().split())}.", *said])
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        return {}, {"image/png": {"alt": self.description()}}  # the picture itself is IPython's
+
+
+def new_figure(height: float = 3.6, columns: int = 1, **kwargs):
+    """A figure in the suite's style, and its axes. It is closed for pyplot, so a notebook shows it once."""
+    with sns.axes_style("whitegrid"), sns.color_palette("colorblind"):
+        figure, axes = plt.subplots(
+            1, columns, figsize=(WIDTH, height), layout="constrained", FigureClass=DescribedFigure, **kwargs
+        )
+    plt.close(figure)
+    return figure, axes
+
+
+def set_title(axes, finding: str):
+    """A figure's title states its finding, across the whole width."""
+    axes.figure.suptitle(fill(finding, LINE), x=0.01, ha="left", fontweight="bold", fontsize=11)
+
+
+def loss_curves(histories: dict, title: str | None = None):
+    """Training and validation loss over tokens, of one or more runs, with the floor where it is known.
+
+    histories: name -> DataFrame as `training.train` returns it.
+    """
+    figure, axes = new_figure()
+    colors = sns.color_palette("colorblind")
+    for (name, history), color in zip(histories.items(), colors):
+        tokens = history["tokens"] / 1e6
+        axes.plot(tokens, history["train_loss"], color=color, alpha=0.45, linestyle=":", label=f"{name}, training")
+        axes.plot(tokens, history["valid_loss"], color=color, marker="o", markersize=3, label=f"{name}, validation")
+    floor = next((history["floor"].iloc[-1] for history in histories.values() if "floor" in history), None)
+    if floor is not None:
+        axes.axhline(floor, color="black", linestyle="--", linewidth=1, label="floor: no model can do better")
+    # The first training losses are those of an ignorant model; with them the rest would look flat.
+    highest = max(history["valid_loss"].max() for history in histories.values())
+    lowest = min(floor or highest, *(history["train_loss"].min() for history in histories.values()))
+    axes.set_ylim(lowest - 0.08 * (highest - lowest), highest + 0.08 * (highest - lowest) + 1e-3)
+    axes.set(xlabel="tokens seen (millions)", ylabel="loss (nats per token)")
+    set_title(axes, title or _finding(histories, floor))
+    axes.legend()
+    return figure
+
+
+def _finding(histories: dict, floor: float | None) -> str:
+    last = {name: history["valid_loss"].iloc[-1] for name, history in histories.items()}
+    if floor is None:
+        return "; ".join(f"{name}: {loss:.2f} nats" for name, loss in last.items())
+    return "; ".join(f"{name}: {loss / floor - 1:.1%} above the floor" for name, loss in last.items())
+
+
+def marked_heatmap(values, marked, title: str, label: str):
+    """A heat map of a DataFrame with a box around the cells where `marked`, of the same shape, is true."""
+    figure, axes = new_figure(height=0.9 + 0.24 * len(values))
+    sns.heatmap(
+        values, ax=axes, cmap="viridis", annot=True, fmt=".2f", annot_kws={"size": 7}, cbar_kws={"label": label}
+    )
+    for row, column in zip(*marked.to_numpy().nonzero()):
+        axes.add_patch(plt.Rectangle((column, row), 1, 1, fill=False, edgecolor="white", linewidth=2.5))
+    set_title(axes, title)
+    axes.tick_params(axis="x", rotation=30)
+    return figure
+
+
+def against_truth(values, title: str, xlabel: str, ylabel: str):
+    """As `named_points`, for shares, with the line on which both are equal."""
+    figure = named_points(values, title, xlabel, ylabel)
+    figure.axes[0].plot([0, 1], [0, 1], color="gray", linewidth=1, linestyle="--", label="equal")
+    figure.axes[0].legend()
+    return figure
+
+
+def named_points(values, title: str, xlabel: str, ylabel: str):
+    """Each row of a DataFrame as a point with its name: its second column over its first."""
+    figure, axes = new_figure(height=4.2 if len(values) < 30 else 6.0)
+    first, second = values.columns[:2]
+    axes.scatter(values[first], values[second], s=18, color=sns.color_palette("colorblind")[0], zorder=3)
+    for name, row in values.iterrows():
+        axes.annotate(name, (row[first], row[second]), xytext=(5, -7), textcoords="offset points", fontsize=8)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    set_title(axes, title)
+    return figure
+
+
+def heatmap(values, title: str, label: str):
+    """A heat map of a DataFrame: blue above zero, orange below."""
+    figure, axes = new_figure(height=1.1 + 0.25 * len(values))
+    greatest, signed = values.abs().max().max(), (values < 0).any(axis=None)
+    colors = (
+        sns.diverging_palette(35, 245, s=90, as_cmap=True) if signed else sns.light_palette("#2079b8", as_cmap=True)
+    )
+    decimals = 1 if greatest >= 1 else 2
+    sns.heatmap(
+        values, ax=axes, cmap=colors, vmin=-greatest if signed else 0, vmax=greatest, linewidths=0.4,
+        annot=values.round(decimals) + 0.0, fmt=f".{decimals}f", annot_kws={"size": 6.5}, cbar_kws={"label": label},
+    )  # fmt: skip
+    axes.tick_params(axis="y", rotation=0)
+    set_title(axes, title)
+    return figure
+
+
+def grouped_bars(values, title: str, xlabel: str):
+    """Horizontal bars of a DataFrame: a group for each row, a bar for each column."""
+    figure, axes = new_figure(height=1.2 + 0.34 * len(values))
+    long = values.reset_index(drop=True).melt(ignore_index=False, var_name="column", value_name="value")
+    colors = sns.color_palette("colorblind")[: len(values.columns)]
+    sns.barplot(long, y=long.index, x="value", hue="column", orient="h", ax=axes, palette=colors)
+    axes.set_yticks(range(len(values)), values.index)
+    axes.set(xlabel=xlabel, ylabel="")
+    handles, names = axes.get_legend_handles_labels()
+    axes.get_legend().remove()  # below the axes it hides no bar
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names))
+    set_title(axes, title)
+    return figure
+
+
+def intervals(tables: dict, title: str, ylabel: str):
+    """Points with their intervals: for each name a DataFrame with a row for each group.
+
+    Its first column is the value; low and high are the interval's ends.
+    """
+    figure, axes = new_figure()
+    colors = sns.color_palette("colorblind")
+    for number, (name, table) in enumerate(tables.items()):
+        x = [row + 0.18 * (number - (len(tables) - 1) / 2) for row in range(len(table))]
+        value = table.iloc[:, 0]
+        errors = [value - table["low"], table["high"] - value]
+        axes.errorbar(x, value, yerr=errors, fmt="o", capsize=3, color=colors[number], label=name)
+    axes.set_xticks(range(len(table)), table.index)
+    axes.axhline(0, color="gray", linewidth=1)
+    axes.set(ylabel=ylabel)
+    axes.legend()
+    set_title(axes, title)
+    return figure
+
+
+def prediction_line(x, predicted, measured, title: str, xlabel: str, ylabel: str):
+    """What was predicted as a line, and what was measured as points on it, or off it."""
+    figure, axes = new_figure()
+    blue, orange = sns.color_palette("colorblind")[:2]
+    axes.axhline(0, color="gray", linewidth=1)
+    axes.plot(x, predicted, color=blue, label="predicted")
+    axes.plot(x, measured, "o", color=orange, label="measured")
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.legend()
+    set_title(axes, title)
+    return figure
+
+
+def points_with_intervals(table, x: str, y: str, title: str, xlabel: str, ylabel: str):
+    """A line of points for each `method` of a DataFrame, each labelled by `strength` and with the interval of its y.
+
+    The interval is in the columns low and high.
+    """
+    figure, axes = new_figure()
+    colors = sns.color_palette("colorblind")
+    for (name, rows), color in zip(table.groupby("method", sort=False), colors):
+        errors = [rows[y] - rows["low"], rows["high"] - rows[y]]
+        axes.errorbar(rows[x], rows[y], yerr=errors, fmt="-o", capsize=3, color=color, label=name)
+        for point in zip(rows[x], rows[y], rows["strength"]):
+            axes.annotate(f"{point[2]:g}", point[:2], xytext=(6, 5), textcoords="offset points", fontsize=8)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.legend()
+    set_title(axes, title)
+    return figure
+
+
+def curves(table, title: str, xlabel: str, ylabel: str):
+    """A line for each column of a DataFrame over its index, named beside the figure."""
+    figure, axes = new_figure()
+    colors = sns.color_palette("colorblind", len(table.columns))
+    for name, color in zip(table.columns, colors):
+        axes.plot(table.index, table[name], color=color, label=name)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    set_title(axes, title)
+    return figure
+
+
+def waterfall(parts, title: str, xlabel: str):
+    """A sum as a flight of bars: each part begins where the one before it ended, and the last bar is the sum.
+
+    parts: a Series of numbers by name. Blue parts add, orange parts take away.
+    """
+    figure, axes = new_figure(height=1.1 + 0.36 * len(parts))
+    blue, orange = sns.color_palette("colorblind")[:2]
+    ends = parts.cumsum()
+    axes.barh(range(len(parts)), parts, left=ends - parts, color=[blue if value > 0 else orange for value in parts])
+    axes.barh(len(parts), ends.iloc[-1], color="dimgray")
+    for row, (end, value) in enumerate(zip([*ends, ends.iloc[-1]], [*parts, ends.iloc[-1]])):
+        side, shift = ("left", 4) if value > 0 else ("right", -4)
+        axes.annotate(
+            f"{value:+.2f}", (end, row), (shift, 0), textcoords="offset points", ha=side, va="center", fontsize=9
+        )
+    axes.set_yticks([*range(len(parts)), len(parts)], [*parts.index, "sum"])
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.axvline(0, color="gray", linewidth=1)
+    axes.grid(False, axis="y")
+    axes.set(xlabel=xlabel)
+    set_title(axes, title)
+    return figure

@@ -1,0 +1,124 @@
+"""Where data are read from, where runs and caches are written, and how a file is written whole."""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def data_folder() -> Path:
+    """The suite's `data/`: beside the package in a clone, inside it once installed from a wheel."""
+    inside = _PACKAGE / "data"
+    return inside if inside.is_dir() else _PACKAGE.parent / "data"
+
+
+def notebooks_folder() -> Path:
+    """$BACKPACK_NOTEBOOKS, else the suite's: beside the package in a clone, inside it once installed from a wheel."""
+    inside = _PACKAGE / "notebooks"
+    default = inside if inside.is_dir() else _PACKAGE.parent / "notebooks"
+    return Path(os.environ.get("BACKPACK_NOTEBOOKS", default))
+
+
+def runs_folder() -> Path:
+    """Where notebooks write what they make: $BACKPACK_RUNS, else `runs/` in the clone or the current folder."""
+    in_clone = (_PACKAGE.parent / "pyproject.toml").is_file()
+    default = (_PACKAGE.parent if in_clone else Path.cwd()) / "runs"
+    return Path(os.environ.get("BACKPACK_RUNS", default))
+
+
+def home_folder() -> Path:
+    """The home folder, or `.home` in the runs where there is none that can be written, as in some containers."""
+    try:
+        home = Path.home()
+    except RuntimeError:  # no such user
+        return runs_folder() / ".home"
+    return home if os.access(home, os.W_OK) else runs_folder() / ".home"
+
+
+def use_writable_home():
+    """For kernels that this process starts: Jupyter, Matplotlib and others write into the home folder."""
+    home = home_folder()
+    home.mkdir(parents=True, exist_ok=True)
+    os.environ["HOME"] = str(home)
+
+
+def cache_folder() -> Path:
+    """Where tokenised corpora are kept: $BACKPACK_CACHE, else `.cache/backpack_lib` in the home folder."""
+    return Path(os.environ.get("BACKPACK_CACHE", home_folder() / ".cache" / "backpack_lib"))
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Another path to write to, renamed to `path` at the end, so that the file is there whole or not at all."""
+    building = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        yield building
+        building.replace(path)
+    finally:
+        building.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str):
+    """Writes a text file, whole or not at all."""
+    with written_whole(path) as building:
+        building.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Makes a folder and keeps other runs out of it. Raises ValueError if one is in it, OSError if it can't be written."""
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"Another run is writing to {str(folder)!r}; wait for it, or choose another `out`.") from None
+    except OSError as error:
+        raise OSError(
+            f"The folder {str(folder)!r} cannot be written ({error.strerror}); choose another `out`, or set BACKPACK_RUNS."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def cached_json(folder: Path, what: dict, make: Callable):
+    """What `make()` returns, made once: it is kept as JSON in the folder, in a file named by all that `what` says.
+
+    So a measurement of many parts goes on where it was stopped, or killed, and one with other settings begins anew.
+    """
+    key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+    file = Path(folder) / f"{key}.json"
+    if not file.is_file():
+        value = make()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(file) as building:
+            building.write_text(json.dumps({"what": what, "value": value}, ensure_ascii=False), encoding="utf-8")
+    return json.loads(file.read_text(encoding="utf-8"))["value"]
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says in its first line, or its name where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def exit_status(work: Callable[[], None]) -> int:
+    """Does the work of a command. An interrupt, or an error that a person can mend, is printed as one sentence."""
+    try:
+        work()
+    except KeyboardInterrupt as interrupt:
+        print(interrupt, file=sys.stderr)
+        return 130
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

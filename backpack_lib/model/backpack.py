@@ -1,0 +1,480 @@
+"""The Backpack language model (Hewitt et al., ACL 2023) on transformers' own base classes.
+
+What is notable:
+
+- The trunk is transformers' `GPT2Model`; this file adds only what makes a Backpack.
+- `SenseNetwork` turns a token's embedding into k sense vectors, whatever the context.
+- `SenseWeightNetwork` reads the trunk's hidden states and says how much of each sense of
+  each earlier token goes into each prediction (the contextualisation weights, alpha).
+- A prediction is their weighted sum, so every logit is linear in the sense vectors.
+- Senses are computed for the distinct tokens of a batch only; `mixing.py` sums them.
+- `patches` may change senses as they are computed, and `weight_hooks` the weights, which is how `SenseEdits` and
+  topic control work.
+- The sense layer is one more attention layer whose values are sense vectors, so it lives in
+  transformers' cache as layer number `n_layer` (`caching.py`), and `generate()` works unchanged.
+- Parameter names are those of the released checkpoint (stanfordnlp/backpack-gpt2), which
+  therefore loads without remote code.
+
+Shapes: batch B, new tokens T, all tokens so far S (= T without a cache), width d, senses k,
+vocabulary V, and d_s = floor(d / k), the width of a sense's queries and keys.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GPT2Config,
+    GPT2Model,
+    GPT2PreTrainedModel,
+)
+from transformers.activations import ACT2FN, NewGELUActivation
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import ModelOutput, can_return_tuple
+
+from backpack_lib.model.cache import SenseLayer, make_room_for_senses
+from backpack_lib.model.mixing import at_positions, contextualize, mix_senses, weighted_sum
+
+# The released model pads GPT-2's 50257 tokens to a multiple of 8; its config does not say so.
+GPT2_TOKENS, GPT2_TOKENS_PADDED = 50257, 50264
+
+
+class BackpackConfig(GPT2Config):
+    """GPT-2's configuration and what a Backpack adds to it.
+
+    num_senses: k, sense vectors per token; it need not divide `n_embd`.
+    sense_intermediate_scale: hidden width of the last sense MLP, in multiples of `n_embd`.
+    used_vocab_size: how many rows of the vocabulary stand for a token. The rows above are
+        padding and are never generated. None: all of them are used.
+
+    Raises ValueError if the sizes do not fit each other.
+    """
+
+    model_type = "backpack"
+
+    num_senses: int = 16
+    sense_intermediate_scale: int = 4
+    used_vocab_size: int | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        check_sizes(self.n_embd, self.n_head, self.num_senses)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        config = from_released_format(config)
+        if config.get("model_type", cls.model_type) != cls.model_type:
+            raise ValueError(
+                f"{str(pretrained_model_name_or_path)!r} holds a model of type {config['model_type']!r}, "
+                "not a Backpack."
+            )
+        return config, kwargs
+
+
+def check_sizes(n_embd: int, n_head: int, num_senses: int = 1):
+    """Raises ValueError if the width cannot be divided into the heads or holds too few numbers for the senses."""
+    if n_head < 1 or n_embd % n_head:
+        raise ValueError(
+            f"n_embd={n_embd} does not divide into n_head={n_head} heads; "
+            "choose an n_embd that is a multiple of n_head."
+        )
+    if not 1 <= num_senses <= n_embd:
+        raise ValueError(f"num_senses={num_senses} is out of range; choose between 1 and n_embd={n_embd}.")
+
+
+def from_released_format(config: dict) -> dict:
+    """A released checkpoint's configuration under our model type; any other configuration unchanged.
+
+    The released one calls itself "gpt2" and points to remote code, which we do without.
+    """
+    if config.get("model_type") != "gpt2" or "num_senses" not in config:
+        return config
+    config = {key: value for key, value in config.items() if key not in ("auto_map", "architectures")}
+    if config.get("vocab_size") == GPT2_TOKENS_PADDED:
+        config["used_vocab_size"] = GPT2_TOKENS
+    return config | {"model_type": BackpackConfig.model_type}
+
+
+class SenseMLP(nn.Module):
+    """One hidden layer from a token's features to its k sense vectors. (n, d) -> (n, k, d)"""
+
+    def __init__(self, config: BackpackConfig):
+        super().__init__()
+        hidden = config.sense_intermediate_scale * config.n_embd
+        self.c_fc = Conv1D(hidden, config.n_embd)
+        self.c_proj = Conv1D(config.num_senses * config.n_embd, hidden)
+        self.act = ACT2FN[config.activation_function]
+        self.dropout = nn.Dropout(config.resid_pdrop)
+        self.num_senses = config.num_senses
+
+    def forward(self, features):
+        senses = self.dropout(self.c_proj(self.act(self.c_fc(features))))
+        return senses.unflatten(-1, (self.num_senses, -1))
+
+
+class SenseBlock(nn.Module):
+    """A Transformer block without its attention: the released model's, residual before each norm."""
+
+    def __init__(self, config: BackpackConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = GPT2MLP(4 * config.n_embd, config)
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, features, residual):
+        residual = self.dropout(features) + residual
+        features = self.ln_1(residual)
+        residual = self.mlp(features) + residual
+        return self.ln_2(residual)
+
+
+class SenseNetwork(nn.Module):
+    """Sense vectors of tokens from their embeddings alone. (n, d) -> (n, k, d)
+
+    The first norm and the second residual add little, but they are part of what the released
+    checkpoint computes.
+    """
+
+    def __init__(self, config: BackpackConfig):
+        super().__init__()
+        self.dropout = nn.Dropout(config.embd_pdrop)
+        self.ln = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.block = SenseBlock(config)
+        self.final_mlp = SenseMLP(config)
+
+    def forward(self, embeddings):
+        embeddings = self.dropout(embeddings)
+        return self.final_mlp(self.block(self.ln(embeddings), residual=embeddings))
+
+
+class SenseWeightNetwork(nn.Module):
+    """One query and one key per sense and position, read off the trunk's hidden states."""
+
+    def __init__(self, config: BackpackConfig):
+        super().__init__()
+        self.num_senses = config.num_senses
+        self.width = config.n_embd // config.num_senses
+        self.c_attn = nn.Linear(config.n_embd, 2 * self.num_senses * self.width)
+
+    def forward(self, hidden_states):
+        """(B, T, d) -> queries and keys, each (B, k, T, d_s)"""
+        both = self.c_attn(hidden_states).unflatten(-1, (2, self.num_senses, self.width))
+        queries, keys = both.permute(2, 0, 3, 1, 4)
+        return queries, keys
+
+
+def allowed_positions(attention_mask, n_new, n_total, n_past, device):
+    """Which earlier positions each new one may look at. -> bool, broadcastable to (B, 1, T, S)
+
+    attention_mask: None, (B, S) with zeros on padding, or transformers' ready (B, 1, T, S).
+    """
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
+    new = torch.arange(n_new, device=device) + n_past
+    causal = torch.arange(n_total, device=device) <= new[:, None]
+    return causal if attention_mask is None else causal & attention_mask.bool()[:, None, None, :]
+
+
+@torch.compiler.disable  # their number is known only once they are found
+def distinct_tokens(input_ids, padded=False):
+    """The distinct tokens of a batch, and which of them stands where. (B, T) -> (n,), (B, T)
+
+    padded: repeat the last one until n is a multiple of an eighth of the batch, so that compiled code meets few sizes.
+    """
+    distinct, inverse = input_ids.unique(return_inverse=True)
+    if padded:
+        step = max(1, input_ids.numel() // 8)
+        distinct = torch.cat([distinct, distinct[-1:].expand(-len(distinct) % step)])
+    return distinct, inverse
+
+
+def each_token(input_ids):
+    """All tokens of a batch as they are, in the format of `distinct_tokens`."""
+    tokens = input_ids.flatten()
+    return tokens, torch.arange(len(tokens), device=tokens.device).view_as(input_ids)
+
+
+@dataclass
+class BackpackModelOutput(ModelOutput):
+    """`last_hidden_state` is the weighted sum of senses, (B, T, d), that the output embedding reads."""
+
+    last_hidden_state: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    contextualization: torch.Tensor | None = None
+    senses: torch.Tensor | None = None
+
+
+@dataclass
+class BackpackLMOutput(ModelOutput):
+    """What `BackpackLMHeadModel` returns.
+
+    loss: mean cross-entropy in nats, when labels are given.
+    logits: (B, T, V).
+    contextualization: alpha, (B, k, T, S), and senses: (B, k, S, d), with `output_senses=True`;
+        logits = sum over positions j and senses l of alpha[:, l, :, j] * (senses[:, l, j] . E).
+    hidden_states, attentions: the trunk's, on request.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    contextualization: torch.Tensor | None = None
+    senses: torch.Tensor | None = None
+
+
+class BackpackPreTrainedModel(GPT2PreTrainedModel):
+    config_class = BackpackConfig
+    base_model_prefix = "backpack"
+    _no_split_modules = ["GPT2Block", "SenseNetwork"]
+    # Aliases and buffers that checkpoints of the released model's age carry.
+    _keys_to_ignore_on_load_unexpected = [
+        r"\.attn\.bias$",
+        r"\.attn\.masked_bias$",
+        r"(^|\.)word_embeddings\.weight$",
+        r"(^|\.)position_embeddings\.weight$",
+    ]
+
+
+class BackpackModel(BackpackPreTrainedModel):
+    """The trunk, the sense vectors and their weighted sum; everything but the output embedding."""
+
+    def __init__(self, config: BackpackConfig):
+        super().__init__(config)
+        self.gpt2_model = GPT2Model(config)
+        self.sense_network = SenseNetwork(config)
+        self.sense_weight_net = SenseWeightNetwork(config)
+        # Functions of (token_ids, senses) -> senses, called in order; see `edits.py`. No part of the weights.
+        self.patches = []
+        # Functions of (alpha, senses, input_ids, attention_mask) -> alpha, called in order; see `topic.py`.
+        self.weight_hooks = []
+        self._fuse_activations()
+        self.post_init()
+
+    def _fuse_activations(self):
+        """Takes GPT-2's activation in one kernel: transformers computes the same function in eight."""
+        for module in self.modules():
+            if isinstance(getattr(module, "act", None), NewGELUActivation):
+                module.act = ACT2FN["gelu_pytorch_tanh"]
+
+    def get_input_embeddings(self):
+        return self.gpt2_model.wte
+
+    def set_input_embeddings(self, embeddings):
+        self.gpt2_model.wte = embeddings
+
+    def sense_vectors(self, token_ids, embeddings=None):
+        """Sense vectors of each token, without any context. (n,) -> (n, k, d)
+
+        embeddings: the tokens' rows of the input embedding, (n, d), if they are at hand.
+        """
+        senses = self.sense_network(self.gpt2_model.wte(token_ids) if embeddings is None else embeddings)
+        for patch in self.patches:
+            senses = patch(token_ids, senses)
+        return senses
+
+    def sense_table(self, token_ids, embeddings, known=None):
+        """`sense_vectors`, but for the tokens in `known`, senses by token, which gains the others."""
+        if known is None:
+            return self.sense_vectors(token_ids, embeddings)
+        tokens = token_ids.tolist()
+        if new := {token: row for row, token in enumerate(tokens) if token not in known}:
+            rows = list(new.values())
+            known |= zip(new, self.sense_vectors(token_ids[rows], embeddings[rows]))
+        return torch.stack([known[token] for token in tokens])
+
+    def known_senses(self, cache, device) -> dict | None:
+        """The senses that a cache knows by token. None on a GPU: asking would take as long as to compute them."""
+        if cache is None or not isinstance(cache.layers[-1], SenseLayer):
+            return None
+        return None if device.type != "cpu" or torch.is_grad_enabled() else cache.layers[-1].known_under(self.patches)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        use_cache=None,
+        output_senses=False,
+        distinct=None,
+        **kwargs,
+    ) -> BackpackModelOutput:
+        """(B, T) -> (B, T, d); see `BackpackLMHeadModel.forward` for the other arguments.
+
+        distinct: what `distinct_tokens(input_ids)` returned, if it has been asked.
+        """
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        n_past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        n_new = input_ids.shape[1]
+        self._check_input(input_ids, n_past)
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            # Padding takes no position, so a left-padded text is read as if it stood alone.
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -n_new:]
+
+        # A token's senses do not depend on its place, so the sense network runs once per distinct token.
+        if distinct is None:
+            distinct = distinct_tokens(input_ids) if n_new > 1 else each_token(input_ids)
+        tokens, inverse = distinct
+        embeddings = self.gpt2_model.wte(tokens)
+        trunk = self.gpt2_model(
+            inputs_embeds=F.embedding(inverse, embeddings),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        queries, keys = self.sense_weight_net(trunk.last_hidden_state)
+        cache, alpha, senses = None, None, None
+        if past_key_values is not None:
+            cache = make_room_for_senses(past_key_values, self.config.n_layer)
+        table = self.sense_table(tokens, embeddings, self.known_senses(cache, input_ids.device))
+        if cache is not None or output_senses or self.weight_hooks:
+            senses = at_positions(table, inverse)
+        if cache is not None:
+            keys, senses = cache.update(keys, senses, self.config.n_layer)
+        allowed = allowed_positions(attention_mask, n_new, keys.shape[2], n_past, input_ids.device)
+        if output_senses or self.weight_hooks or keys.shape[2] > n_new:
+            alpha = contextualize(queries, keys, allowed)
+            for hook in self.weight_hooks:
+                alpha = hook(alpha, senses, input_ids, attention_mask)
+            mixed = weighted_sum(alpha, senses)
+        else:
+            mixed = mix_senses(queries, keys, table, inverse, allowed)
+
+        return BackpackModelOutput(
+            last_hidden_state=mixed,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=trunk.hidden_states,
+            attentions=trunk.attentions,
+            contextualization=alpha if output_senses else None,
+            senses=senses if output_senses else None,
+        )
+
+    def _check_input(self, input_ids, n_past):
+        if torch.compiler.is_compiling():
+            return
+        if input_ids.dim() != 2 or input_ids.numel() == 0:
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)}; give at least one token as (batch, tokens)."
+            )
+        length, limit = int(n_past) + input_ids.shape[1], self.config.n_positions
+        if length > limit:
+            raise ValueError(
+                f"The text has {length} tokens, but this model reads at most n_positions={limit}; "
+                "shorten the text or generate fewer tokens."
+            )
+        # Elsewhere this would make the device wait, and the error is rare.
+        if input_ids.device.type == "cpu" and not 0 <= input_ids.min() <= input_ids.max() < self.config.vocab_size:
+            raise ValueError(
+                f"Token ids run from {input_ids.min()} to {input_ids.max()}, but the vocabulary has "
+                f"{self.config.vocab_size} rows; use the tokenizer that belongs to this model."
+            )
+
+
+class OutputEmbedding(nn.Linear):
+    """The logits E o, whose one product for a single new token is shared among the cores of a CPU."""
+
+    def forward(self, hidden):
+        rows, d = self.weight.shape
+        parts = math.gcd(rows, 8)
+        if hidden.numel() > d or hidden.device.type != "cpu" or torch.is_grad_enabled():
+            return super().forward(hidden)
+        # A matrix times one vector is left to a single core, however large it is; several such products are not.
+        column = hidden.view(1, 1, d).expand(parts, -1, -1).transpose(1, 2)  # this layout is the one that is shared
+        return torch.bmm(self.weight.view(parts, -1, d), column).view(*hidden.shape[:-1], rows)
+
+
+class BackpackLMHeadModel(BackpackPreTrainedModel, GenerationMixin):
+    """A Backpack that predicts the next token: logits = E o, with E tied to the input embedding."""
+
+    _tied_weights_keys = {"lm_head.weight": "backpack.gpt2_model.wte.weight"}
+
+    def __init__(self, config: BackpackConfig):
+        super().__init__(config)
+        self.backpack = BackpackModel(config)
+        self.lm_head = OutputEmbedding(config.n_embd, config.vocab_size, bias=False)
+        self.loss_type = "ForCausalLM"
+        self.post_init()
+
+    def sense_vectors(self, token_ids):
+        """Sense vectors of each token, without any context. (n,) -> (n, k, d)"""
+        return self.backpack.sense_vectors(token_ids)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        labels=None,
+        use_cache=None,
+        output_senses=False,
+        logits_to_keep=0,
+        **kwargs,
+    ) -> BackpackLMOutput:
+        """Predict the token after each position. (B, T) -> `BackpackLMOutput`
+
+        attention_mask: (B, S), 0 on padding; padding may stand on either side.
+        past_key_values: a transformers cache; `input_ids` then holds only the new tokens.
+        labels: (B, T), usually `input_ids` itself (the shift happens inside); -100 is ignored.
+        output_senses: also return the contextualisation weights and the sense vectors.
+        logits_to_keep: the last so many positions only; 0 keeps all.
+
+        Raises ValueError for a text longer than `n_positions` or for ids outside the vocabulary.
+        """
+        outputs = self.backpack(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_senses=output_senses,
+            **kwargs,
+        )
+        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, positions])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return BackpackLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            contextualization=outputs.contextualization,
+            senses=outputs.senses,
+        )
+
+    def generate(self, *args, **kwargs):
+        """transformers' `generate()`, which never picks a row of the vocabulary that no token uses."""
+        unused = range(self.config.used_vocab_size or self.config.vocab_size, self.config.vocab_size)
+        if unused:
+            configs = (kwargs.get("generation_config"), self.generation_config)
+            asked = next((c.suppress_tokens for c in configs if c is not None and c.suppress_tokens), [])
+            kwargs["suppress_tokens"] = sorted({*unused, *(kwargs.get("suppress_tokens") or asked)})
+        return super().generate(*args, **kwargs)
+
+
+AutoConfig.register(BackpackConfig.model_type, BackpackConfig)
+AutoModelForCausalLM.register(BackpackConfig, BackpackLMHeadModel)

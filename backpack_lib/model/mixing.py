@@ -1,0 +1,106 @@
+"""A Backpack's prediction: sense vectors, weighted by one causal softmax per sense and summed.
+
+Done as the equation says, this makes tensors of k x T x T and k x T x d numbers, most of which are thrown away.
+`mix_senses` takes one sense and one block of positions at a time, leaves out later positions, and computes the
+weights again in a backward pass of its own. It equals `weighted_sum` of the weights of `contextualize`.
+
+Shapes: batch B, new tokens T, all tokens so far S (= T without a cache), width d, senses k, distinct tokens n, and
+d_s = floor(d / k), the width of a sense's queries and keys.
+"""
+
+import torch
+import torch.nn.functional as F
+
+POSITIONS_AT_ONCE = {"cpu": 64, "cuda": 512}  # a CPU keeps what a small block needs in its cache
+SMALL = 2**22  # numbers in the senses of all positions; below, many small products cost more than one
+
+
+def sum_type(tensor) -> torch.dtype:
+    """What sums of many terms are taken in: float32, or better."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def contextualize(queries, keys, allowed):
+    """The contextualisation weights alpha: one causal softmax per sense.
+
+    queries (B, k, T, d_s), keys (B, k, S, d_s), allowed broadcastable to (B, 1, T, S)
+    -> (B, k, T, S), each row summing to one.
+    """
+    scores = queries @ keys.transpose(-1, -2) / queries.shape[-1] ** 0.5
+    # The lowest finite number, not -inf: a padded position may attend to nothing at all.
+    return scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(dim=-1, dtype=sum_type(scores))
+
+
+def weighted_sum(alpha, senses):
+    """Sum over earlier tokens and their senses. (B, k, T, S), (B, k, S, d) -> (B, T, d)
+
+    One product over (sense, position) pairs, so that the sum over senses happens inside it and
+    nothing of the size k x T x d comes out. For a single new token that would be the lesser evil:
+    the product needs a copy of all senses if they lie in a cache.
+    """
+    if alpha.shape[2] == 1:
+        return (alpha.to(senses.dtype) @ senses).sum(1)
+    return alpha.to(senses.dtype).transpose(1, 2).flatten(2) @ senses.flatten(1, 2)
+
+
+def at_positions(table, inverse):
+    """The senses at each position. (n, k, d), (B, T) -> (B, k, T, d)"""
+    k = table.shape[1]
+    rows = inverse[:, None, :] * k + torch.arange(k, device=inverse.device)[:, None]
+    return F.embedding(rows, table.flatten(0, 1))
+
+
+def mix_senses(queries, keys, table, inverse, allowed):
+    """`weighted_sum(contextualize(queries, keys, allowed), at_positions(table, inverse))`, in less time and memory.
+
+    queries and keys (B, k, T, d_s), of the same positions; table (n, k, d): the senses of distinct tokens; inverse
+    (B, T): which of them stands where; allowed: broadcastable to (B, 1, T, T) and false for later positions.
+    """
+    small = inverse.numel() * table[0].numel() < SMALL
+    if small or torch.compiler.is_compiling():  # a compiler would write out each round of the loops
+        return weighted_sum(contextualize(queries, keys, allowed), at_positions(table, inverse))
+    allowed = allowed.expand(len(inverse), 1, -1, -1)[:, 0]
+    return _MixSenses.apply(queries, keys, table, inverse, allowed)
+
+
+def _blocks(inverse) -> list[tuple[slice, slice]]:
+    """The positions of each block, and all positions that they may look at."""
+    length, step = inverse.shape[1], POSITIONS_AT_ONCE.get(inverse.device.type, 512)
+    stops = [min(start + step, length) for start in range(0, length, step)]
+    return [(slice(start, stop), slice(stop)) for start, stop in zip([0, *stops], stops)]
+
+
+class _MixSenses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, queries, keys, table, inverse, allowed):
+        ctx.save_for_backward(queries, keys, table, inverse, allowed)
+        mixed = torch.zeros(*inverse.shape, table.shape[-1], dtype=sum_type(table), device=table.device)
+        with torch.autocast(table.device.type, enabled=False):
+            for sense in range(table.shape[1]):
+                query, key, value = queries[:, sense], keys[:, sense], F.embedding(inverse, table[:, sense])
+                for now, before in _blocks(inverse):
+                    alpha = contextualize(query[:, now], key[:, before], allowed[:, now, before])
+                    mixed[:, now] += alpha.to(value.dtype) @ value[:, before]
+        return mixed.to(table.dtype)
+
+    @staticmethod
+    def backward(ctx, d_mixed):
+        queries, keys, table, inverse, allowed = ctx.saved_tensors
+        d_queries, d_keys, d_table = map(torch.empty_like, (queries, keys, table))
+        scale = queries.shape[-1] ** -0.5
+        with torch.autocast(table.device.type, enabled=False):
+            for sense in range(table.shape[1]):
+                query, key, value = queries[:, sense], keys[:, sense], F.embedding(inverse, table[:, sense])
+                d_key = torch.zeros_like(key, dtype=sum_type(key))
+                d_value = torch.zeros_like(value, dtype=sum_type(value))
+                for now, before in _blocks(inverse):
+                    alpha = contextualize(query[:, now], key[:, before], allowed[:, now, before])
+                    d_value[:, before] += alpha.to(value.dtype).transpose(1, 2) @ d_mixed[:, now]
+                    d_alpha = (d_mixed[:, now] @ value[:, before].transpose(1, 2)).to(alpha.dtype)
+                    d_scores = torch.ops.aten._softmax_backward_data(d_alpha, alpha, -1, alpha.dtype)
+                    d_scores = (d_scores * scale).to(key.dtype)
+                    d_queries[:, sense, now] = d_scores @ key[:, before]
+                    d_key[:, before] += d_scores.transpose(1, 2) @ query[:, now]
+                d_keys[:, sense] = d_key
+                d_table[:, sense] = torch.ops.aten.embedding_dense_backward(d_value, inverse, len(table), -1, False)
+        return d_queries, d_keys, d_table, None, None

@@ -1,0 +1,1 @@
+"""Strict runs of notebooks, grids of them, and pages. It needs no model."""

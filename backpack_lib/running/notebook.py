@@ -1,0 +1,89 @@
+"""Strict runs of the notebooks by papermill.
+
+    python -m backpack_lib.running                                   all of them, in order
+    python -m backpack_lib.running 01_training -p steps 2000         one, with another parameter
+    python -m backpack_lib.running 01_training -f parameters.yaml
+    python -m backpack_lib.running 03_topic_control --grid strength=0,1,2,3 --grid seed=0,1,2
+
+What papermill lets pass is refused here before anything starts: a parameter that the notebook does not
+have, and a value of another type. And an exception inside a widget's callback, which leaves no trace
+in papermill's exit status, fails the run. Each executed copy lies in its folder under `runs/`, with
+the notebook's results beside it; running all of them ends with an `index.html`.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from backpack_lib.files import first_line, locked_folder, runs_folder
+from backpack_lib.running.parameters import (
+    check_parameters,
+    default_parameters,
+    source_of,
+)
+
+RESULTS = "results.json"  # written by each notebook beside its executed copy; `headline` is one line
+
+
+@dataclass
+class Outcome:
+    """What became of one notebook."""
+
+    notebook: str
+    minutes: float
+    result: str
+    copy: Path
+    failed: bool
+
+
+def run_notebook(name: str, given: dict | None = None, progress_bar: bool = True) -> Outcome:
+    """Executes one notebook; its copy and results go to its parameter `out`, or to `runs/<name>`.
+
+    Raises ValueError, before anything starts, for an unknown notebook, parameter name or type, or if another run
+    is writing to the same folder; OSError if the folder cannot be written.
+    """
+    source = source_of(name)
+    parameters = check_parameters(name, default_parameters(source), given or {})
+    folder = Path(parameters.get("out") or runs_folder() / name)
+    with locked_folder(folder):
+        copy, results = folder / f"{name}.ipynb", folder / RESULTS
+        results.unlink(missing_ok=True)
+        started = time.monotonic()
+        failure = _execute(source, copy, parameters, progress_bar) or _widget_failure(copy)
+        minutes = (time.monotonic() - started) / 60
+        if failure is None and not results.is_file():
+            failure = f"it wrote no {RESULTS}"
+        result = f"FAILED: {failure}" if failure else json.loads(results.read_text(encoding="utf-8"))["headline"]
+        return Outcome(name, minutes, result, copy, failed=failure is not None)
+
+
+def _execute(source: Path, copy: Path, parameters: dict, progress_bar: bool) -> str | None:
+    """Runs a notebook into `copy`. Returns what went wrong in one line, or None."""
+    import papermill
+
+    try:
+        papermill.execute_notebook(
+            str(source),
+            str(copy),
+            parameters,
+            kernel_name="python3",
+            progress_bar=progress_bar,
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # what goes wrong in a cell comes as a message
+        )
+    except papermill.PapermillExecutionError as error:
+        return f"cell {error.exec_count}: {error.ename}: {error.evalue}".splitlines()[0]
+    except Exception as error:  # the kernel died, or could not start
+        return f"{type(error).__name__}: {first_line(error)}"
+    return None
+
+
+def _widget_failure(copy: Path) -> str | None:
+    """The first exception that a widget's callback left in the saved widget state, or None."""
+    metadata = json.loads(copy.read_text(encoding="utf-8"))["metadata"]
+    saved = metadata.get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
+    for widget in saved.values():
+        for output in widget.get("state", {}).get("outputs", ()):
+            if output.get("output_type") == "error":
+                return f"in a widget: {output.get('ename')}: {output.get('evalue')}"
+    return None

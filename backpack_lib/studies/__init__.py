@@ -1,0 +1,1 @@
+"""Long measurements that a notebook starts and reads."""

@@ -1,0 +1,75 @@
+"""Is a text good text? Perplexity under another model, repetition, variety, and MAUVE."""
+
+import math
+import re
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+from backpack_lib.analysis.scores import log_probabilities, parts
+from backpack_lib.text.writing import ids_of_text, pad_rows
+
+TEXTS_AT_ONCE = 32
+
+
+def perplexity(model, tokenizer, texts: list[str], prompts: list[str]) -> float:
+    """The perplexity of what was written behind the prompts, all tokens together, under a model that did not write it."""
+    nats = log_probabilities(model, tokenizer, prompts) - log_probabilities(model, tokenizer, texts)
+    tokens = sum(len(ids_of_text(tokenizer, t)) - len(ids_of_text(tokenizer, p)) for t, p in zip(texts, prompts))
+    return math.exp(nats.sum().item() / max(tokens, 1))
+
+
+def distinct(texts: list[str], n: int) -> float:
+    """The share of different ones among all runs of n words of the texts; low where texts are all alike."""
+    runs = [run for text in texts for run in _runs(text, n)]
+    return len(set(runs)) / len(runs) if runs else math.nan
+
+
+def repetition(texts: list[str], n: int = 4) -> float:
+    """The share of runs of n words that the same text has had before; high where a text goes round in circles."""
+    runs = [_runs(text, n) for text in texts]
+    total = sum(map(len, runs))
+    return 1 - sum(len(set(rows)) for rows in runs) / total if total else math.nan
+
+
+def bag_share(texts: list[str], words: Iterable[str]) -> float:
+    """The share of the texts' words that are among the given ones."""
+    bag, said = {word.lower() for word in words}, [word for text in texts for word in words_of(text)]
+    return float(np.mean([word in bag for word in said])) if said else math.nan
+
+
+@torch.no_grad()
+def mauve(model, tokenizer, texts: list[str], human: list[str], seeds: Iterable[int] = range(5)) -> list[float]:
+    """MAUVE (Pillutla et al., 2021) of texts against what people wrote, one number for each seed of its clustering.
+
+    0 to 1, higher is better. A text's features are the last hidden state of the given model, so numbers compare
+    only with others of the same model, lengths and numbers of texts. Needs the extra `eval`.
+    """
+    from mauve import compute_mauve
+
+    def features(texts):
+        rows = [ids_of_text(tokenizer, text) for text in texts]
+        found = []
+        for part in parts(rows, TEXTS_AT_ONCE):
+            ids, mask = pad_rows(part, tokenizer.eos_token_id)
+            states = model.base_model(ids.to(model.device), attention_mask=mask.to(model.device)).last_hidden_state
+            found.append(states[torch.arange(len(ids)), mask.sum(1) - 1].float().cpu().numpy())
+        return np.concatenate(found)
+
+    # The clustering wants about forty texts for each of its clusters.
+    buckets = max(2, (len(texts) + len(human)) // 40)
+    p, q = features(texts), features(human)
+    return [
+        float(compute_mauve(p_features=p, q_features=q, num_buckets=buckets, seed=seed, verbose=False).mauve)
+        for seed in seeds
+    ]
+
+
+def words_of(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _runs(text: str, n: int) -> list[tuple[str, ...]]:
+    words = words_of(text)
+    return list(zip(*(words[start:] for start in range(n))))

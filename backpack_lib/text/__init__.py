@@ -1,0 +1,1 @@
+"""Text in, tokens out, and texts written by a model."""

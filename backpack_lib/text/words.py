@@ -1,0 +1,90 @@
+"""Words as tokens, and tokens as words to show. A word is given as it is written, or as the id of one token."""
+
+from numbers import Integral
+
+from backpack_lib.model.kinds import is_index
+
+MULTI_TOKEN = ("mean", "first", "last")
+CONTINUES = "…"  # shown before a token that continues a word
+
+
+def tokens_of_word(tokenizer, word: str) -> list[int]:
+    """The token ids of a word as it stands in a text: after a space, but for punctuation, and for "…ing" and its like.
+
+    Raises ValueError for an empty word.
+    """
+    text = word.strip()
+    if not text.strip(CONTINUES):
+        raise ValueError(f"{word!r} is no word; give at least one letter.")
+    text = " " + text if text[0].isalnum() else text.removeprefix(CONTINUES)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def known_tokens_of_word(tokenizer, word: str) -> list[int]:
+    """As `tokens_of_word`. Raises ValueError, too, for a word that falls into bytes, which the vocabulary lacks."""
+    ids = tokens_of_word(tokenizer, word)
+    if tokenizer.unk_token_id in ids or any("\N{REPLACEMENT CHARACTER}" in tokenizer.decode([i]) for i in ids):
+        raise ValueError(f"The vocabulary lacks the word {word!r}: it falls into bytes; choose another word.")
+    return ids
+
+
+def token_of_word(tokenizer, word: str | int) -> int:
+    """The one token of a word, or a token id as it is.
+
+    Raises ValueError for a word of several tokens, naming them, and for an id outside the vocabulary.
+    """
+    if not isinstance(word, str):
+        if not is_index(word, len(tokenizer)):
+            raise ValueError(f"There is no token {word!r}; this vocabulary has the ids 0 to {len(tokenizer) - 1}.")
+        return int(word)
+    ids = tokens_of_word(tokenizer, word)
+    if len(ids) > 1:
+        parts = ", ".join(f"{name!r} ({i})" for i, name in zip(ids, spell(tokenizer, ids)))
+        raise ValueError(f"{word!r} is {len(ids)} tokens here: {parts}; give one of these ids, or choose another word.")
+    return ids[0]
+
+
+def choose_tokens(tokenizer, word: str, multi_token: str | int) -> list[int]:
+    """Those of a word's tokens that stand for it; see `senses_of_words`."""
+    ids = tokens_of_word(tokenizer, word)
+    if multi_token == "mean":
+        return ids
+    if multi_token in ("first", "last"):
+        return [ids[0 if multi_token == "first" else -1]]
+    if not isinstance(multi_token, Integral):
+        choices = ", ".join(MULTI_TOKEN)
+        raise ValueError(f"multi_token={multi_token!r} is unknown; choose one of {choices}, or a token's index.")
+    if not is_index(multi_token, len(ids)):
+        parts = ", ".join(map(repr, spell(tokenizer, ids)))
+        raise ValueError(f"{word!r} has no token number {multi_token}; from 0, its tokens are {parts}.")
+    return [ids[multi_token]]
+
+
+def spell(tokenizer, ids) -> list[str]:
+    """Tokens to show on their own: a word without its space, "…ing" for what continues a word, visible line ends.
+
+    `token_of_word` reads most of them back.
+    """
+    special = set(tokenizer.all_special_ids)
+    return [tokenizer.convert_ids_to_tokens(int(i)) if i in special else _spell(tokenizer, int(i)) for i in ids]
+
+
+def spell_text(tokenizer, ids) -> list[str]:
+    """The tokens of a text to show in their order; where a word begins without a space before it, "…" is left out."""
+    names, before = spell(tokenizer, ids), ""
+    for index, i in enumerate(ids):
+        if not before[-1:].isalnum():
+            names[index] = names[index].removeprefix(CONTINUES) or CONTINUES
+        before = tokenizer.decode([int(i)])
+    return names
+
+
+def _spell(tokenizer, i: int) -> str:
+    text = tokenizer.decode([i])
+    if "\N{REPLACEMENT CHARACTER}" in text:  # some of a character's bytes
+        return tokenizer.convert_ids_to_tokens(i)
+    if not text.strip():
+        return text.replace("\n", "↵").replace("\t", "⇥").replace(" ", "␣")
+    if text[0] == " ":
+        return text[1:]
+    return CONTINUES + text if text[0].isalnum() else text

@@ -1,0 +1,152 @@
+"""The parts of a training run, made from its settings: accelerator, model, optimisers, schedule, batches."""
+
+import ctypes
+import os
+import re
+import sys
+import warnings
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from transformers import GPT2Config, GPT2LMHeadModel, get_scheduler
+
+from backpack_lib.loading import load_model, load_tokenizer_of, pick_device
+from backpack_lib.model.backpack import BackpackConfig, BackpackLMHeadModel
+from backpack_lib.training.batches import ShuffledBatches, StreamedBatches
+from backpack_lib.training.config import PRECISIONS, SCHEDULES, TrainingConfig
+
+HIDDEN_MATRIX = re.compile(r"\.(attn|mlp)\.c_\w+\.weight$|final_mlp\.c_fc\.weight$|sense_weight_net")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
+def make_accelerator(config: TrainingConfig) -> Accelerator:
+    """Accelerate's view of the device and the other processes, made anew for each run."""
+    on_cpu = pick_device(config.device).type == "cpu"
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if not on_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    # Accelerate keeps its state for the life of a process; a notebook may train twice, differently.
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    accelerator = Accelerator(mixed_precision=PRECISIONS[precision], cpu=on_cpu, step_scheduler_with_optimizer=False)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        divide_model(accelerator, config)
+    return accelerator
+
+
+def divide_model(accelerator: Accelerator, config: TrainingConfig):
+    """Checks that a model can be divided among processes (FSDP), and has accelerate do so on CPUs too.
+
+    Raises ValueError if the optimiser needs whole matrices.
+    """
+    if config.optimizer == "muon":
+        raise ValueError("optimizer='muon' needs whole matrices, which FSDP divides; choose 'adamw', or DDP.")
+    if accelerator.device.type == "cpu":  # where accelerate itself would have each process hold the whole model
+        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    # It warns of changes in place to what the sense network returns; there are none.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
+
+
+def keep_freed_memory():
+    """Tells glibc to keep the memory of freed tensors for the next ones.
+
+    Otherwise every large tensor is fresh memory from the system, which clears it page by page: on
+    two cores that took as long as the training itself.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # its upper bound
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def prepare_blocks(config: TrainingConfig):
+    from backpack_lib.text.corpora import open_corpus, prepare
+
+    valid = config.valid_corpus and open_corpus(config.valid_corpus, config.per_file)
+    return prepare(
+        open_corpus(config.corpus, config.per_file, config.streaming),
+        block_size=config.block_size,
+        vocab_size=config.vocab_size,
+        tokenizer=load_tokenizer_of(config.init_from) if config.init_from else config.tokenizer,
+        valid_corpus=valid or None,
+        valid_fraction=config.valid_fraction,
+    )
+
+
+def make_model(config: TrainingConfig, tokenizer):
+    """A new model of the configured sizes, or the one to start from."""
+    kinds = {"backpack": BackpackLMHeadModel, "transformer": GPT2LMHeadModel}
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
+    if config.init_from:
+        model = load_model(config.init_from, **dropout)
+        if not isinstance(model, kinds[config.architecture]):
+            raise ValueError(
+                f"init_from={config.init_from!r} holds a {type(model).__name__}, "
+                f"but architecture={config.architecture!r} was asked for."
+            )
+        if config.block_size > model.config.n_positions:
+            raise ValueError(
+                f"block_size={config.block_size} is longer than the n_positions={model.config.n_positions} "
+                f"of {config.init_from!r}; choose a shorter one."
+            )
+        return model
+    trunk = dict(
+        vocab_size=len(tokenizer),
+        n_positions=config.block_size,
+        n_embd=config.n_embd,
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        **dropout,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    if config.architecture == "backpack":
+        model = BackpackLMHeadModel(BackpackConfig(**trunk, num_senses=config.num_senses))
+    else:
+        model = GPT2LMHeadModel(GPT2Config(**trunk))
+    model.generation_config.pad_token_id = tokenizer.eos_token_id
+    return model
+
+
+def make_optimizers(model, config: TrainingConfig, device: torch.device) -> list[torch.optim.Optimizer]:
+    """AdamW, which decays matrices, embeddings included, and leaves biases and norms alone.
+
+    With optimizer="muon", Muon takes over the trunk's and the sense network's matrices, but for the
+    last one, which is wide: its orthogonalisation would cost more than it gives. Muon's updates are
+    scaled to the size of AdamW's, so that one learning rate serves both.
+    """
+    by_name = dict(model.named_parameters())
+    matrices = {name: p for name, p in by_name.items() if p.dim() >= 2}
+    others = [p for p in by_name.values() if p.dim() < 2]
+    made = []
+    if config.optimizer == "muon":
+        hidden = [name for name in matrices if HIDDEN_MATRIX.search(name)]
+        settings = {"weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+        made = [torch.optim.Muon([matrices.pop(name) for name in hidden], lr=config.learning_rate, **settings)]
+    groups = [
+        {"params": list(matrices.values()), "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=device.type != "mps")
+    return [adamw, *made]
+
+
+def make_scheduler(optimizer, config: TrainingConfig):
+    specific = {}
+    if config.schedule == "wsd":
+        decay = round(config.steps * config.decay)
+        specific = {"num_decay_steps": decay, "decay_type": "linear"}
+    return get_scheduler(
+        SCHEDULES[config.schedule], optimizer, config.warmup, config.steps, scheduler_specific_kwargs=specific
+    )
+
+
+def make_batches(config: TrainingConfig, blocks, accelerator: Accelerator):
+    rank = {"process": accelerator.process_index, "processes": accelerator.num_processes}
+    if hasattr(blocks.train, "__len__"):
+        return ShuffledBatches(blocks.train, config.batch_size, config.accumulate, config.seed, **rank)
+    return StreamedBatches(blocks.train, config.batch_size, config.accumulate, **rank)

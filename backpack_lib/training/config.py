@@ -1,0 +1,119 @@
+"""Everything that a training run depends on, checked before it starts."""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, field
+
+from backpack_lib.loading import DEVICES
+from backpack_lib.model.backpack import check_sizes
+from backpack_lib.text.corpora import check_valid_fraction
+
+ARCHITECTURES = ("backpack", "transformer")
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
+OPTIMIZERS = ("adamw", "muon")
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+CHOICES = {
+    "architecture": ARCHITECTURES,
+    "schedule": tuple(SCHEDULES),
+    "optimizer": OPTIMIZERS,
+    "precision": ("auto", *PRECISIONS),
+    "device": DEVICES,
+}
+AT_LEAST_ONE = (
+    *("n_layer", "n_head", "n_embd", "num_senses", "vocab_size", "batch_size", "accumulate"),
+    *("steps", "eval_every", "save_every", "eval_blocks"),
+)
+# What may change between a run's start and its resumption without changing its result.
+HOW_NOT_WHAT = ("out", "device", "compile", "save_every")
+
+
+def option(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainingConfig:
+    """The settings of a training run; also the flags of `python -m backpack_lib.training`.
+
+    Raises ValueError for values that are out of range or do not fit each other.
+    """
+
+    corpus: str = field(
+        metadata={"help": "'planted', text files (paths, globs, commas between), or a data set of the Hugging Face hub"}
+    )
+    out: str = field(metadata={"help": "folder of the run"})
+    architecture: str = option("backpack", "'backpack', or 'transformer': GPT-2 with the same trunk, the baseline")
+    init_from: str | None = option(None, "folder or hub id of a model to start from; its sizes and tokenizer are kept")
+    n_layer: int = option(4, "layers of the trunk")
+    n_head: int = option(4, "attention heads of the trunk")
+    n_embd: int = option(192, "width; a multiple of n_head")
+    num_senses: int = option(16, "sense vectors per word (Backpack only)")
+    vocab_size: int = option(16_000, "size of the tokenizer that is trained on the corpus")
+    tokenizer: str | None = option(None, "folder or hub id of a tokenizer to use instead of training one")
+    block_size: int = option(256, "tokens per sequence, and the longest text that the model will read")
+    batch_size: int = option(16, "sequences that a process takes at once")
+    accumulate: int = option(1, "batches per step; a step sees batch_size x accumulate x processes sequences")
+    steps: int = option(1000, "optimiser steps")
+    learning_rate: float = option(1e-3, "highest learning rate")
+    warmup: int = option(100, "steps over which the learning rate rises")
+    schedule: str = option("linear", "'linear' or 'cosine' decay to zero, 'constant', or 'wsd': constant, then linear")
+    decay: float = option(0.2, "share of the steps at the end over which 'wsd' decays to zero")
+    optimizer: str = option("adamw", "'adamw', or 'muon': Muon for the hidden matrices, AdamW for the rest")
+    weight_decay: float = option(0.1, "on matrices only, not on biases and norms")
+    clip: float = option(1.0, "largest norm of the gradient")
+    dropout: float = option(0.0, "everywhere in the model")
+    precision: str = option("auto", "'fp32', 'bf16' or 'fp16'; 'auto': bf16 on a GPU that has it, else fp32")
+    device: str = option("auto", "'cpu', 'cuda' or 'mps'; 'auto': a CUDA GPU where there is one, else the CPU")
+    compile: bool = option(False, "use torch.compile")
+    seed: int = option(0, "of the weights, the order of the data and dropout")
+    eval_every: int = option(100, "steps between evaluations")
+    save_every: int = option(500, "steps between checkpoints")
+    eval_blocks: int = option(256, "validation sequences per evaluation, at most")
+    valid_corpus: str | None = option(None, "text to validate on, instead of a part of the corpus")
+    valid_fraction: float = option(0.02, "share of the documents that is set aside for validation")
+    per_file: bool = option(False, "each file is one document; else blank lines separate documents")
+    streaming: bool = option(False, "read a hub data set as it is needed, instead of downloading it first")
+
+    def __post_init__(self):
+        self.out = str(self.out)
+        if not str(self.corpus).strip():
+            raise ValueError("The corpus is empty; give 'planted', text files, or a data set of the Hugging Face hub.")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}.")
+        for name in AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is out of range; it must be at least 1.")
+        if self.block_size < 2:
+            raise ValueError(f"block_size={self.block_size} is too short; a token needs one before it: at least 2.")
+        for name in ("learning_rate", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} is out of range; it must be above 0 and finite.")
+        check_valid_fraction(self.valid_fraction)
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} is out of range; it must be between 0 and 2**32 - 1.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} is out of range; it must be at least 0 and below 1.")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay={self.weight_decay} is out of range; it must be at least 0.")
+        if not 0 <= self.warmup <= self.steps:
+            raise ValueError(f"warmup={self.warmup} is out of range; it must be between 0 and steps={self.steps}.")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay={self.decay} is out of range; it must be between 0 and 1.")
+        if self.schedule == "wsd" and self.warmup > round(self.steps * (1 - self.decay)):
+            raise ValueError(
+                f"warmup={self.warmup} of steps={self.steps} leave no room for decay={self.decay}; lower one of them."
+            )
+        if self.init_from is None:
+            check_sizes(self.n_embd, self.n_head, self.num_senses if self.architecture == "backpack" else 1)
+
+    def identity(self) -> dict:
+        """What the result of a run depends on: all settings but those that only say how it is run."""
+        return {name: value for name, value in asdict(self).items() if name not in HOW_NOT_WHAT}
+
+    def key(self) -> str:
+        """A short name that differs for runs that differ: "backpack-1f0c2a9e"."""
+        digest = hashlib.blake2b(json.dumps(self.identity(), sort_keys=True).encode(), digest_size=4)
+        return f"{self.architecture}-{digest.hexdigest()}"

@@ -1,0 +1,69 @@
+"""Judges and measures of fluency, on texts whose answer can be counted by hand."""
+
+import json
+import math
+
+import pytest
+from helpers import ROOT, tiny_classifier
+
+from backpack_lib.analysis.scores import log_probabilities
+from backpack_lib.studies.judges import ClassifierJudge, WordJudge
+from backpack_lib.studies.text_quality import bag_share, distinct, mauve, perplexity, repetition
+
+TOPICS = [
+    {"name": "sports", "steer": ["sports"], "words": ["team", "goal", "Sports"]},
+    {"name": "food & dining", "steer": ["food"], "words": ["bread", "soup", "goal"]},
+]
+
+
+def test_the_topic_with_the_most_words_wins_and_a_tie_is_none():
+    texts = ["The Team scored a goal, a team!", "Bread and soup.", "bread for the team", "sports food", ""]
+    judge = WordJudge(TOPICS)
+    assert judge.counts(texts).to_numpy().tolist() == [[3, 1], [0, 2], [1, 1], [0, 0], [0, 0]]
+    assert judge(texts).to_numpy().tolist() == [[True, False], [False, True], [False] * 2, [False] * 2, [False] * 2]
+    assert list(judge(texts).columns) == ["sports", "food & dining"]
+
+
+def test_words_that_steer_are_never_counted_nor_with_an_s_more_or_less():
+    judge = WordJudge([{"name": "t", "steer": ["songs", "band"], "words": ["song", "bands", "bandit", "Band"]}])
+    assert judge.words["t"] == {"bandit"}
+    topics = json.loads((ROOT / "data" / "topics.json").read_text())
+    judge = WordJudge(topics)
+    for topic in topics:
+        assert not judge.counts([" ".join(topic["steer"]) * 3])[topic["name"]].any()
+        assert len(judge.words[topic["name"]]) >= 40
+
+
+def test_a_classifier_says_every_topic_above_one_half(tmp_path):
+    tiny_classifier(tmp_path, {0: "food_&_dining", 1: "sports", 2: "music"}, bias=[9.0, -9.0, 9.0])
+    found = ClassifierJudge(str(tmp_path))(["a b", "b"])
+    assert found[["food & dining", "sports", "music"]].to_numpy().tolist() == [[True, False, True]] * 2
+    with pytest.raises(ValueError, match="classifier .*none' could not be loaded; give a folder, or use the words"):
+        ClassifierJudge(str(tmp_path / "none"))
+
+
+def test_perplexity_is_of_what_was_written_only(model, tokenizer):
+    prompts, texts = ["the nurse", ""], ["the nurse said that", "the concert"]
+    written = sum(len(tokenizer(t)["input_ids"]) - len(tokenizer(p)["input_ids"]) for t, p in zip(texts, prompts))
+    nats = log_probabilities(model, tokenizer, prompts) - log_probabilities(model, tokenizer, texts)
+    assert perplexity(model, tokenizer, texts, prompts) == pytest.approx(
+        math.exp(nats.sum().item() / written), rel=1e-5
+    )
+    assert perplexity(model, tokenizer, texts, texts) == 1.0
+
+
+def test_runs_of_words_are_counted_by_hand():
+    assert distinct(["a b a b", "a c"], 1) == pytest.approx(3 / 6)
+    assert distinct(["a b a b", "a c"], 2) == pytest.approx(3 / 4)
+    assert repetition(["a b a b a", "a b"], 2) == pytest.approx(1 - 3 / 5)
+    assert repetition(["one two three four five"]) == 0 and math.isnan(repetition(["too short"]))
+    assert bag_share(["Sports, and more sports", "no"], ["sports"]) == pytest.approx(2 / 5)
+
+
+def test_mauve_is_one_for_the_same_texts_and_low_for_others(model, tokenizer):
+    pytest.importorskip("mauve")
+    one = [f"the nurse said that he sees {number} banks" for number in range(60)]
+    other = ["the concert. " * (1 + number % 3) for number in range(60)]
+    same, apart = mauve(model, tokenizer, one, one, seeds=range(2)), mauve(model, tokenizer, one, other, seeds=range(2))
+    assert len(same) == len(apart) == 2 and min(same) > 0.99 and max(apart) < 0.3
+    assert mauve(model, tokenizer, one, other, seeds=[1]) == apart[1:]
