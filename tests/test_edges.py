@@ -7,8 +7,8 @@ import nbformat
 import pytest
 from helpers import ROOT
 
-from backpack_lib import running
 from backpack_lib.analysis import topic
+from backpack_lib.running.notebook import RESULTS
 from backpack_lib.running.parameters import default_parameters
 
 LONGEST = ("the film " * 127).strip()  # with the token that begins a text, one less than the context
@@ -173,7 +173,7 @@ def cases(table):
 @pytest.mark.parametrize(("name", "parameters"), cases(WORKS))
 def test_a_notebook_works_at_the_edges(name, parameters, tmp_path):
     execute(name, parameters | {"out": str(tmp_path / "out")})
-    results = json.loads((tmp_path / "out" / running.RESULTS).read_text())
+    results = json.loads((tmp_path / "out" / RESULTS).read_text())
     assert results["headline"] and len(results) > 1
 
 

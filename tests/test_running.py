@@ -13,9 +13,9 @@ from helpers import ROOT, Interruptible
 
 from backpack_lib import running
 from backpack_lib.files import locked_folder
-from backpack_lib.running.__main__ import main, table
+from backpack_lib.running.__main__ import main, summary
 from backpack_lib.running.grid import FINISHED, Grid
-from backpack_lib.running.notebook import run_notebook
+from backpack_lib.running.notebook import Outcome, run_notebook
 from backpack_lib.running.parameters import default_parameters
 
 PARAMETERS = (
@@ -152,10 +152,10 @@ def test_table_is_aligned():
     from pathlib import Path
 
     outcomes = [
-        running.Outcome("01_a", 0.5, "good", Path("x"), False),
-        running.Outcome("02_longer", 12, "fine", Path("y"), False),
+        Outcome("01_a", 0.5, "good", Path("x"), False),
+        Outcome("02_longer", 12, "fine", Path("y"), False),
     ]
-    lines = table(outcomes).splitlines()
+    lines = summary(outcomes).splitlines()
     assert lines[1].index("good") == lines[3].index("fine") == lines[0].index("result")
     assert json.dumps(lines)
 

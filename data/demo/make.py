@@ -2,8 +2,8 @@
 
     python data/demo/make.py --corpus "corpus/simple-*.txt.xz" --valid corpus/simple-valid.txt.xz --lexsim lexsim
 
-Both start from the same word2vec vectors of tokens and see the same tokens in the same order. What was stopped
-resumes with the same command.
+Both see the same tokens in the same order and, where the recipe has `start`, begin from the same word2vec vectors
+of tokens. What was stopped resumes with the same command.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -137,10 +136,10 @@ def export(run: Path, target: Path):
             file.replace(target / file.name)
 
 
-def make_demo(corpus: str, valid: str | None, lexsim: str | None, runs: Path, device: str):
+def make_demo(corpus: str, valid: str | None, runs: Path, device: str, lexsim: str | None = None):
     """Trains both models, or goes on with them, and exports each once it is done."""
     settings = recipe(device)
-    start = settings.pop("start")
+    start = settings.pop("start", None)
     blocks = prepare_demo(corpus, valid, lexsim, settings)
     vectors = None
     for architecture in ARCHITECTURES:
@@ -148,10 +147,12 @@ def make_demo(corpus: str, valid: str | None, lexsim: str | None, runs: Path, de
         config = TrainingConfig(
             corpus=corpus, valid_corpus=valid, out=str(out), architecture=architecture, device=device, **settings
         )
-        if not first.is_dir():
-            vectors = token_vectors(blocks, config.n_embd, **start) if vectors is None else vectors
-            write_start(first, config, blocks, vectors)
-        history = train(replace(config, init_from=str(first)), blocks)
+        if start:
+            if not first.is_dir():
+                vectors = token_vectors(blocks, config.n_embd, **start) if vectors is None else vectors
+                write_start(first, config, blocks, vectors)
+            config.init_from = str(first)
+        history = train(config, blocks)
         export(out, HERE / architecture)
         bits = history["valid_loss"].iloc[-1] / math.log(2) / blocks.bytes_per_token
         print(f"{architecture}: {bits:.3f} bits per byte after {history['tokens'].iloc[-1] / 1e6:.1f} million tokens")
@@ -167,7 +168,7 @@ def main() -> int:
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
-    return exit_status(lambda: make_demo(given.corpus, given.valid, given.lexsim, given.runs, given.device))
+    return exit_status(lambda: make_demo(given.corpus, given.valid, given.runs, given.device, given.lexsim))
 
 
 if __name__ == "__main__":

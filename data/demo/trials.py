@@ -98,7 +98,7 @@ def main() -> int:
 
     def work():
         settings = recipe("cpu")
-        del settings["start"]
+        settings.pop("start", None)
         simple = prepare_demo(given.corpus, given.valid, given.lexsim, settings)
         texts = {"simple": simple, "a quarter old": with_a_quarter(simple, given.old, settings["block_size"])}
         rows = []
