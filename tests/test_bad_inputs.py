@@ -205,6 +205,7 @@ CASES = {
         (lambda c: config(c, warmup=-1), "warmup=-1"),
         (lambda c: config(c, architecture="lstm"), "architecture='lstm'"),
         (lambda c: config(c, optimizer="sgd"), "optimizer='sgd'"),
+        (lambda c: config(c, optimizer="muon", precision="fp16"), "unscaled twice"),
         (lambda c: config(c, seed=-1), "seed=-1"),
         (lambda c: config(c, valid_fraction=0.0), "valid_fraction=0.0"),
         (lambda c: config(c, corpus=""), "corpus"),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import BertTokenizerFast
 
 from backpack_lib.text import corpora, planted
 from backpack_lib.text.corpora import open_corpus, pack, prepare, split
@@ -343,3 +344,10 @@ def test_files_that_are_no_text_are_one_sentence(tmp_path, name, content, messag
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         list(open_corpus(str(tmp_path / name)).read())
+
+
+def test_a_tokenizer_that_is_not_byte_level_is_refused(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]))
+    BertTokenizerFast(str(tmp_path / "vocab.txt"), eos_token="[SEP]").save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match="is not byte-level BPE, as GPT-2's is"):
+        load_tokenizer(str(tmp_path / "bert"))

@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 from helpers import ROOT, Interruptible
 
-from backpack_lib import running
 from backpack_lib.files import locked_folder
 from backpack_lib.running.__main__ import main, summary
 from backpack_lib.running.grid import FINISHED, Grid

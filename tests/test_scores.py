@@ -92,3 +92,9 @@ def test_blimp_is_read_from_a_folder_and_a_wrong_place_is_one_sentence(tmp_path)
 def test_the_published_sets_are_all_read(shared):
     pairs = read_blimp(str(shared / "blimp"))
     assert pairs["UID"].nunique() == 67 and len(pairs) == 6700
+
+
+def test_evaluation_builds_no_cache(model, tokenizer, monkeypatch):
+    monkeypatch.setattr("backpack_lib.model.backpack.DynamicCache", None)  # whoever makes one fails
+    assert bits_per_byte(model, tokenizer, ["The nurse says."]) > 0
+    assert len(log_probabilities(model, tokenizer, ["The nurse says.", "The concert."])) == 2

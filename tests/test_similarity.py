@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.distance import cosine
@@ -223,3 +224,11 @@ def test_pronouns_follow_professions_where_they_were_made_to(model, tokenizer):
     for sense in range(4):
         expected = spearmanr([p[sense].item() for p in push], [10, 30, 50, 70, 90]).statistic
         assert found["rho"][sense] == pytest.approx(expected)
+
+
+def test_a_model_in_bfloat16_has_similarities_and_relations_too(tokenizer):
+    model = tiny_model(vocab_size=len(tokenizer)).to(torch.bfloat16)
+    vectors = similarity.of_model(model, tokenizer)(["nurse", "concert"])
+    found = similarity.similarities(vectors[:1], vectors[1:])
+    assert all(np.isfinite(values).all() for values in found.values())
+    assert roles.relation_auc(model, np.array([[5, 6], [7, 8]])).shape == (model.config.num_senses,)

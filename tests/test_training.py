@@ -17,10 +17,12 @@ from helpers import ROOT
 from transformers import GPT2LMHeadModel
 
 from backpack_lib import BackpackLMHeadModel, TrainingConfig, load, train
+from backpack_lib.files import locked_folder
 from backpack_lib.text import planted
 from backpack_lib.training import loss as loss_module
 from backpack_lib.training.batches import ShuffledBatches
 from backpack_lib.training.build import make_model, make_optimizers
+from backpack_lib.training.checkpoints import RunFolder
 from backpack_lib.training.loss import LanguageModelLoss
 from backpack_lib.training.run import Run
 
@@ -79,7 +81,7 @@ def test_training_learns_and_leaves_model_tokenizer_and_history(tiny, architectu
     pd.testing.assert_frame_equal(history, pd.read_csv(f"{config.out}/history.csv"))
     model, tokenizer = load(f"{config.out}/model")
     assert type(model) is kind and not model.training
-    assert sorted(os.listdir(config.out)) == ["history.csv", "model", "settings.json"]
+    assert sorted(os.listdir(config.out)) == [".lock", "history.csv", "model", "settings.json"]
 
     # The loss in the history is that of the saved model on the validation blocks.
     from backpack_lib.training.build import prepare_blocks
@@ -208,7 +210,6 @@ def test_finetuning_uses_the_dropout_that_is_asked_for(tiny):
 
 
 def test_another_number_of_processes_is_refused(tiny, monkeypatch):
-    from backpack_lib.training.checkpoints import RunFolder
 
     monkeypatch.setattr(RunFolder, "finish", lambda *args: None)  # as if killed just before
     train(tiny)
@@ -390,7 +391,28 @@ def test_what_a_kill_leaves_behind_does_not_matter(tiny, monkeypatch):
         open(f"{tiny.out}/{name}/model.safetensors", "wb").write(b"half")
     train(tiny)
     assert_same_weights(tiny.out, whole.out)
-    assert sorted(os.listdir(tiny.out)) == ["history.csv", "model", "settings.json"]
+    assert sorted(os.listdir(tiny.out)) == [".lock", "history.csv", "model", "settings.json"]
+
+
+def test_two_trainings_do_not_share_a_folder(tiny):
+    config = replace(tiny)
+    with locked_folder(Path(config.out)):
+        with pytest.raises(ValueError, match="Another run is writing to"):
+            train(config)
+    assert len(train(config))
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_the_precision_that_auto_picks_belongs_to_the_run_and_is_not_emulated(native, tiny, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    config = replace(tiny, precision="auto", device="auto")
+    assert config.identity()["precision"] == ("bf16" if native else "fp32")
+    assert replace(config, device="cpu").identity()["precision"] == "fp32"
+    if native:
+        RunFolder(config)
+        with pytest.raises(ValueError, match="precision='bf16', not 'fp32'"):
+            RunFolder(replace(config, device="cpu"))
 
 
 def test_a_finished_run_is_not_run_again(tiny, monkeypatch):

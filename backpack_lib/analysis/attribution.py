@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from backpack_lib.model.backpack import check_ids
 from backpack_lib.model.kinds import require_senses
 
 
@@ -62,7 +63,7 @@ def read(model, input_ids, position: int = -1) -> Reading:
     Raises ValueError for an empty text or several, a position outside the text, or a model that is no Backpack.
     """
     require_senses(model)
-    ids = torch.as_tensor(input_ids, device=model.device)
+    ids = torch.as_tensor(input_ids)
     if ids.dim() == 2 and len(ids) == 1:
         ids = ids[0]
     if ids.dim() != 1:
@@ -71,7 +72,9 @@ def read(model, input_ids, position: int = -1) -> Reading:
         raise ValueError("There is no token to read in an empty text; give at least one.")
     if not -len(ids) <= position < len(ids):
         raise ValueError(f"There is no position {position} in a text of {len(ids)} tokens (0 to {len(ids) - 1}).")
-    ids = ids[: position % len(ids) + 1]  # what stands behind a position does not reach it
+    if ids.device.type == "cpu":
+        check_ids(ids, model.config.vocab_size)
+    ids = ids.to(model.device)[: position % len(ids) + 1]  # what stands behind a position does not reach it
     whole = torch.ones_like(ids)[None]  # said openly, since transformers takes the end of text for padding
     out = model(ids[None], attention_mask=whole, output_senses=True, use_cache=False, logits_to_keep=1)
     return Reading(

@@ -49,7 +49,7 @@ def log_odds(model, tokenizer, professions: list[str], templates: list[str], pai
 def log_odds_after(model, tokenizer, prompts: list[str], tokens: tuple[int, int]) -> np.ndarray:
     """Log-odds of one token to another behind each prompt, (n,)."""
     found = next_log_probabilities(model, tokenizer, prompts)
-    return (found[:, tokens[0]] - found[:, tokens[1]]).double().cpu().numpy()
+    return (found[:, tokens[0]] - found[:, tokens[1]]).cpu().double().numpy()
 
 
 def ratio(odds) -> float:
@@ -161,14 +161,12 @@ def split_odds(model, tokenizer, professions: list[str], templates: list[str], p
     for ids, mask, last in prompt_batches(model, tokenizer, prompts):
         out = model.base_model(ids, attention_mask=mask, output_senses=True, use_cache=False)
         alpha = out.contextualization[torch.arange(len(ids)), :, last]  # (B, k, T)
-        contributions = (alpha * (out.senses @ direction)).double()
-        here = torch.stack(
-            [torch.isin(row, torch.tensor(word, device=ids.device)) for row, word in zip(ids, of_prompt)]
-        )
+        contributions = (alpha * (out.senses @ direction)).cpu().double()  # not every GPU has doubles
+        here = torch.stack([torch.isin(row, torch.tensor(word)) for row, word in zip(ids.cpu(), of_prompt)])
         own.append((contributions * here[:, None]).sum(-1))
         rest.append((contributions * ~here[:, None]).sum(-1))
     shape = len(professions), len(templates), model.config.num_senses
-    own, rest = (torch.cat(found).view(shape).cpu().numpy() for found in (own, rest))
+    own, rest = (torch.cat(found).view(shape).numpy() for found in (own, rest))
     return Split((own + rest).sum(-1), own, rest)
 
 

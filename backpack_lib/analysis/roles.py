@@ -124,7 +124,7 @@ def profession_pronouns(model, tokenizer, professions: pd.DataFrame) -> pd.DataF
     he, she = (tokens_of_word(tokenizer, word)[0] for word in ("he", "she"))
     embeddings = model.get_output_embeddings().weight
     push = vectors_of_tokens(model, torch.tensor(ids, device=model.device)) @ (embeddings[he] - embeddings[she])
-    push = push.cpu().numpy()
+    push = push.float().cpu().numpy()
     tests = [spearmanr(column, 100 - professions["percent_women"]) for column in push.T]
     return pd.DataFrame(
         {"rho": [t.statistic for t in tests], "p": [t.pvalue for t in tests], "push": push.std(0, ddof=1)}
@@ -159,7 +159,7 @@ def _scores(model, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     distinct, inverse = np.unique(x, return_inverse=True)
     senses = vectors_of_tokens(model, torch.from_numpy(distinct).to(model.device))[inverse]
     outputs = model.get_output_embeddings().weight[y]
-    return torch.einsum("nkd,nd->nk", senses, outputs).cpu().numpy()
+    return torch.einsum("nkd,nd->nk", senses, outputs).float().cpu().numpy()
 
 
 def _forms(verb: str) -> list[str]:

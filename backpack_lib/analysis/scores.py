@@ -32,7 +32,7 @@ def bits_per_byte(model, tokenizer, texts: Iterable[str]) -> float:
     windows.sort(key=lambda window: len(window[0]))
     for part in parts(windows, WINDOWS_AT_ONCE):
         ids, mask = pad_rows([ids for ids, _ in part], tokenizer.eos_token_id)
-        logits = model(ids.to(model.device), attention_mask=mask.to(model.device)).logits
+        logits = model(ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
         for row, (tokens, first) in zip(logits, part):
             labels = torch.tensor(tokens[first:], device=model.device)
             nats += F.cross_entropy(row[first - 1 : len(tokens) - 1].float(), labels, reduction="sum").item()
@@ -55,7 +55,7 @@ def log_probabilities(model, tokenizer, sentences: list[str]) -> torch.Tensor:
     for part in parts(sentences, SENTENCES_AT_ONCE):
         ids, mask = pad_rows([ids_of_text(tokenizer, sentence) for sentence in part], tokenizer.eos_token_id)
         ids, mask = ids.to(model.device), mask.to(model.device)
-        logits = model(ids, attention_mask=mask).logits[:, :-1].float()
+        logits = model(ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
         nats = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
         found.append(-(nats * mask[:, 1:]).sum(1))
     return torch.cat(found)

@@ -77,7 +77,7 @@ def similarities(senses1: torch.Tensor, senses2: torch.Tensor) -> dict[str, np.n
             "greatest, all pairs": crossed.amax(1),
             "all senses end to end": F.cosine_similarity(senses1.flatten(1), senses2.flatten(1)),
         }
-    return {name: values.cpu().numpy() for name, values in found.items()}
+    return {name: values.float().cpu().numpy() for name, values in found.items()}
 
 
 def similarity_table(senses_of, sets: dict[str, pd.DataFrame]) -> pd.DataFrame:

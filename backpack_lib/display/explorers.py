@@ -157,7 +157,7 @@ class EditWorkbench(Explorer):
         self.word = _text("word", word, placeholder="empty: all words")
         self.sense = W.Dropdown(options=[ALL, *range(k)], description="sense", layout=W.Layout(width="12em"))
         self.kind = W.Dropdown(options=["scale", "replace", "project"], description="edit")
-        self.by = W.FloatSlider(1.0, min=-2, max=3, step=0.1, description="scale by")
+        self.by = W.FloatSlider(1.0, min=-2, max=3, step=0.1, description="scale by", continuous_update=False)
         self.other = _text("by those of")
         self.into = _text("put in")
         self.keep, self.undo, self.clear = (W.Button(description=name) for name in ("keep", "undo", "clear"))
@@ -277,7 +277,9 @@ class TopicExplorer(Explorer):
         self.topic = W.Dropdown(options=[*self.words_of, OWN], value=first, description="topic")
         self.words = _text("words", self.words_of[first], width="24em")
         self.strength = W.SelectionSlider(options=list(STRENGTHS), value=2, description="strength")
-        self.temperature = W.FloatSlider(temperature, min=0.3, max=2, step=0.05, description="temperature")
+        self.temperature = W.FloatSlider(
+            temperature, min=0.3, max=2, step=0.05, description="temperature", continuous_update=False
+        )
         self.prompt = _text("text", "", width="30em", placeholder="empty: from nothing")
         self.seed = W.IntText(0, description="seed", layout=W.Layout(width="12em"))
         self.write = W.Button(description="write texts")
@@ -349,7 +351,15 @@ class BiasExplorer(Explorer):
         self.pair = _text("two words", " ".join(pair))
         self.turned_down = turned_down
         self.scales = [
-            W.FloatSlider(1.0, min=-1, max=3, step=0.1, description=f"sense {sense}", layout=W.Layout(width="19em"))
+            W.FloatSlider(
+                1.0,
+                min=-1,
+                max=3,
+                step=0.1,
+                description=f"sense {sense}",
+                continuous_update=False,
+                layout=W.Layout(width="19em"),
+            )  # fmt: skip
             for sense in range(model.config.num_senses)
         ]
         names = f"turn down {', '.join(map(str, turned_down))}", "leave all as they are"

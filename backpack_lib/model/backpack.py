@@ -185,6 +185,15 @@ def allowed_positions(attention_mask, n_new, n_total, n_past, device):
     return causal if attention_mask is None else causal & attention_mask.bool()[:, None, None, :]
 
 
+def check_ids(input_ids: torch.Tensor, vocab_size: int):
+    """Raises ValueError if one of some token ids is no row of the vocabulary, which on a GPU would end the process."""
+    if not 0 <= input_ids.min() <= input_ids.max() < vocab_size:
+        raise ValueError(
+            f"Token ids run from {input_ids.min()} to {input_ids.max()}, but the vocabulary has "
+            f"{vocab_size} rows; use the tokenizer that belongs to this model."
+        )
+
+
 @torch.compiler.disable  # their number is known only once they are found
 def distinct_tokens(input_ids, padded=False):
     """The distinct tokens of a batch, and which of them stands where. (B, T) -> (n,), (B, T)
@@ -383,11 +392,8 @@ class BackpackModel(BackpackPreTrainedModel):
                 "shorten the text or generate fewer tokens."
             )
         # Elsewhere this would make the device wait, and the error is rare.
-        if input_ids.device.type == "cpu" and not 0 <= input_ids.min() <= input_ids.max() < self.config.vocab_size:
-            raise ValueError(
-                f"Token ids run from {input_ids.min()} to {input_ids.max()}, but the vocabulary has "
-                f"{self.config.vocab_size} rows; use the tokenizer that belongs to this model."
-            )
+        if input_ids.device.type == "cpu":
+            check_ids(input_ids, self.config.vocab_size)
 
 
 class OutputEmbedding(nn.Linear):

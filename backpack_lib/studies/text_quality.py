@@ -53,7 +53,9 @@ def mauve(model, tokenizer, texts: list[str], human: list[str], seeds: Iterable[
         found = []
         for part in parts(rows, TEXTS_AT_ONCE):
             ids, mask = pad_rows(part, tokenizer.eos_token_id)
-            states = model.base_model(ids.to(model.device), attention_mask=mask.to(model.device)).last_hidden_state
+            states = model.base_model(
+                ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
+            ).last_hidden_state
             found.append(states[torch.arange(len(ids)), mask.sum(1) - 1].float().cpu().numpy())
         return np.concatenate(found)
 

@@ -109,13 +109,19 @@ def _segment(word: str, rank: dict[Merge, int]) -> list[str]:
 def load_tokenizer(name: str):
     """An existing tokenizer, from a folder or from the Hugging Face hub.
 
-    Raises ValueError if there is none, or if it has no end-of-text token to put between documents.
+    Raises ValueError if there is none, if it is not byte-level BPE, or if it has no end-of-text token to put between documents.
     """
     try:
         with reaching_hub(name):
             tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"No tokenizer could be loaded from {str(name)!r}: {first_line(error)}") from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not isinstance(backend.decoder, decoders.ByteLevel):
+        raise ValueError(
+            f"The tokenizer {str(name)!r} is not byte-level BPE, as GPT-2's is, so its spaces would be read wrongly; "
+            "choose one that is, or train one."
+        )
     if tokenizer.eos_token_id is None:
         raise ValueError(f"The tokenizer {str(name)!r} has no end-of-text token (eos_token) to put between documents.")
     return tokenizer

@@ -24,9 +24,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     """Accelerate's view of the device and the other processes, made anew for each run."""
     on_cpu = pick_device(config.device).type == "cpu"
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if not on_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    precision = config.resolved_precision()
     # Accelerate keeps its state for the life of a process; a notebook may train twice, differently.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     accelerator = Accelerator(mixed_precision=PRECISIONS[precision], cpu=on_cpu, step_scheduler_with_optimizer=False)

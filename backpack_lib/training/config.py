@@ -5,7 +5,9 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 
-from backpack_lib.loading import DEVICES
+import torch
+
+from backpack_lib.loading import DEVICES, pick_device
 from backpack_lib.model.backpack import check_sizes
 from backpack_lib.text.corpora import check_valid_fraction
 
@@ -98,6 +100,10 @@ class TrainingConfig:
             raise ValueError(f"dropout={self.dropout} is out of range; it must be at least 0 and below 1.")
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay={self.weight_decay} is out of range; it must be at least 0.")
+        if self.optimizer == "muon" and self.precision == "fp16":
+            raise ValueError(
+                "optimizer='muon' does not go with precision='fp16', whose gradients would be unscaled twice; choose 'bf16' or 'fp32', or 'adamw'."
+            )
         if not 0 <= self.warmup <= self.steps:
             raise ValueError(f"warmup={self.warmup} is out of range; it must be between 0 and steps={self.steps}.")
         if not 0 <= self.decay <= 1:
@@ -109,9 +115,20 @@ class TrainingConfig:
         if self.init_from is None:
             check_sizes(self.n_embd, self.n_head, self.num_senses if self.architecture == "backpack" else 1)
 
+    def resolved_precision(self) -> str:
+        """The precision itself where "auto" was asked for: bf16 on a GPU that computes in it, else fp32."""
+        if self.precision != "auto":
+            return self.precision
+        on_gpu = pick_device(self.device).type == "cuda"
+        return "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
     def identity(self) -> dict:
-        """What the result of a run depends on: all settings but those that only say how it is run."""
-        return {name: value for name, value in asdict(self).items() if name not in HOW_NOT_WHAT}
+        """What the result of a run depends on: all settings but those that only say how it is run.
+
+        The device does not belong to it but the precision does, so a run is not continued in another one unasked.
+        """
+        settings = asdict(self) | {"precision": self.resolved_precision()}
+        return {name: value for name, value in settings.items() if name not in HOW_NOT_WHAT}
 
     def key(self) -> str:
         """A short name that differs for runs that differ: "backpack-1f0c2a9e"."""

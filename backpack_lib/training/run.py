@@ -19,6 +19,7 @@ What is notable:
 
 import contextlib
 import math
+import os
 import signal
 import threading
 import time
@@ -26,6 +27,7 @@ import time
 import torch
 from accelerate.utils import set_seed
 
+from backpack_lib.files import locked_folder
 from backpack_lib.training.build import (
     keep_freed_memory,
     make_accelerator,
@@ -52,13 +54,15 @@ def train(config: TrainingConfig, blocks=None):
 
     blocks: `corpora.Blocks` to train on; None prepares `config.corpus`.
 
-    Raises ValueError for settings or data that do not fit, OSError if `out` cannot hold the run,
+    Raises ValueError for settings or data that do not fit or if another process is training into `out`, OSError if `out` cannot hold the run,
     FloatingPointError if the loss is not finite, and KeyboardInterrupt, once all is saved, if
     interrupted.
     """
     folder = RunFolder(config)
     if not folder.is_finished():
-        Run(config, folder, blocks).to_the_end()
+        first = os.environ.get("RANK", "0") == "0"  # of the processes of one run
+        with locked_folder(folder.path) if first else contextlib.nullcontext():
+            Run(config, folder, blocks).to_the_end()
     return folder.history()
 
 
