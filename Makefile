@@ -1,5 +1,6 @@
 # make run    execute the notebooks in order, show a table of results, and write runs/index.html
-# make test   run the tests, notebooks included
+# make test   run the tests, notebooks included, but for the slow ones
+# make test-all   run these, too, and the properties on newly drawn examples
 # make lab    open the notebooks in JupyterLab
 # make setup  only install, into .venv
 #
@@ -15,13 +16,16 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 # An index with another build of PyTorch, such as https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 
-.PHONY: run test lab setup notebooks demo-model evaluate topic-control gender-bias bench clean
+.PHONY: run test test-all lab setup notebooks demo-model evaluate topic-control gender-bias bench clean
 
 run: setup
 	$(BIN)/python -m backpack_lib.running
 
 test: .venv/tested-with
 	$(BIN)/python -m pytest
+
+test-all: test
+	$(BIN)/python -m pytest -m "slow or hypothesis" --hypothesis-profile=drawn tests
 
 lab: setup
 	$(BIN)/jupyter lab notebooks

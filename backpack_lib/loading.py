@@ -12,7 +12,8 @@ from transformers.utils import logging
 
 from backpack_lib.files import data_folder, first_line, runs_folder
 from backpack_lib.hub import reaching_hub
-from backpack_lib.model.backpack import BackpackLMHeadModel, from_released_format
+from backpack_lib.model.backpack import GPT2_TOKENS, BackpackLMHeadModel, from_released_format
+from backpack_lib.model.kinds import require_transformer
 from backpack_lib.text.corpora import PLANTED
 from backpack_lib.text.tokenizers import load_tokenizer
 
@@ -20,7 +21,8 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 SHIPPED = {"demo": "demo/backpack", "demo-transformer": "demo/transformer"}
 TRAINED = {"planted": "backpack", "planted-transformer": "transformer"}  # by the notebook 01_training
 MODELS = {"backpack": BackpackLMHeadModel, "gpt2": GPT2LMHeadModel}
-GPT2_TOKENIZER = "openai-community/gpt2"
+GPT2 = "openai-community/gpt2"
+NONE = "none"  # as the name of a baseline
 
 
 def load(name, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
@@ -49,7 +51,7 @@ def load_tokenizer_of(name):
         # The released model uses GPT-2's tokenizer without carrying a copy of it.
         if not _is_released_format(_config(name)):
             raise
-        return load_tokenizer(GPT2_TOKENIZER)
+        return load_tokenizer(GPT2)
 
 
 def load_model(name, dtype: torch.dtype = torch.float32, **changes):
@@ -69,6 +71,54 @@ def load_model(name, dtype: torch.dtype = torch.float32, **changes):
         )
     model.loss_type = "ForCausalLM"
     return model.eval()
+
+
+def load_baseline(name, given: str = "", device: str | torch.device = "cpu"):
+    """The Transformer that a Backpack is compared with, or None, and a sentence that says why there is none.
+
+    name: the Backpack's. given: the Transformer's, "none", or "" for the one that belongs to the Backpack: of what
+        training wrote, the newest beside it with the same tokenizer and the same trunk; of other models with
+        GPT-2's vocabulary, such as the released Backpack, GPT-2 small.
+
+    Raises ValueError if the one that was named is no Transformer or reads other tokens than the Backpack.
+    """
+    found = given or _baseline_of(name)
+    if found in (None, NONE):
+        return None, f"No Transformer that belongs to {str(name)!r} is known; name one by the parameter `baseline`."
+    try:
+        model, tokenizer = load(found, device)
+    except ValueError as error:
+        if given:
+            raise
+        return None, f"The Transformer that belongs to {str(name)!r} is not to be had: {error}"
+    require_transformer(model)
+    own = load_tokenizer_of(name)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"baseline={given!r} reads other tokens than {str(name)!r} ({len(tokenizer):,} and {len(own):,} in all), so "
+            f"the two cannot be compared; name a Transformer with the same tokenizer, or {NONE!r}."
+        )
+    return model, ""
+
+
+def _baseline_of(name) -> str | None:
+    folder = Path(_path_of(name))
+    beside = [*folder.parent.glob("*"), *folder.parent.parent.glob("*/model")] if folder.is_dir() else []
+    fitting = [other for other in beside if _is_baseline(other, folder)]
+    if fitting:
+        return str(max(fitting, key=lambda other: (other / "config.json").stat().st_mtime))
+    return GPT2 if len(load_tokenizer_of(name)) == GPT2_TOKENS else None
+
+
+def _is_baseline(other: Path, folder: Path) -> bool:
+    """Whether a folder holds a Transformer with the same tokenizer and trunk as the Backpack in another."""
+    files = [of / name for of in (folder, other) for name in ("config.json", "tokenizer.json")]
+    if not all(file.is_file() for file in files):
+        return False
+    own, tokens, its, its_tokens = (file.read_bytes() for file in files)
+    own, its = json.loads(own), from_released_format(json.loads(its))
+    same = all(own.get(size) == its.get(size) for size in ("n_embd", "n_layer", "n_positions"))
+    return its.get("model_type") == "gpt2" and same and tokens == its_tokens
 
 
 def is_planted(name) -> bool:

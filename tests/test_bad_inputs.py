@@ -2,15 +2,16 @@
 
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, tiny_model, tiny_tokenizer
+from helpers import tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from backpack_lib import SenseEdits, TrainingConfig, attribute, load
+from backpack_lib import SenseEdits, attribute, load
 from backpack_lib.analysis import bias, pplm, similarity
 from backpack_lib.analysis.attribution import read
 from backpack_lib.analysis.scores import bits_per_byte, read_blimp
@@ -32,17 +33,18 @@ NAN = float("nan")
 JOBS, TEMPLATES = ["nurse", "guard"], ["At the zoo, the {profession} says that"]
 
 
-@pytest.fixture
-def c(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def cases_folder(tmp_path_factory):
     """What the cases work on: a small Backpack m, its tokenizer t, its Transformer g, and a folder with bad files."""
-    monkeypatch.setenv("BACKPACK_RUNS", str(tmp_path / "runs"))
+    folder = tmp_path_factory.mktemp("bad inputs")
     t = tiny_tokenizer()
     sizes = dict(vocab_size=len(t), n_positions=24, n_embd=20, n_layer=1, n_head=2)
     m, g = tiny_model(vocab_size=len(t)), GPT2LMHeadModel(GPT2Config(**sizes)).eval()
-    files = tmp_path / "files"
-    for name in ("whole", "damaged", "lacking", "other"):
-        m.save_pretrained(files / name)
-        t.save_pretrained(files / name)
+    files = folder / "files"
+    m.save_pretrained(files / "whole")
+    t.save_pretrained(files / "whole")
+    for name in ("damaged", "lacking", "other"):
+        shutil.copytree(files / "whole", files / name)
     weights = files / "damaged" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     tensors = load_file(files / "lacking" / "model.safetensors")
@@ -62,14 +64,18 @@ def c(tmp_path, monkeypatch):
     (files / "wrong.yaml").write_text("a: [1, 2\n")
     (files / "sets").mkdir()
     (files / "notebook.json").write_text("{}")
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    yield SimpleNamespace(m=m, t=t, g=g, files=files, edits=lambda: SenseEdits(m, t), out=str(tmp_path / "out"))
-    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    return SimpleNamespace(m=m, t=t, g=g, files=files, edits=lambda: SenseEdits(m, t), out=str(folder / "out"))
+
+
+@pytest.fixture
+def c(cases_folder, monkeypatch):
+    """`cases_folder`, in which nothing may have been written afterwards."""
+    folder = cases_folder.files.parent
+    monkeypatch.setenv("BACKPACK_RUNS", str(folder / "runs"))
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    yield cases_folder
+    after = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert after == before, "something was written"
-
-
-def config(c, **changes):
-    return TrainingConfig(**{"corpus": "planted", "out": c.out, "n_embd": 16, "n_head": 2, "warmup": 0} | changes)
 
 
 def control(c, words=("nurse",), **settings):
@@ -193,23 +199,6 @@ CASES = {
         (lambda c: train_tokenizer(["a b"], 100), "100"),
         (lambda c: train_tokenizer(["a b"], 300, ["two words"]), "two words"),
     ],
-    "training": [
-        (lambda c: config(c, steps=0), "steps=0 is out of range"),
-        (lambda c: config(c, batch_size=0), "batch_size=0"),
-        (lambda c: config(c, block_size=1), "block_size=1"),
-        (lambda c: config(c, n_head=3), "does not divide"),
-        (lambda c: config(c, num_senses=99), "num_senses=99"),
-        (lambda c: config(c, learning_rate=NAN), "learning_rate=nan"),
-        (lambda c: config(c, learning_rate=math.inf), "learning_rate=inf"),
-        (lambda c: config(c, dropout=1), "dropout=1"),
-        (lambda c: config(c, warmup=-1), "warmup=-1"),
-        (lambda c: config(c, architecture="lstm"), "architecture='lstm'"),
-        (lambda c: config(c, optimizer="sgd"), "optimizer='sgd'"),
-        (lambda c: config(c, optimizer="muon", precision="fp16"), "unscaled twice"),
-        (lambda c: config(c, seed=-1), "seed=-1"),
-        (lambda c: config(c, valid_fraction=0.0), "valid_fraction=0.0"),
-        (lambda c: config(c, corpus=""), "corpus"),
-    ],
     "running": [
         (lambda c: run_notebook("09_nothing"), "There is no notebook '09_nothing'"),
         (lambda c: run_notebook("../README"), "There is no notebook"),
@@ -237,7 +226,3 @@ def test_bad_input_is_one_clear_sentence_and_leaves_nothing(c, call, words):
         call(c)
     message = str(refused.value)
     assert words in message and len(message.splitlines()) == 1 and 10 < len(message) < 400, message
-
-
-def test_there_are_as_many_as_promised():
-    assert len(ALL) >= 60 and (ROOT / "notebooks").is_dir()

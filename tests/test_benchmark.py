@@ -63,6 +63,7 @@ def test_flops_are_those_that_are_counted(bench):
         assert counter.get_total_flops() / 32 == pytest.approx(expected[name] + whole, rel=0.05)
 
 
+@pytest.mark.slow
 def test_all_rows_are_measured_and_written(bench, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "LENGTHS", (16,))
     rows = {key: row for key, row in bench.ROWS.items() if not key.startswith(("memory", "generation"))}

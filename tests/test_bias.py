@@ -365,3 +365,19 @@ def test_levelled_professions_share_their_mean_sense_and_nothing_else_changes(mo
     torch.testing.assert_close(after[:2, 1], mean.expand(2, -1))
     untouched = [sense for sense in range(before.shape[1]) if sense != 1]
     assert torch.equal(after[:, untouched], before[:, untouched]) and torch.equal(after[2], before[2])
+
+
+def test_professions_that_share_a_token_with_another_or_with_a_template_cannot_be_edited_apart():
+    class Letters:  # a tokenizer of letters, but for whole words that it knows
+        unk_token_id = None
+        whole = {"nurse": 1000, "guard": 1001, "the": 1002, "said": 1003}
+
+        def __call__(self, text, **_):
+            words = text.split()
+            return {"input_ids": [i for w in words for i in ([self.whole[w]] if w in self.whole else map(ord, w))]}
+
+        def decode(self, ids):
+            return "".join(map(chr, ids))
+
+    apart = bias.separable(Letters(), ["nurse", "guard", "cook", "clerk", "mayor", "vip"], ["the {profession} said iv"])
+    assert apart == ["nurse", "guard", "mayor"]  # cook and clerk share c and k, vip has v and i in the template

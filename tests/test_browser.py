@@ -76,6 +76,7 @@ def lab(tmp_path):
         server.wait(30)
 
 
+@pytest.mark.slow
 def test_a_person_explores_senses_and_edits_in_jupyterlab(lab, page):
     from playwright.sync_api import expect
 

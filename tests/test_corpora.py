@@ -287,6 +287,7 @@ def test_processes_read_different_parts_of_a_stream(hub, processes):
     assert min(map(len, parts)) > 0.8 * n_whole / processes
 
 
+@pytest.mark.slow
 def test_a_run_on_a_stream_can_be_interrupted(hub, tmp_path, monkeypatch):
     from backpack_lib import TrainingConfig, load, train
     from backpack_lib.training.run import Run

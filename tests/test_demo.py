@@ -6,12 +6,14 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 import yaml
 from helpers import ROOT
 from safetensors import safe_open
+from scipy.stats import spearmanr
 from transformers import GPT2LMHeadModel
 
 from backpack_lib import BackpackLMHeadModel, TrainingConfig, load
@@ -29,7 +31,7 @@ def scripts(monkeypatch):
     """The scripts beside the demo models, as modules."""
     monkeypatch.syspath_prepend(str(DEMO))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    names = ("make", "cards", "evaluate")
+    names = ("make", "cards", "evidence", "evaluate")
     yield type("Scripts", (), {name: importlib.import_module(name) for name in names})
     for name in names:
         sys.modules.pop(name)
@@ -92,6 +94,7 @@ def test_common_words_are_counted_as_they_are_written_after_a_space(scripts):
     assert [word for word, _ in scripts.make.count_words(texts).most_common(3)] == ["cat", "the", "saw"]
 
 
+@pytest.mark.slow
 def test_the_evaluation_fills_the_file_and_the_cards(small, monkeypatch):
     scripts, folder, tmp_path = small
     scripts.make.make_demo(str(tmp_path / "text.txt"), str(tmp_path / "valid.txt"), tmp_path / "runs", "cpu")
@@ -121,6 +124,7 @@ def test_the_evaluation_fills_the_file_and_the_cards(small, monkeypatch):
     assert set(found["models"]["demo"]["roles"]["auc"]) >= {"next word", "words nearby", "related word"}
 
 
+@pytest.mark.slow
 def test_word2vec_learns_from_the_first_characters_of_the_corpus(scripts, tmp_path):
     texts = [text.text for text in planted.generate(3000)]
     (tmp_path / "text.txt").write_text("\n\n".join([*texts, "zebra " * 9]))
@@ -143,6 +147,43 @@ def test_wrong_places_are_one_sentence(small, monkeypatch, capsys):
 def test_tables_of_the_cards_are_markdown(scripts):
     frame = pd.DataFrame({"a": [1, 2], "b c": ["x", "y"]})
     assert scripts.cards.table(frame) == "| a | b c |\n| --- | --- |\n| 1 | x |\n| 2 | y |"
+
+
+def test_word2vec_knows_lower_case_and_gives_unknown_words_zeros(scripts):
+    class Vectors(dict):
+        vector_size = 3
+
+    found = scripts.evidence.of_word2vec(Vectors(cat=np.ones(3, np.float32)))(["Cat", "dog"])
+    assert found.tolist() == [[[1.0, 1.0, 1.0]], [[0.0, 0.0, 0.0]]]
+
+
+# ---------------------------------------------------------------- what the senses do
+
+
+def test_persons_are_paired_with_every_pronoun_and_so_are_as_many_other_words(scripts, tokenizer):
+    true, false = scripts.evidence.persons_and_pronouns(tokenizer, ["nurse", "teacher", "no single token"])
+    persons = {tokens_of_word(tokenizer, "nurse")[0], *tokens_of_word(tokenizer, "teacher")[:1]}
+    assert set(true[:, 0]) <= persons and not set(false[:, 0]) & persons and len(true) == len(false)
+    assert sorted(true[:, 1]) == sorted(false[:, 1])
+    assert set(true[:, 1]) >= {tokens_of_word(tokenizer, word)[0] for word in ("he", "she")}
+
+
+def test_related_words_come_both_ways_round_and_only_above_the_score(scripts, tokenizer):
+    pairs = pd.DataFrame([("nurse", "concert", 8.0), ("he", "she", 3.0)], columns=["word1", "word2", "score"])
+    a, b = tokens_of_word(tokenizer, "nurse")[0], tokens_of_word(tokenizer, "concert")[0]
+    assert scripts.evidence.related_words(tokenizer, pairs, 7.0).tolist() == [[a, b], [b, a]]
+
+
+def test_pronouns_follow_professions_where_they_were_made_to(scripts, model, tokenizer):
+    names = ["nurse", "concert", "band", "song", "river"]
+    professions = pd.DataFrame({"profession": names, "percent_women": [90, 70, 50, 30, 10]})
+    found = scripts.evidence.profession_pronouns(model, tokenizer, professions)
+    he, she = (tokens_of_word(tokenizer, word)[0] for word in ("he", "she"))
+    direction = model.lm_head.weight[he] - model.lm_head.weight[she]
+    push = [model.sense_vectors(torch.tensor([tokens_of_word(tokenizer, n)[-1]]))[0] @ direction for n in names]
+    for sense in range(4):
+        expected = spearmanr([p[sense].item() for p in push], [10, 30, 50, 70, 90]).statistic
+        assert found["rho"][sense] == pytest.approx(expected)
 
 
 # ---------------------------------------------------------------- as shipped
@@ -199,6 +240,7 @@ def test_there_are_seventeen_topics_with_words_of_their_own():
     assert all(1 <= len(topic["steer"]) <= 3 for topic in topics)
 
 
+@pytest.mark.slow
 def test_the_commonest_words_of_the_corpus_are_single_tokens(demo, scripts, shared):
     from backpack_lib.text.corpora import first_characters, open_corpus
 
@@ -239,6 +281,7 @@ def test_the_evaluation_is_of_these_weights(name, evaluation):
     assert evaluation["models"][name]["weights"] == fingerprint(load(name)[0]), "run: make evaluate"
 
 
+@pytest.mark.slow
 def test_figures_of_the_evaluation_come_out_again(demo, evaluation, shared):
     """BLiMP's first sets, and bits per byte of a tenth of the text, since all of it takes minutes."""
     from backpack_lib.text.corpora import open_corpus
@@ -261,6 +304,7 @@ def test_samples_come_out_again_with_the_same_seed(demo, evaluation, scripts):
     assert again[0] == again[1] and again[0].startswith(prompts[0])
 
 
+@pytest.mark.slow
 def test_it_loads_without_a_network_from_another_folder(tmp_path):
     code = "from backpack_lib import load; m, t = load('demo'); print(m.config.num_senses, len(t))"
     env = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}

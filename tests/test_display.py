@@ -315,10 +315,13 @@ def test_the_bias_explorer_follows_its_controls(tmp_path):
         return odds in page and all(number in page for number in probabilities + contributions)
 
     none = SenseEdits(MODEL, TOKENIZER)
+    turned_down = SenseEdits(MODEL, TOKENIZER).scale("nurse", [1, 3], 0)
+    assert [slider.value for slider in explorer.scales] == [1, 0, 1, 0]  # it opens with the edit applied
+    assert shows("the nurse said that", turned_down)
+    explorer.reset.click()
     assert shows("the nurse said that", none) and len(explorer.edits()) == 0
     explorer.down.click()
-    assert [slider.value for slider in explorer.scales] == [1, 0, 1, 0]
-    assert shows("the nurse said that", SenseEdits(MODEL, TOKENIZER).scale("nurse", [1, 3], 0))
+    assert shows("the nurse said that", turned_down)
     explorer.profession.value, explorer.template.value = "concert", "near the {profession} she"
     explorer.scales[0].value = 2.5
     expected = SenseEdits(MODEL, TOKENIZER).scale("concert", [1, 3], 0).scale("concert", 0, 2.5)

@@ -12,8 +12,6 @@ from functools import partial
 import pytest
 from helpers import ROOT, tiny_model, tiny_tokenizer
 
-from backpack_lib.loading import pick_device
-
 LOAD = "from backpack_lib import load; model, tokenizer = load({!r}); print(model.config.num_senses, len(tokenizer))"
 
 
@@ -54,6 +52,7 @@ def hub(tmp_path):
     server.server_close()
 
 
+@pytest.mark.slow
 def test_a_model_comes_from_the_hub_by_its_name_and_afterwards_from_the_cache(hub, tmp_path):
     address = f"http://127.0.0.1:{hub.server_address[1]}"
     made, _ = run(LOAD.format("somebody/tiny"), tmp_path, HF_ENDPOINT=address)
@@ -66,6 +65,7 @@ def test_a_model_comes_from_the_hub_by_its_name_and_afterwards_from_the_cache(hu
     assert made.stdout.split() == ["3", "500"] and not made.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["model", "data set"])
 def test_a_hub_that_does_not_answer_is_given_up_soon_and_in_one_sentence(what, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the call and says nothing
@@ -79,20 +79,3 @@ def test_a_hub_that_does_not_answer_is_given_up_soon_and_in_one_sentence(what, t
     *message, seconds = made.stdout.splitlines()
     assert len(message) == 1 and "could be loaded by that name" in message[0]
     assert float(seconds) < 12 and not made.stderr, made.stderr
-
-
-def test_devices_are_chosen_by_name(monkeypatch):
-    assert pick_device("cpu").type == "cpu" and pick_device().type in ("cpu", "cuda")
-    for here, chosen in ((True, "cuda"), (False, "cpu")):
-        monkeypatch.setattr("torch.cuda.is_available", lambda here=here: here)
-        monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
-        assert pick_device("auto").type == chosen  # an Apple GPU only if it is asked for
-    assert pick_device("mps").type == "mps"
-    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
-    for name, message in (
-        ("cuda", "needs a CUDA GPU"),
-        ("mps", "needs an Apple GPU"),
-        ("gpu", "is unknown; choose one"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            pick_device(name)

@@ -60,6 +60,7 @@ def test_runs_of_words_are_counted_by_hand():
     assert bag_share(["Sports, and more sports", "no"], ["sports"]) == pytest.approx(2 / 5)
 
 
+@pytest.mark.slow
 def test_mauve_is_one_for_the_same_texts_and_low_for_others(model, tokenizer):
     pytest.importorskip("mauve")
     one = [f"the nurse said that he sees {number} banks" for number in range(60)]

@@ -362,6 +362,7 @@ def test_text_generation_pipeline(tmp_path):
     assert made.startswith("one two") and len(made) > len("one two")
 
 
+@pytest.mark.slow
 def test_compiled_model_gives_the_same_loss_and_gradients():
     model, ids = tiny_model(), random_ids(2, 9)
     plain = model(ids, labels=ids, use_cache=False).loss
@@ -373,6 +374,7 @@ def test_compiled_model_gives_the_same_loss_and_gradients():
     torch.testing.assert_close(model.backpack.sense_network.final_mlp.c_proj.weight.grad, expected)
 
 
+@pytest.mark.slow
 def test_compiled_training_meets_few_sizes(monkeypatch):
     """Batches with other numbers of distinct tokens, but about as many, need no compilation of their own."""
     from torch._dynamo.testing import CompileCounterWithBackend

@@ -26,6 +26,7 @@ def contents(folder):
     return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
 
 
+@pytest.mark.slow
 def test_a_clone_in_a_foreign_folder_with_data_that_is_only_read_no_home_and_no_network(tmp_path):
     clone = tmp_path / "Müllers Ordner 背包" / "clone"
     left_out = shutil.ignore_patterns(".*", "runs", "tests", "__pycache__", "*.egg-info")
@@ -56,6 +57,7 @@ def test_a_clone_in_a_foreign_folder_with_data_that_is_only_read_no_home_and_no_
         path.chmod(0o755)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_interrupted_goes_on_to_the_same_result(tmp_path):
     (tmp_path / "texts.txt").write_text("\n\n".join(text.text for text in planted.generate(1500)))
     sizes = "n_layer 1, n_head 2, n_embd 16, num_senses 2, vocab_size 600, block_size 32, batch_size 4, warmup 5"

@@ -131,6 +131,7 @@ def test_training_loads_nothing_that_a_bare_gpu_machine_lacks():
     )
 
 
+@pytest.mark.slow
 def test_a_wheel_holds_the_data_and_the_notebooks(tmp_path):
     source = tmp_path / "source"  # a copy, since building leaves files behind
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "runs", "build", "*.egg-info", "__pycache__"))
@@ -146,13 +147,17 @@ def test_a_wheel_holds_the_data_and_the_notebooks(tmp_path):
         "from backpack_lib import load; from backpack_lib.text import planted; import backpack_lib;"
         "from backpack_lib.running.parameters import ordered_notebooks;"
         "senses = [getattr(load(name)[0].config, 'num_senses', 0) for name in ('demo', 'demo-transformer')];"
-        "print(next(planted.generate(1)).topic, ordered_notebooks()[0], *senses, backpack_lib.__file__)"
+        "import importlib, pkgutil; modules = [m.name for m in pkgutil.walk_packages(['backpack_lib'], 'backpack_lib.')];"
+        "[importlib.import_module(name) for name in modules if not name.endswith('__main__')];"
+        "print(next(planted.generate(1)).topic, ordered_notebooks()[0], *senses, len(modules), backpack_lib.__file__)"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path / "site", capture_output=True, text=True, check=True
     )
-    *found, file = result.stdout.split()
+    *found, modules, file = result.stdout.split()
     assert found == ["kitchen", "00_tour", "16", "0"] and file.startswith(str(tmp_path))
+    sources = [*(ROOT / "backpack_lib").rglob("*.py")]
+    assert int(modules) == len(sources) - 1  # all files of all wings, and each can be imported; without the package itself
 
 
 # ---------------------------------------------------------------- the notebooks as a visitor sees them

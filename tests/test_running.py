@@ -209,6 +209,7 @@ def test_values_of_a_grid_can_be_lists_and_get_folders_that_any_disk_takes(suite
     assert len(folders) == 6 and not any(set(name) & set("/:[] '\"") for name in folders)
 
 
+@pytest.mark.slow
 def test_a_grid_that_is_stopped_says_what_is_left_and_goes_on(suite, tmp_path):
     suite(
         "01_first",

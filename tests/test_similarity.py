@@ -132,17 +132,6 @@ def test_the_held_out_table_has_an_interval_for_each_set(model, tokenizer):
     assert row["low"] < row["rho"] < row["high"] and "of 10 folds" in row["chosen"]
 
 
-def test_word2vec_knows_lower_case_and_gives_unknown_words_zeros():
-    class Vectors(dict):
-        vector_size = 3
-
-    found = similarity.of_word2vec(Vectors(cat=np.ones(3, np.float32)))(["Cat", "dog"])
-    assert found.tolist() == [[[1.0, 1.0, 1.0]], [[0.0, 0.0, 0.0]]]
-
-
-# ---------------------------------------------------------------- what the senses do
-
-
 def test_pairs_of_each_relation_are_those_of_the_text(tokenizer):
     (known,) = {word for word in ("concert",) if len(tokens_of_word(tokenizer, word)) == 1}
     text = f"x the {known} nurse played a {known}, she said"
@@ -182,14 +171,6 @@ def test_the_auc_is_the_share_of_true_and_false_pairs_in_order(model):
     np.testing.assert_allclose(roles.relation_auc(model, pairs), slow)
 
 
-def test_persons_are_paired_with_every_pronoun_and_so_are_as_many_other_words(tokenizer):
-    true, false = roles.persons_and_pronouns(tokenizer, ["nurse", "teacher", "no single token"])
-    persons = {tokens_of_word(tokenizer, "nurse")[0], *tokens_of_word(tokenizer, "teacher")[:1]}
-    assert set(true[:, 0]) <= persons and not set(false[:, 0]) & persons and len(true) == len(false)
-    assert sorted(true[:, 1]) == sorted(false[:, 1])
-    assert set(true[:, 1]) >= {tokens_of_word(tokenizer, word)[0] for word in ("he", "she")}
-
-
 def test_given_false_pairs_are_the_ones_compared_with(model):
     true, false = np.array([(3, 9), (4, 9), (5, 11)]), np.array([(7, 9), (8, 11)])
     pairs = [(roles._scores(model, *t[:, None]), roles._scores(model, *f[:, None])) for t in true for f in false]
@@ -206,24 +187,6 @@ def test_a_role_needs_a_high_auc_and_a_lead():
     found = roles.find_roles(down)
     assert list(found["role"]) == ["against a", "no clear role", "no clear role", "b"]
     assert found["auc"][0] == 0.2 and found["lead"][0] < -1 < 1 < found["lead"][3]
-
-
-def test_related_words_come_both_ways_round_and_only_above_the_score(tokenizer):
-    pairs = pd.DataFrame([("nurse", "concert", 8.0), ("he", "she", 3.0)], columns=["word1", "word2", "score"])
-    a, b = tokens_of_word(tokenizer, "nurse")[0], tokens_of_word(tokenizer, "concert")[0]
-    assert roles.related_words(tokenizer, pairs, 7.0).tolist() == [[a, b], [b, a]]
-
-
-def test_pronouns_follow_professions_where_they_were_made_to(model, tokenizer):
-    names = ["nurse", "concert", "band", "song", "river"]
-    professions = pd.DataFrame({"profession": names, "percent_women": [90, 70, 50, 30, 10]})
-    found = roles.profession_pronouns(model, tokenizer, professions)
-    he, she = (tokens_of_word(tokenizer, word)[0] for word in ("he", "she"))
-    direction = model.lm_head.weight[he] - model.lm_head.weight[she]
-    push = [model.sense_vectors(torch.tensor([tokens_of_word(tokenizer, n)[-1]]))[0] @ direction for n in names]
-    for sense in range(4):
-        expected = spearmanr([p[sense].item() for p in push], [10, 30, 50, 70, 90]).statistic
-        assert found["rho"][sense] == pytest.approx(expected)
 
 
 def test_a_model_in_bfloat16_has_similarities_and_relations_too(tokenizer):

@@ -209,6 +209,7 @@ def test_finetuning_uses_the_dropout_that_is_asked_for(tiny):
     assert rates == {0.2}
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_is_refused(tiny, monkeypatch):
 
     monkeypatch.setattr(RunFolder, "finish", lambda *args: None)  # as if killed just before
@@ -218,6 +219,7 @@ def test_another_number_of_processes_is_refused(tiny, monkeypatch):
     assert "holds a run with sequences_per_step=4, which is now 8" in result.stderr
 
 
+@pytest.mark.slow
 def test_compiled_training_gives_the_same_losses(tiny, monkeypatch):
     monkeypatch.setattr(
         torch.nn.Module,
@@ -279,6 +281,7 @@ def launcher(kind, port):
     return ["-m", "accelerate.commands.launch", f"--config_file={file}", *place]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, port", [("ddp", 29617), ("fsdp", 29620)])
 def test_two_processes_give_the_losses_of_one_and_leave_their_group(tiny, tmp_path, kind, port):
     tiny = replace(tiny, dropout=0.0, device="cpu", accumulate=2, eval_blocks=7)
@@ -300,6 +303,7 @@ def test_two_processes_give_the_losses_of_one_and_leave_their_group(tiny, tmp_pa
     assert all(torch.allclose(a[name], b[name], atol=1e-3) for name in a)
 
 
+@pytest.mark.slow
 def test_a_divided_model_goes_on_from_its_checkpoint(tiny):
     config = replace(tiny, dropout=0.0, device="cpu", out=f"{tiny.out}-whole")
     broken = replace(config, out=f"{tiny.out}-broken", steps=40)
@@ -329,6 +333,7 @@ def test_muon_on_a_divided_model_is_refused(tiny, monkeypatch):
 # ---------------------------------------------------------------- interruptions
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_ends_with_the_same_weights(tiny):
     config = replace(tiny, steps=60, save_every=4, eval_every=7, accumulate=2)
     whole = replace(config, out=config.out + "-whole")
@@ -354,6 +359,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_weights(tiny):
     pd.testing.assert_frame_equal(a, b, check_exact=True)
 
 
+@pytest.mark.slow
 def test_an_interrupt_saves_and_stops_and_the_run_goes_on(tiny, monkeypatch):
     whole = replace(tiny, out=tiny.out + "-whole")
     train(whole)
@@ -511,6 +517,12 @@ def test_an_unwritable_folder_is_one_sentence(tiny, tmp_path):
         (dict(schedule="wsd", decay=1.1), "decay=1.1 is out of range"),
         (dict(schedule="wsd", warmup=11, decay=0.5), "leave no room for decay=0.5"),
         (dict(optimizer="sgd"), "optimizer='sgd' is unknown; choose one of adamw, muon"),
+        (dict(optimizer="muon", precision="fp16"), "unscaled twice"),
+        (dict(learning_rate=float("inf")), "learning_rate=inf is out of range"),
+        (dict(warmup=-1), "warmup=-1 is out of range"),
+        (dict(seed=-1), "seed=-1 is out of range"),
+        (dict(valid_fraction=0.0), "valid_fraction=0.0"),
+        (dict(corpus=""), "The corpus is empty"),
     ],
     ids=lambda x: str(x)[:30],
 )

@@ -11,6 +11,7 @@ an edit of senses leaves the contextualisation weights as they are, the log-odds
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -128,6 +129,18 @@ def check_split(fit: list[str], test: list[str]):
         raise ValueError(
             f"The template {both[0]!r} is used for fitting and for testing; what is fitted must be tested elsewhere."
         )
+
+
+def separable(tokenizer, professions: list[str], templates: list[str]) -> list[str]:
+    """Those professions that can be edited without touching another's, or the templates', words: no token is shared.
+
+    A profession of several tokens may share one of them. Of two that share one, neither is returned.
+    """
+    words = " ".join(templates).replace(SLOT, " ")
+    of_templates = set(tokenizer(" " + words, add_special_tokens=False)["input_ids"])
+    tokens = {name: set(known_tokens_of_word(tokenizer, name)) for name in professions}
+    uses = Counter(token for of_one in (of_templates, *tokens.values()) for token in of_one)
+    return [name for name in professions if all(uses[token] == 1 for token in tokens[name])]
 
 
 # ---------------------------------------------------------------- what carries it

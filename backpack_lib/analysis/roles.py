@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import rankdata, spearmanr
+from scipy.stats import rankdata
 
 from backpack_lib.analysis.senses import vectors_of_tokens
 from backpack_lib.text import planted
@@ -22,7 +22,6 @@ from backpack_lib.text.words import token_of_word, tokens_of_word
 
 PAIRS_AT_MOST = 20_000  # of a relation
 DETERMINERS = {"the", "a", "an", "his", "her", "its", "their", "this", "that"}
-PRONOUNS = {"he", "him", "his", "himself", "she", "her", "hers", "herself"}
 NEARBY = range(2, 11)  # tokens ahead
 MIN_AUC = 0.6  # from here on a sense holds a relation; from 1 - .6 down it holds against it
 
@@ -35,8 +34,8 @@ def relations_of_text(tokenizer, texts: Iterable[str], verbs: Iterable[str] = ()
     spelled = np.array(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
     starts = np.array([bool(re.fullmatch("Ġ[A-Za-z]+", token)) for token in spelled])
     goes_on = np.array([bool(re.fullmatch("[a-z]+", token)) for token in spelled])
-    of_verbs = _tokens_of(tokenizer, [form for verb in verbs for form in _forms(verb)])
-    determiners = _tokens_of(tokenizer, DETERMINERS)
+    of_verbs = single_tokens(tokenizer, [form for verb in verbs for form in _forms(verb)])
+    determiners = single_tokens(tokenizer, DETERMINERS)
     found = defaultdict(list)
     for text in texts:
         ids = np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -56,23 +55,6 @@ def relations_of_text(tokenizer, texts: Iterable[str], verbs: Iterable[str] = ()
     about = pairs["words nearby"]
     pairs["words nearby"] = about[~np.isin(about, common).any(1)]
     return {name: rows for name, rows in pairs.items() if len(rows)}
-
-
-def related_words(tokenizer, pairs: pd.DataFrame, least_score: float) -> np.ndarray:
-    """Pairs of words that people scored `least_score` or more, both ways round, where both are single tokens."""
-    rows = pairs[pairs["score"] >= least_score]
-    ids = [[tokens_of_word(tokenizer, word) for word in (row.word1, row.word2)] for row in rows.itertuples()]
-    single = np.array([(a[0], b[0]) for a, b in ids if len(a) == len(b) == 1 and a != b], dtype=int).reshape(-1, 2)
-    return np.concatenate([single, single[:, ::-1]])
-
-
-def persons_and_pronouns(tokenizer, people: Iterable[str], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Each word for a person with each pronoun, and the false pairs: as many other words with each pronoun."""
-    persons, pronouns = _tokens_of(tokenizer, people), _tokens_of(tokenizer, PRONOUNS)
-    words = [i for token, i in tokenizer.get_vocab().items() if re.fullmatch("Ġ[a-z]{3,}", token)]
-    others = np.random.default_rng(seed).choice(np.setdiff1d(words, [*persons, *pronouns]), len(persons), replace=False)
-    true, false = (np.stack(np.meshgrid(x, pronouns), -1).reshape(-1, 2) for x in (persons, others))
-    return true, false
 
 
 def relation_auc(model, pairs: np.ndarray, false_pairs: np.ndarray | None = None, seed: int = 0) -> np.ndarray:
@@ -113,24 +95,6 @@ def planted_meanings(model, tokenizer) -> tuple[pd.DataFrame, pd.Series]:
     return auc, is_meaning
 
 
-@torch.no_grad()
-def profession_pronouns(model, tokenizer, professions: pd.DataFrame) -> pd.DataFrame:
-    """For each sense, how its push of "he" over "she" goes with the share of men in a profession.
-
-    professions: profession and percent_women. Columns: rho (Spearman), p, and push, the standard deviation
-    of the push over professions, in logits.
-    """
-    ids = [tokens_of_word(tokenizer, name)[-1] for name in professions["profession"]]
-    he, she = (tokens_of_word(tokenizer, word)[0] for word in ("he", "she"))
-    embeddings = model.get_output_embeddings().weight
-    push = vectors_of_tokens(model, torch.tensor(ids, device=model.device)) @ (embeddings[he] - embeddings[she])
-    push = push.float().cpu().numpy()
-    tests = [spearmanr(column, 100 - professions["percent_women"]) for column in push.T]
-    return pd.DataFrame(
-        {"rho": [t.statistic for t in tests], "p": [t.pvalue for t in tests], "push": push.std(0, ddof=1)}
-    )
-
-
 def find_roles(auc: pd.DataFrame) -> pd.DataFrame:
     """One line for each sense: the relation in which it stands out most from the other senses, if in any.
 
@@ -168,7 +132,7 @@ def _forms(verb: str) -> list[str]:
     return [verb, verb + "s", stem + "ed", stem + "ing"]
 
 
-def _tokens_of(tokenizer, words: Iterable[str]) -> np.ndarray:
-    """Ids of those words that are one token."""
+def single_tokens(tokenizer, words: Iterable[str]) -> np.ndarray:
+    """Ids of those words that are one token, (n,)."""
     ids = [tokens_of_word(tokenizer, word) for word in words]
     return np.array([tokens[0] for tokens in ids if len(tokens) == 1], dtype=int)

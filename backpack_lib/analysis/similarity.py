@@ -147,14 +147,3 @@ def held_out_table(senses_of, sets: dict[str, pd.DataFrame], seed: int = 0, resa
 def of_model(model, tokenizer, multi_token: str = "mean"):
     """The function from words to vectors that a model gives; a Transformer's are its input embeddings."""
     return lambda words: senses_of_words(model, tokenizer, words, multi_token)
-
-
-def of_word2vec(vectors):
-    """The same from gensim's `KeyedVectors` of lower-case words; an unknown word gets zeros, so a similarity of zero."""
-
-    def senses_of(words: list[str]) -> torch.Tensor:
-        unknown = np.zeros(vectors.vector_size, np.float32)
-        rows = [vectors[w] if w in vectors else unknown for w in map(str.lower, words)]
-        return torch.from_numpy(np.stack(rows))[:, None]
-
-    return senses_of

@@ -332,8 +332,9 @@ class BiasExplorer(Explorer):
     """A profession in a template: the probabilities of two words, and what each sense contributes, while its senses
     are scaled.
 
-    scales: a slider for each sense of the profession's own tokens. turned_down: senses that a button sets to 0, such
-    as those that `bias.localize` found. Professions and templates of one's own can be typed in.
+    scales: a slider for each sense of the profession's own tokens. turned_down: senses that are at 0 when it opens,
+    and that a button sets to 0, such as those that `bias.localize` found. Professions and templates of one's own can
+    be typed in.
     """
 
     def __init__(
@@ -352,7 +353,7 @@ class BiasExplorer(Explorer):
         self.turned_down = turned_down
         self.scales = [
             W.FloatSlider(
-                1.0,
+                0.0 if sense in turned_down else 1.0,
                 min=-1,
                 max=3,
                 step=0.1,

@@ -17,6 +17,7 @@ from importlib.metadata import version
 import pandas as pd
 import torch
 from cards import ARCHITECTURE_OF, write_cards
+from evidence import of_word2vec, persons_and_pronouns, profession_pronouns, related_words
 from make import HERE, recipe
 from scipy.stats import spearmanr
 
@@ -86,15 +87,15 @@ def sense_roles(model, tokenizer, texts: list[str], sets: dict[str, pd.DataFrame
     verbs = sorted({*sets["SimVerb-3500"]["word1"]}) if "SimVerb-3500" in sets else []
     pairs = roles.relations_of_text(tokenizer, texts, verbs)
     if "WS-353" in sets:
-        pairs["related word"] = roles.related_words(tokenizer, sets["WS-353"], RELATED)
+        pairs["related word"] = related_words(tokenizer, sets["WS-353"], RELATED)
     auc = pd.DataFrame({name: roles.relation_auc(model, rows) for name, rows in pairs.items() if len(rows)})
     people = [*professions["profession"], *PEOPLE]
-    pairs["pronoun of a person"], others = roles.persons_and_pronouns(tokenizer, people)
+    pairs["pronoun of a person"], others = persons_and_pronouns(tokenizer, people)
     auc["pronoun of a person"] = roles.relation_auc(model, pairs["pronoun of a person"], others)
     return {
         "auc": auc.to_dict("list"),
         "pairs": {name: len(rows) for name, rows in pairs.items()},
-        "pronouns": roles.profession_pronouns(model, tokenizer, professions).to_dict("list"),
+        "pronouns": profession_pronouns(model, tokenizer, professions).to_dict("list"),
     }
 
 
@@ -167,7 +168,7 @@ def evaluate(given) -> dict:
         characters = int(found["models"]["demo"]["tokens_seen"] * blocks.bytes_per_token)
         vectors = word2vec(given.corpus, characters, settings["n_embd"])
         found["word2vec"] = {"characters": characters, "words": len(vectors)}
-        found["word2vec"] |= word_similarity(similarity.of_word2vec(vectors), sets)
+        found["word2vec"] |= word_similarity(of_word2vec(vectors), sets)
     return found
 
 

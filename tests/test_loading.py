@@ -1,0 +1,69 @@
+"""Devices and baselines by name. (What cannot be loaded is among the bad inputs; the hub has a file of its own.)"""
+
+import os
+
+import pytest
+import torch
+from helpers import tiny_model
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from backpack_lib import load, loading
+from backpack_lib.loading import fingerprint, load_baseline, pick_device
+
+
+def test_devices_are_chosen_by_name(monkeypatch):
+    assert pick_device("cpu").type == "cpu" and pick_device().type in ("cpu", "cuda")
+    for here, chosen in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda here=here: here)
+        monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+        assert pick_device("auto").type == chosen  # an Apple GPU only if it is asked for
+    assert pick_device("mps").type == "mps"
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    for name, message in (
+        ("cuda", "needs a CUDA GPU"),
+        ("mps", "needs an Apple GPU"),
+        ("gpu", "is unknown; choose one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pick_device(name)
+
+
+def test_a_baseline_is_the_newest_transformer_beside_a_model_with_its_tokenizer_and_trunk(tmp_path, tokenizer):
+    def save(name, kind, **changes):
+        sizes = dict(vocab_size=len(tokenizer), n_positions=24, n_embd=20, n_layer=2, n_head=2) | changes
+        made = tiny_model(**sizes) if kind == "backpack" else GPT2LMHeadModel(GPT2Config(**sizes))
+        made.save_pretrained(tmp_path / name / "model")
+        tokenizer.save_pretrained(tmp_path / name / "model")
+        os.utime(tmp_path / name / "model" / "config.json", (0, len(list(tmp_path.iterdir()))))
+        return made
+
+    save("mine", "backpack")
+    mine = str(tmp_path / "mine" / "model")
+    none, why_not = load_baseline(mine)
+    assert none is None and why_not.startswith(f"No Transformer that belongs to {mine!r} is known; name one")
+    save("older", "transformer")
+    newest = save("newest", "transformer")
+    save("wider", "transformer", n_embd=24)
+    save("other", "backpack")
+    found, why_not = load_baseline(mine)
+    assert why_not == "" and all(torch.equal(a, b) for a, b in zip(found.parameters(), newest.parameters()))
+    assert load_baseline(mine, "none")[0] is None
+    demo, _ = load_baseline("demo")
+    assert fingerprint(demo) == fingerprint(load("demo-transformer")[0])
+    with pytest.raises(ValueError, match="reads other tokens than"):
+        load_baseline(mine, "demo-transformer")
+    with pytest.raises(ValueError, match="the model given is a Backpack"):
+        load_baseline(mine, str(tmp_path / "other" / "model"))
+
+
+def test_the_baseline_of_a_model_with_gpt2s_vocabulary_is_gpt2(monkeypatch, tokenizer):
+    asked = []
+    monkeypatch.setattr(loading, "load_tokenizer_of", lambda name: range(50257))
+
+    def load(name, device):
+        asked.append(name)
+        raise ValueError("no network")
+
+    monkeypatch.setattr(loading, "load", load)
+    assert load_baseline("stanfordnlp/backpack-gpt2")[1].endswith("is not to be had: no network")
+    assert asked == ["openai-community/gpt2"]

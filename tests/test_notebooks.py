@@ -1,0 +1,475 @@
+"""Every notebook under other parameters than its own: other models, words and texts, its exercises solved, and bad input.
+
+All run in this process: the same cells in the same order, without the seconds that a kernel takes. (As a reader runs
+them, with kernels, nbval runs them.)
+"""
+
+import ast
+import json
+import re
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import matplotlib
+import nbformat
+import pandas as pd
+import pytest
+import torch
+from helpers import ROOT, tiny_classifier, tiny_model
+
+from backpack_lib import SenseEdits, load
+from backpack_lib.analysis import bias, topic
+from backpack_lib.analysis.similarity import SETS
+from backpack_lib.loading import fingerprint, is_planted
+from backpack_lib.running.notebook import RESULTS
+from backpack_lib.running.parameters import default_parameters
+from backpack_lib.studies.fluency import success
+from backpack_lib.text import planted
+from backpack_lib.text.tokenizers import train_tokenizer
+from backpack_lib.text.writing import ids_of_text
+
+NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+FOLD = re.compile(r"<details><summary>Solution</summary>.*?```python\n(.*?)```.*?</details>", re.S)
+CHECK = re.compile(r"^check_\d\(", re.M)
+EMPTY = re.compile(r"^answer_\d = None\n")
+
+
+# ---------------------------------------------------------------- how they are run
+
+
+def execute(name: str, parameters: dict, solved: bool = False) -> SimpleNamespace:
+    """Runs a notebook's code. -> its variables, and what the cells with exercises answered.
+
+    solved: with the folded solutions in place of the empty answers.
+    """
+    matplotlib.use("Agg")
+    assert set(parameters) <= set(default_parameters(NOTEBOOKS[name]))
+    notebook = nbformat.read(NOTEBOOKS[name], as_version=4)
+    solutions = iter(folded_solutions(notebook))
+    space, answers = {"__name__": "__main__"}, []
+    for cell in notebook.cells:
+        if cell.cell_type != "code":
+            continue
+        asks, source = CHECK.search(cell.source), cell.source
+        if asks and solved:
+            source, emptied = EMPTY.subn(lambda _: next(solutions), source)
+            assert emptied == 1
+        value = execute_cell(source, f"{name}: {cell.source[:40]!r}", space)
+        if asks:
+            answers.append(value)
+        if "parameters" in cell.metadata.get("tags", []):
+            space |= parameters
+    return SimpleNamespace(space=space, answers=answers)
+
+
+def execute_cell(source: str, name: str, space: dict):
+    """Runs the code of a cell and returns the value of its last expression, which a notebook would show."""
+    tree = ast.parse(source)
+    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, name, "exec"), space)
+    return None if last is None else eval(compile(ast.Expression(last.value), name, "eval"), space)
+
+
+def folded_solutions(notebook) -> list[str]:
+    found = [FOLD.search(cell.source) for cell in notebook.cells if cell.cell_type == "markdown"]
+    return [solution[1] for solution in found if solution]
+
+
+def results_of(folder) -> dict:
+    return json.loads((folder / RESULTS).read_text())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def scores_computed_once():
+    """The scores of topics take 03 most of its time, and are the same for most of these runs."""
+    known = {}
+
+    def remembered(function):
+        def call(*given):
+            key = (function, *(v.sum().item() if isinstance(v, torch.Tensor) else fingerprint(v) for v in given))
+            if key not in known:
+                known[key] = function(*given)
+            return known[key]
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("topic_scores", "largest_pushes"):
+            patch.setattr(topic, name, remembered(getattr(topic, name)))
+        yield
+
+
+# ---------------------------------------------------------------- exercises, and the models that 01 trained
+
+SHORT = {
+    "03_topic_control": {"topics": ["music", "law"], "strengths": [2], "pplm_steps": [0.3], "samples": 16, "tokens": 40},
+}
+
+
+def assert_solved(answers: list[str]):
+    assert len(answers) >= 2 and all(answer.startswith("Right") for answer in answers), answers
+
+
+@pytest.mark.parametrize("name", [n for n in NOTEBOOKS if folded_solutions(nbformat.read(NOTEBOOKS[n], as_version=4))])
+def test_empty_exercises_say_what_is_missing(name):
+    cells = [cell for cell in nbformat.read(NOTEBOOKS[name], as_version=4).cells if cell.cell_type == "code"]
+    cells = [cell for cell in cells if CHECK.search(cell.source)]
+    assert len(cells) == len(folded_solutions(nbformat.read(NOTEBOOKS[name], as_version=4))) >= 2
+    assert all("Not yet" in cell.outputs[0]["data"]["text/plain"] for cell in cells)
+
+
+def test_training_and_its_exercises(planted_run):
+    assert_solved(execute("01_training", {}, solved=True).answers)  # it finds its models trained
+    for name, senses in (("planted", 8), ("planted-transformer", 0)):
+        assert getattr(load(name)[0].config, "num_senses", 0) == senses and is_planted(name)
+
+
+def test_the_planted_meanings_are_found_and_the_exercises_on_senses_solved(planted_run, tmp_path):
+    assert_solved(execute("02_senses", {"model": "planted", "out": str(tmp_path)}, solved=True).answers)
+    results = results_of(tmp_path)
+    assert results["planted meanings found"] > 0.9 and results["residual"] < 1e-4
+    assert f"planted meanings found {results['planted meanings found']:.0%}" in results["headline"]
+
+
+def test_control_reaches_planted_topics_and_the_exercises_on_topics_are_solved(planted_run, tmp_path):
+    given = {"model": "planted", "out": str(tmp_path)} | SHORT["03_topic_control"]
+    assert_solved(execute("03_topic_control", given, solved=True).answers)
+    results = results_of(tmp_path)
+    assert results["planted success"] > 0.5 > 0.4 > results["planted success without control"]
+    made = {file.name for file in tmp_path.iterdir()}
+    assert made >= {"summary.csv", "topics.csv", "turned_up.csv", "annealing.csv", "response.csv"}
+
+
+@pytest.mark.slow
+def test_topic_control_goes_on_where_it_was_and_rises_with_strength(planted_run, tmp_path):
+    given = {"model": "planted", "out": str(tmp_path)}
+    execute("03_topic_control", given)
+    summary = pd.read_csv(tmp_path / "summary.csv")
+    plain = summary[(summary["method"] == "Backpack") & (summary["fluency"] == "temperature 1")]
+    assert plain["success"].is_monotonic_increasing and list(plain["strength"]) == [0, 1, 2, 3]
+    texts = {file: file.stat().st_mtime_ns for file in (tmp_path / "texts").iterdir()}
+    next(iter(texts)).unlink()  # as if the run had been killed before this one
+    execute("03_topic_control", given)
+    assert pd.read_csv(tmp_path / "summary.csv").equals(summary)
+    kept = [file for file, written in texts.items() if file.stat().st_mtime_ns == written]
+    assert len(kept) == len(texts) - 1
+
+
+def test_the_bias_search_finds_what_was_planted_and_the_edit_takes_it_away(planted_run, tmp_path):
+    assert_solved(execute("04_gender_bias", {"model": "planted", "out": str(tmp_path)}, solved=True).answers)
+    results = results_of(tmp_path)
+    assert results["rho"] >= 0.9 and results["p"] < 0.01 and results["share"] >= 0.9
+    assert results["spread removed"] > 0.95
+    # What other words of a template carry is left, whichever senses of the profession are removed.
+    assert results["excess removed, removed"] > results["excess removed, all senses"] - 0.02
+    assert results["ratio, levelled"] < 1.3  # without what differs between professions
+    assert results["rise of the loss, removed, %"] < 1
+    assert results["excess removed, held-out professions"] > 0.8
+    made = {file.name for file in tmp_path.iterdir()}
+    assert made >= {"professions.csv", "localization.csv", "held_out.csv", "scales.csv", "loss.csv", "moved_words.csv"}
+    localization = pd.read_csv(tmp_path / "localization.csv", index_col="sense")
+    assert localization["share"].sum() + results["elsewhere"] == pytest.approx(1)
+    model, tokenizer = load("planted")
+    words, templates = ["nurse", "guard"], ["At the farm, the {profession} hopes that"]
+    before = bias.bias_ratio(model, tokenizer, words, templates)
+    with SenseEdits.load(tmp_path / "debiased.safetensors", model, tokenizer).applied():
+        assert bias.bias_ratio(model, tokenizer, words, templates) < before
+
+
+# ---------------------------------------------------------------- a model that nobody has a Transformer for
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A small random Backpack in the released format, with a vocabulary of its own."""
+    folder = tmp_path_factory.mktemp("released")
+    words = "film movie screenwriting time money family music driver nurse he she her his him man woman sports".split()
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", ROOT / "data" / "README.md")]
+    tokenizer = train_tokenizer([*texts, " ".join(words)], 1200, words=words)
+    model = tiny_model(vocab_size=len(tokenizer) + 8, n_positions=128, num_senses=16, n_embd=32, initializer_range=0.1)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "gpt2", "auto_map": {"AutoModelForCausalLM": "nowhere.Backpack"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+RELEASED = {
+    "00_tour": {},
+    "02_senses": {"corpus": str(ROOT / "README.md")},
+    "03_topic_control": {"topics": ["music", "sports"], "strengths": [2], "samples": 2, "tokens": 8},
+    "04_gender_bias": {"professions": ["nurse", "driver", "sports", "man", "construction worker", "cook"], "profession": "driver"},
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_a_model_of_another_vocabulary_goes_through_without_a_transformer(name, released, tmp_path, capsys):
+    execute(name, RELEASED[name] | {"model": released, "out": str(tmp_path)})
+    assert results_of(tmp_path)["headline"]
+    if name in ("03_topic_control", "04_gender_bias"):
+        said = capsys.readouterr().out
+        assert f"No Transformer that belongs to {released!r} is known; name one by the parameter `baseline`." in said
+
+
+@pytest.mark.parametrize("name", ["03_topic_control", "04_gender_bias"])
+def test_a_transformer_of_another_vocabulary_is_refused(name, released, tmp_path):
+    with pytest.raises(ValueError, match="baseline='demo-transformer' reads other tokens than") as refused:
+        execute(name, {"model": released, "baseline": "demo-transformer", "out": str(tmp_path)})
+    assert "(16,000 and 1,200 in all)" in str(refused.value) and len(str(refused.value).splitlines()) == 1
+
+
+# ---------------------------------------------------------------- words, texts and files of one's own
+
+
+@pytest.mark.slow
+def test_senses_with_words_texts_and_sets_of_ones_own(tmp_path):
+    pairs = [("king", "queen", 8), ("film", "movie", 9), ("river", "film", 1), ("music", "band", 7), ("city", "war", 2)]
+    pairs = [(a, b, score + number / 10) for number in range(6) for a, b, score in pairs]
+    pd.DataFrame(pairs).to_csv(tmp_path / SETS["RG-65"].file, sep=";", header=False, index=False)
+    (tmp_path / "own.txt").write_text("The king and his wife moved to the city of London.\n\n" * 40)
+    given = {"word": "king", "other": "queen", "text": "The king and his", "lexsim": str(tmp_path)}
+    execute("02_senses", given | {"corpus": str(tmp_path / "own.txt"), "out": str(tmp_path / "out")})
+    made = {file.name for file in (tmp_path / "out").iterdir()}
+    assert made >= {"contributions.csv", "silenced.csv", "roles.csv", "similarity.csv", "edits.safetensors"}
+    found = pd.read_csv(tmp_path / "out" / "similarity.csv")
+    assert len(found) == 2  # the Backpack and its Transformer, on one set
+
+
+@pytest.mark.slow
+def test_topic_control_with_a_judge_a_beginning_and_words_of_ones_own(planted_run, tmp_path):
+    pytest.importorskip("mauve")
+    tiny_classifier(tmp_path / "judge", {0: "music", 1: "law"}, bias=[9.0, -9.0])
+    (tmp_path / "own.txt").write_text("\n\n".join(text.text for text in planted.generate(300)))
+    given = {"model": "planted", "topics": ["music", "law"], "strengths": [2], "words": "prison bridge", "samples": 4}
+    given |= {"judge": str(tmp_path / "judge"), "reference": str(tmp_path / "own.txt"), "prompt": "At the"}
+    execute("03_topic_control", given | {"out": str(tmp_path / "out")})
+    topics = pd.read_csv(tmp_path / "out" / "topics.csv").set_index("topic")
+    assert (topics.loc["music", "on topic"] == topics.loc["music", "texts"]).all()
+    assert not topics.loc["law", "on topic"].any()
+    assert pd.read_csv(tmp_path / "out" / "summary.csv")["MAUVE"].between(0, 1).all()
+
+
+def own_prompts(folder, **changes) -> str:
+    """A file of templates that can be changed to be wrong."""
+    english = {
+        "fit": ["The {profession} said that", "When the {profession} came,"],
+        "test": ["If the {profession} is late,"],
+    }
+    english |= {"by definition": {"he": ["The king said that"], "she": []}, "other pairs": []} | changes
+    (folder / "own.json").write_text(json.dumps({"english": english}))
+    return str(folder / "own.json")
+
+
+@pytest.mark.slow
+def test_bias_of_another_pair_with_professions_and_templates_of_ones_own(tmp_path):
+    given = {"pair": ["he", "they"], "professions": ["nurse", "guard", "construction worker", "teacher", "cook"]}
+    given |= {"prompts": own_prompts(tmp_path), "wanted": 0.5, "out": str(tmp_path / "out")}
+    execute("04_gender_bias", given | {"reference": str(ROOT / "README.md")})
+    model, tokenizer = load("demo")
+    measured = pd.read_csv(tmp_path / "out" / "professions.csv", index_col="profession")["log-odds"]
+    template = "If the {profession} is late,"
+    for name, value in measured.items():
+        ids = torch.tensor([ids_of_text(tokenizer, template.replace("{profession}", name))])
+        log_probs = model(ids).logits[0, -1].log_softmax(-1)
+        he, they = (tokenizer(" " + word)["input_ids"][0] for word in ("he", "they"))
+        assert value == pytest.approx((log_probs[he] - log_probs[they]).item(), abs=1e-3)
+    assert len(measured) == 5
+
+
+@pytest.mark.parametrize(
+    ("given", "prompts", "message"),
+    [
+        ({"professions": ["nurse", "guard", "日本"]}, {}, "The vocabulary lacks the word '日本'"),
+        ({}, {"fit": ["The nurse said that"]}, "The template 'The nurse said that' has no slot"),
+        ({}, {"test": []}, "There is no template for testing"),
+    ],
+)
+def test_templates_and_professions_that_do_not_fit_are_named(given, prompts, message, tmp_path):
+    given = given | {"prompts": own_prompts(tmp_path, **prompts), "out": str(tmp_path / "out")}
+    with refusal(message):
+        execute("04_gender_bias", given)
+
+
+# ---------------------------------------------------------------- the tables that are stored
+
+
+def test_the_stored_tables_of_topic_control_are_of_the_demo_models_and_hold_what_they_should():
+    folder = ROOT / "data" / "demo" / "topic_control"
+    summary, topics = (pd.read_csv(folder / f"{name}.csv") for name in ("summary", "topics"))
+    models = summary.groupby("method")["model"].first()
+    assert models["Backpack"] == fingerprint(load("demo")[0]), "run: make topic-control"
+    assert models["PPLM"] == fingerprint(load("demo-transformer")[0])
+    assert topics["topic"].nunique() == 17
+    keys = ["method", "strength", "fluency"]
+    rows = topics.set_index(keys)
+    for row in summary.to_dict("records"):
+        mine, none = (rows.loc[(row["method"], strength, row["fluency"])] for strength in (row["strength"], 0))
+        for name, value in success(mine, none).items():
+            assert row[name] == pytest.approx(value), (row["method"], row["strength"], name)
+
+
+def test_the_stored_losses_of_debiasing_are_of_the_demo_model():
+    loss = pd.read_csv(ROOT / "data" / "demo" / "gender_bias" / "loss.csv", index_col="method")
+    assert set(loss["model"]) == {fingerprint(load("demo")[0])}, "run: make gender-bias"
+    assert loss.loc["as it is", "rise, %"] == 0 and "removed, along" in loss.index
+
+
+# ---------------------------------------------------------------- every parameter at its edges: it works, or one sentence
+
+LONGEST = ("the film " * 127).strip()  # with the token that begins a text, one less than the context
+TEXT, FOLDER = str(ROOT / "README.md"), str(ROOT / "data" / "demo" / "backpack")
+
+WORKS = {
+    "00_tour": [
+        {"word": "a", "text": "The", "target": "film", "strength": 0, "topic": ["a"], "prompt": LONGEST, "pair": ["she", "he"]},
+        {"profession": "construction worker", "template": "The {profession}", "strength": 3, "seed": 2**32 - 1, "device": "auto"},
+        {"text": LONGEST, "target": "the", "topic": ["music", "football", "law"], "pair": ["he", "they"]},
+    ],
+    "01_training": [
+        {"steps": 1, "n_layer": 1, "n_head": 1, "n_embd": 8, "num_senses": 1, "block_size": 16, "batch_size": 1, "warmup": 0, "eval_every": 1, "save_every": 1,
+         "eval_blocks": 1, "dropout": 0.5, "strict": False, "seed": 2**32 - 1, "prompt": "At"},
+        {"steps": 3, "n_head": 3, "n_embd": 12, "num_senses": 6, "vocab_size": 3000, "accumulate": 3, "optimizer": "muon", "warmup": 3, "eval_every": 1000,
+         "save_every": 1000, "precision": "bf16", "device": "cpu", "strict": False, "learning_rate": 1e-9},
+    ],
+    "02_senses": [
+        {"word": "a", "other": "a", "long_word": "film", "text": "The", "target": "film", "baseline": ""},
+        {"word": "king", "text": LONGEST, "target": "the", "contrast": "a", "seed": 7, "device": "auto"},
+        {"text": "The film was", "contrast": "", "long_word": "antidisestablishmentarianism"},
+    ],
+    "03_topic_control": [
+        {"model": FOLDER, "topics": ["music"], "strength": 0, "strengths": [], "pplm_steps": [], "samples": 1, "tokens": 1},
+        {"model": FOLDER, "topics": ["music"], "topic": "sports", "words": "team game", "strength": 3, "strengths": [3, 3], "samples": 2, "tokens": 3,
+         "prompt": LONGEST[:400], "pplm_steps": [0.01, 5.0], "device": "auto", "seed": 11},
+    ],
+    "04_gender_bias": [
+        {"professions": ["nurse", "guard", "cook"], "wanted": 1.0, "wide_bounds": [-0.01, 0.0], "profession": "teacher", "whole_words": True, "reference": TEXT},
+        {"professions": ["nurse", "guard", "construction worker"], "wanted": 0.01, "pair": ["she", "he"], "device": "auto", "seed": 3, "reference": TEXT},
+    ],
+}  # fmt: skip
+REFUSED = {  # some of each notebook, whose checks stand in the notebook itself, in `make test`; the others are slow
+    "00_tour": [
+        ({"word": "  "}, "is no word"),
+        ({"text": "The film"}, "name the next word"),
+        ({"text": LONGEST * 2, "target": "the"}, "n_positions=256"),
+        ({"target": "antidisestablishmentarianism"}, "tokens"),
+        ({"strength": 4}, "choose one of 0, 1, 2, 3"),
+        ({"strength": -1}, "choose one of 0, 1, 2, 3"),
+        ({"topic": ["日本"]}, "日本"),
+        ({"profession": "日本"}, "日本"),
+        ({"template": "The nurse said that"}, "no slot"),
+        ({"pair": ["he", "he"]}, "twice"),
+        ({"pair": ["he"]}, "two words"),
+        ({"device": "gpu"}, "is unknown; choose one of auto, cpu, cuda, mps"),
+        ({"model": "nobody/nothing"}, "'nobody/nothing' is no folder with a model"),
+        ({"model": "demo-transformer"}, "Backpack"),
+        ({"prompt": LONGEST * 2}, "room"),
+        ({"seed": -1}, "Seed must be"),
+    ],
+    "01_training": [
+        ({"corpus": "nothing-here/*.txt"}, "nothing-here"),
+        ({"corpus": ""}, "No file matches"),
+        *(({name: 0}, f"{name}=0 is out of range") for name in
+          ("n_layer", "n_head", "n_embd", "num_senses", "vocab_size", "batch_size", "accumulate", "steps", "eval_every", "save_every", "eval_blocks")),
+        ({"n_embd": 30}, "does not divide"),
+        ({"num_senses": 65}, "num_senses=65"),
+        ({"block_size": 1}, "block_size=1"),
+        ({"block_size": 15}, "block_size=15"),
+        ({"vocab_size": 100}, "vocab"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0 is out of range"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan is out of range"),
+        ({"warmup": -1}, "warmup=-1 is out of range"),
+        ({"warmup": 801}, "warmup=801 is out of range"),
+        ({"dropout": 1.0}, "dropout=1.0 is out of range"),
+        ({"optimizer": "sgd"}, "optimizer='sgd' is unknown"),
+        ({"precision": "int8"}, "precision='int8' is unknown"),
+        ({"device": "gpu"}, "device='gpu' is unknown"),
+        ({"seed": -1}, "seed"),
+        ({"prompt": "At the zoo, " * 40}, "prompt"),
+    ],
+    "02_senses": [
+        ({"word": "…"}, "is no word"),
+        ({"other": "日本"}, "日本"),
+        ({"target": "antidisestablishmentarianism"}, "tokens"),
+        ({"text": LONGEST * 2}, "n_positions=256"),
+        ({"lexsim": "nothing-here"}, "nothing-here"),
+        ({"corpus": "nothing-here.txt"}, "nothing-here"),
+        ({"model": "demo-transformer"}, "Backpack"),
+        ({"device": "gpu"}, "is unknown"),
+    ],
+    "03_topic_control": [
+        ({"topic": "weather"}, "are no topics here"),
+        ({"topics": ["weather"]}, "are no topics here"),
+        ({"words": "日本"}, "日本"),
+        ({"strength": 4}, "choose one of 0, 1, 2, 3"),
+        ({"strengths": [-1]}, "choose one of 0, 1, 2, 3"),
+        ({"pplm_steps": [-0.1]}, "step"),
+        ({"samples": 0}, "samples=0 should be at least 1"),
+        ({"tokens": 0}, "tokens=0 should be at least 1"),
+        ({"tokens": 300}, "leaves no room"),
+        ({"prompt": LONGEST * 2}, "leaves no room"),
+        ({"judge": "nothing/here"}, "nothing/here"),
+        ({"baseline": "demo"}, "Transformer"),
+        ({"baseline": "nobody/nothing"}, "'nobody/nothing' is no folder with a model"),
+        ({"device": "gpu"}, "is unknown"),
+        ({"reference": "nothing-here.txt"}, "nothing-here"),
+    ],
+    "04_gender_bias": [
+        ({"professions": ["nurse", "guard"]}, "need three of them"),
+        ({"professions": ["nurse", "nurse"]}, "twice"),
+        ({"profession": "日本"}, "日本"),
+        ({"pair": ["he", "he"]}, "twice"),
+        ({"pair": ["he", "antidisestablishmentarianism"]}, "tokens"),
+        ({"wanted": 1.5}, "wanted=1.5"),
+        ({"wide_bounds": [1.0, -1.0]}, "bounds"),
+        ({"wide_bounds": [1.0]}, "bounds"),
+        ({"prompts": "nothing-here.json"}, "nothing-here"),
+        ({"baseline": "demo"}, "Transformer"),
+        ({"reference": "nothing-here.txt"}, "nothing-here"),
+        ({"device": "gpu"}, "is unknown"),
+    ],
+}  # fmt: skip
+QUICK = {"are no topics here", "should be at least 1", "leaves no room", "name the next word", "Backpack", "choose one of", "nothing-here", "steps=0"}
+
+
+def cases(table):
+    return [
+        pytest.param(name, case, id=f"{name}-{number}", marks=marks_of(case))
+        for name in table
+        for number, case in enumerate(table[name])
+    ]
+
+
+def marks_of(case) -> list:
+    quick = isinstance(case, tuple) and any(words in case[1] for words in QUICK)
+    return [] if quick else [pytest.mark.slow]
+
+
+@contextmanager
+def refusal(words: str):
+    """What is inside fails with one sentence that has these words."""
+    with pytest.raises((ValueError, OSError)) as refused:
+        yield
+    message = str(refused.value)
+    assert words in message and len(message.splitlines()) == 1 and len(message) < 500, message
+
+
+@pytest.mark.parametrize(("name", "parameters"), cases(WORKS))
+def test_a_notebook_works_at_the_edges(name, parameters, tmp_path):
+    execute(name, parameters | {"out": str(tmp_path / "out")})
+    results = results_of(tmp_path / "out")
+    assert results["headline"] and len(results) > 1
+
+
+@pytest.mark.parametrize(("name", "case"), cases(REFUSED))
+def test_a_notebook_says_what_is_wrong(name, case, tmp_path):
+    parameters, words = case
+    with refusal(words):
+        execute(name, parameters | {"out": str(tmp_path / "out")})
+    assert not list(tmp_path.rglob("results.json"))
+
+
+def test_without_a_trained_model_the_notebook_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("BACKPACK_RUNS", str(tmp_path))
+    with refusal("run the notebook 01_training first"):
+        execute("02_senses", {"model": "planted"})
