@@ -379,5 +379,5 @@ def test_professions_that_share_a_token_with_another_or_with_a_template_cannot_b
         def decode(self, ids):
             return "".join(map(chr, ids))
 
-    apart = bias.separable(Letters(), ["nurse", "guard", "cook", "clerk", "mayor", "vip"], ["the {profession} said iv"])
-    assert apart == ["nurse", "guard", "mayor"]  # cook and clerk share c and k, vip has v and i in the template
+    apart = bias.separable(Letters(), ["nurse", "guard", "cook", "clerk", "baths", "vip"], ["the {profession} said iv"])
+    assert apart == ["nurse", "guard", "baths"]  # cook and clerk share c and k, vip has v and i in the template
