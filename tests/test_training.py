@@ -421,6 +421,18 @@ def test_the_precision_that_auto_picks_belongs_to_the_run_and_is_not_emulated(na
             RunFolder(replace(config, device="cpu"))
 
 
+def test_models_on_the_way_can_be_kept_and_change_nothing(tiny):
+    config = replace(tiny, steps=12, save_every=4, keep_models=True)
+    train(config)
+    train(replace(config, out=f"{config.out}-plain", keep_models=False))
+    assert_same_weights(config.out, f"{config.out}-plain")
+    kept = sorted(path.name for path in Path(config.out).glob("model-*"))
+    assert kept == ["model-00000004", "model-00000008", "model-00000012"]
+    four, twelve = (load(f"{config.out}/model-{step:08d}")[0].state_dict() for step in (4, 12))
+    assert all(torch.equal(tensor, twelve[name]) for name, tensor in load(f"{config.out}/model")[0].state_dict().items())
+    assert any(not torch.equal(tensor, twelve[name]) for name, tensor in four.items())
+
+
 def test_a_finished_run_is_not_run_again(tiny, monkeypatch):
     history = train(tiny)
     monkeypatch.setattr("backpack_lib.training.run.Run", None)

@@ -3,6 +3,7 @@
     out/settings.json          what the run is; another run is not mixed into it
     out/checkpoint-00000500/   everything to go on from step 500 as if nothing had happened
     out/model/                 the finished model and its tokenizer
+    out/model-00000500/        the model as it was at step 500, where `keep_models` asks for it
     out/history.csv            the history so far
 
 Folders and files are written under another name and renamed once they are whole.
@@ -134,21 +135,26 @@ class RunFolder:
 
     def finish(self, model, weights: dict, tokenizer):
         """Writes the finished model, of these weights, and its tokenizer; the checkpoints are no longer needed."""
+        self.write_model("model", model, weights, tokenizer)
+        for folder in self.path.glob("checkpoint-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def write_model(self, name: str, model, weights: dict, tokenizer):
+        """Writes a model of these weights and its tokenizer as a folder that `load` reads."""
         building = self.path / "model-building"
         shutil.rmtree(building, ignore_errors=True)
         try:
             with no_progress_bar():
                 model.save_pretrained(building, state_dict=weights)
             tokenizer.save_pretrained(building)
-            building.rename(self.path / "model")
+            shutil.rmtree(self.path / name, ignore_errors=True)
+            building.rename(self.path / name)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(building, ignore_errors=True)
             raise OSError(
-                f"The finished model could not be written ({first_line(error)}); "
-                "make room and run the same command again: it goes on from the last checkpoint."
+                f"The {name} could not be written ({first_line(error)}); "
+                "make room and run the same command again: it resumes from the last checkpoint."
             ) from error
-        for folder in self.path.glob("checkpoint-*"):
-            shutil.rmtree(folder, ignore_errors=True)
 
     def write_history(self, history: list[dict]):
         import pandas as pd

@@ -28,7 +28,7 @@ AT_LEAST_ONE = (
     *("steps", "eval_every", "save_every", "eval_blocks"),
 )
 # What may change between a run's start and its resumption without changing its result.
-HOW_NOT_WHAT = ("out", "device", "compile", "save_every")
+HOW_NOT_WHAT = ("out", "device", "compile", "save_every", "keep_models")
 
 
 def option(default, help: str):
@@ -72,6 +72,7 @@ class TrainingConfig:
     seed: int = option(0, "of the weights, the order of the data and dropout")
     eval_every: int = option(100, "steps between evaluations")
     save_every: int = option(500, "steps between checkpoints")
+    keep_models: bool = option(False, "also keep the model of each checkpoint, as out/model-STEP")
     eval_blocks: int = option(256, "validation sequences per evaluation, at most")
     valid_corpus: str | None = option(None, "text to validate on, instead of a part of the corpus")
     valid_fraction: float = option(0.02, "share of the documents that is set aside for validation")

@@ -214,15 +214,21 @@ class Run:
             "stream": self.batches.state_dict(),
         }
         self.folder.save(self.accelerator, progress)
+        if self.config.keep_models:
+            self.write_model(lambda *model: self.folder.write_model(f"model-{self.step:08d}", *model))
 
     def finish(self):
+        self.write_model(self.folder.finish)
+
+    def write_model(self, write):
+        """Has the first process write the model, its weights and its tokenizer, by a function of these three."""
         whole = self.accelerator.get_state_dict(self.loss)  # gathered from all processes, if it is divided among them
         if self.accelerator.is_main_process:
             model = self.accelerator.unwrap_model(self.loss).model
             weights = {name.removeprefix("model."): tensor for name, tensor in whole.items()}
             for tied in model.all_tied_weights_keys:
                 weights.pop(tied, None)
-            self.folder.finish(model, weights, self.blocks.tokenizer)
+            write(model, weights, self.blocks.tokenizer)
         self.accelerator.wait_for_everyone()
 
     def resume(self):
