@@ -94,7 +94,7 @@ def scores_computed_once():
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("topic_scores", "largest_pushes"):
+        for name in ("largest_pushes",):
             patch.setattr(topic, name, remembered(getattr(topic, name)))
         yield
 

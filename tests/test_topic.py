@@ -1,5 +1,7 @@
 """Topic control is the paper's equations, inside `generate()`, for any model and batch."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from backpack_lib import SenseEdits, load
 from backpack_lib.analysis import topic
 from backpack_lib.analysis.topic import Annealing, TopicControl
+from backpack_lib.files import data_folder
 from backpack_lib.text.writing import continue_texts
 
 TOKENIZER = tiny_tokenizer()
@@ -77,13 +81,33 @@ def test_another_strength_keeps_the_scores_and_leaves_the_first_as_it_was():
     factors = one.factors.clone()
     three = one.at(3)
     assert torch.equal(three.factors, TopicControl(MODEL, TOKENIZER, ["nurse"], 3).factors)
-    assert three.scores is one.scores and torch.equal(one.factors, factors) and max(three.deltas) == 3.3
+    assert three.scores.equal(one.scores) and torch.equal(one.factors, factors) and max(three.deltas) == 3.3
 
 
 def test_parts_of_the_vocabulary_give_the_whole(monkeypatch):
     whole = topic.largest_pushes(MODEL)
     monkeypatch.setattr(topic, "TOKENS_AT_ONCE", 7)
-    torch.testing.assert_close(topic.largest_pushes(MODEL), whole)
+    torch.testing.assert_close(topic.largest_pushes(MODEL).values, whole.values)
+
+
+def test_scores_of_few_tokens_are_those_of_all_and_are_not_touched_by_edits():
+    control = TopicControl(MODEL, TOKENIZER, ["nurse"], 2)
+    whole = TopicControl(MODEL, TOKENIZER, ["nurse"], 2, largest=topic.largest_pushes(MODEL)).scores
+    ids = torch.tensor([[3, 9, 3], [77, 9, 0]])
+    with SenseEdits(MODEL, TOKENIZER).scale(None, by=0).applied():
+        torch.testing.assert_close(control.scores_of(ids), whole[ids])
+    torch.testing.assert_close(control.factors_of(ids), control.factors[ids])
+
+
+@pytest.mark.slow
+def test_quantiles_from_a_sample_are_those_of_all_tokens():
+    model, tokenizer = load("demo")
+    largest = topic.largest_pushes(model)
+    for entry in json.loads((data_folder() / "topics.json").read_text()):
+        sampled = TopicControl(model, tokenizer, entry["steer"])
+        scores = TopicControl(model, tokenizer, entry["steer"], largest=largest).scores
+        for threshold, quantile in zip(sampled.thresholds, topic.QUANTILES):
+            assert (scores <= threshold).float().mean().item() == pytest.approx(quantile, abs=0.002), entry["name"]
 
 
 # ---------------------------------------------------------------- generation
@@ -171,7 +195,7 @@ def test_the_weights_in_force_are_shown():
         (lambda: TopicControl(MODEL, TOKENIZER, ["nurse", " "]), "' ' is no word"),
         (lambda: TopicControl(MODEL, TOKENIZER, ["日本"]), "The vocabulary lacks the word '日本'"),
         (lambda: TopicControl(MODEL, TOKENIZER, ["nurse"], 4), "strength=4 is not in the table; choose one of 0, 1, 2"),
-        (lambda: TopicControl(MODEL, TOKENIZER, ["nurse"], deltas=[2, 1]), "should be 4 numbers"),
+        (lambda: TopicControl(MODEL, TOKENIZER, ["nurse"], deltas=[2, 1]), "should be 4 finite numbers"),
         (lambda: TopicControl(MODEL, TOKENIZER, ["nurse"], deltas=[2, 1, 1, np.inf]), "finite numbers"),
         (lambda: TopicControl(MODEL, TOKENIZER, ["nurse"]).generate([]), "no prompt to continue in an empty list"),
         (lambda: TopicControl(MODEL, TOKENIZER, ["nurse"]).generate(["a"], 9, num_beams=2), "does not go with num_beams"),
@@ -185,7 +209,7 @@ def test_bad_input_is_one_sentence(make, message):
 
 
 def test_annealing_alone_counts_from_the_first_call():
-    annealing = Annealing(MODEL, torch.ones(V, 4) * 2, rate=1.0)
+    annealing = Annealing(MODEL, lambda ids: torch.full((*ids.shape, 4), 2.0), rate=1.0)
     ids = random_ids(2, 3, vocab_size=V)
     senses = MODEL(ids, output_senses=True).senses
     alpha = torch.ones(2, 4, 3, 3)

@@ -20,7 +20,7 @@ from backpack_lib.analysis.attribution import read
 from backpack_lib.analysis.bias import PAIR, debias, fill, tokens_of_pair
 from backpack_lib.analysis.edits import SenseEdits
 from backpack_lib.analysis.senses import senses_of_words
-from backpack_lib.analysis.topic import STRENGTHS, TopicControl, largest_pushes
+from backpack_lib.analysis.topic import STRENGTHS, LargestPushes, TopicControl
 from backpack_lib.display import tables
 from backpack_lib.model.kinds import require_senses
 from backpack_lib.text.words import spell, token_of_word, tokens_of_word
@@ -261,17 +261,17 @@ class TopicExplorer(Explorer):
     """A topic and a strength: the senses that are turned up, and texts without and with control, and by PPLM.
 
     topics: as in `data/topics.json`. baseline: a Transformer with the same tokenizer, for PPLM; None: without.
-    largest: from `topic.largest_pushes`. temperature: of the Backpack's sampling under control, to begin with.
+    largest: the model's `topic.LargestPushes`. temperature: of the Backpack's sampling under control, to begin with.
     among: the tokens whose senses are listed; see `tables.turned_up`.
     """
 
     def __init__(
-        self, model, tokenizer, topics: list[dict], baseline=None, largest: torch.Tensor | None = None,
+        self, model, tokenizer, topics: list[dict], baseline=None, largest: LargestPushes | None = None,
         temperature: float = 1.0, among: torch.Tensor | None = None, pplm_settings: pplm.Settings = pplm.Settings(),
     ):  # fmt: skip
         self.words_of = {topic["name"]: " ".join(topic["steer"]) for topic in topics}
         self.baseline, self.among, self.pplm_settings = baseline, among, pplm_settings
-        self.largest = largest_pushes(model) if largest is None else largest
+        self.largest = LargestPushes(model) if largest is None else largest
         self.controls = {}  # by their words; a topic's scores are computed once
         first = next(iter(self.words_of))
         self.topic = W.Dropdown(options=[*self.words_of, OWN], value=first, description="topic")

@@ -109,10 +109,11 @@ def turned_up(control, n: int = 10, among: torch.Tensor | None = None) -> pd.Dat
     among: the tokens to choose from; None: all that the model was trained with.
     """
     ids = used_tokens(control.model) if among is None else among
-    scores = control.scores[ids]
+    scores = control.scores_of(ids)
     best = scores.flatten().topk(min(n, scores.numel())).indices
-    rows, senses = ids[best // scores.shape[1]], best % scores.shape[1]
-    columns = {"sense": senses, "score": control.scores[rows, senses], "factor": control.factors[rows, senses]}
+    rows, senses = best // scores.shape[1], best % scores.shape[1]
+    columns = {"sense": senses, "score": scores[rows, senses], "factor": control.factors_of(ids[rows]).gather(1, senses[:, None])[:, 0]}
+    rows = ids[rows]
     return pd.DataFrame({"token": spell(control.tokenizer, rows)} | {k: v.tolist() for k, v in columns.items()})
 
 

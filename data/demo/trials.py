@@ -30,18 +30,19 @@ STARTS = {
     "skip-gram, 1 pass over 15 M": {"tokens": FIFTEEN_MILLION, "passes": 1, "skip_gram": True},
 }
 MUON = {"optimizer": "muon", "learning_rate": 3e-3}
-TRIALS = [
-    {"start": "usual"},
-    {"start": "CBOW, 1 pass over 15 M"},
-    {"start": "CBOW, 1 pass over 15 M", "learning_rate": 6e-3},
-    {"start": "CBOW, 1 pass over 15 M", "sequences": 32},
-    {"start": "skip-gram, 1 pass over 15 M"},
-    {"start": "CBOW, 1 pass over 15 M", "text": "a quarter old"},
+BASE = {"start": "CBOW, 1 pass over 15 M", "text": "simple", "sequences": 32, "tokens": TOKENS, **MUON}
+TRIALS = [  # the most telling ones first
+    {},
+    {"learning_rate": 6e-3},
     {"start": "CBOW, 5 passes over all"},
-    {"start": "CBOW, 1 pass over 15 M", "optimizer": "adamw", "learning_rate": 1e-3},
-    {"start": "CBOW, 1 pass over 15 M", "optimizer": "adamw", "learning_rate": 3e-3},
+    {"text": "a quarter old"},
+    {"sequences": 16},
+    {"start": "usual"},
+    {"start": "skip-gram, 1 pass over 15 M"},
+    {"optimizer": "adamw", "learning_rate": 1e-3},
+    {"optimizer": "adamw", "learning_rate": 3e-3},
+    {"tokens": 10_000_000},
     {"start": "usual", "tokens": 10_000_000},
-    {"start": "CBOW, 1 pass over 15 M", "tokens": 10_000_000},
 ]
 
 
@@ -56,7 +57,7 @@ def with_a_quarter(simple: Blocks, old: str, block_size: int) -> Blocks:
 
 def run_trial(trial: dict, texts: dict[str, Blocks], settings: dict, runs: Path) -> dict:
     """Trains one model and returns its row of the table."""
-    trial = {"start": "usual", "text": "simple", "sequences": 16, "tokens": TOKENS, **MUON, **trial}
+    trial = BASE | trial
     blocks = texts[trial["text"]]
     name = "-".join(str(value).replace(" ", "_").replace(",", "") for value in trial.values())
     steps = round(trial["tokens"] / trial["sequences"] / settings["block_size"])
@@ -65,7 +66,7 @@ def run_trial(trial: dict, texts: dict[str, Blocks], settings: dict, runs: Path)
         out=str(runs / name),
         **settings
         | {key: trial[key] for key in MUON}
-        | {"steps": steps, "batch_size": 16, "accumulate": trial["sequences"] // 16, "eval_every": steps},
+        | {"steps": steps, "batch_size": trial["sequences"], "eval_every": steps},
     )
     if STARTS[trial["start"]]:
         folder = runs / ("start-" + trial["start"].replace(" ", "_").replace(",", ""))

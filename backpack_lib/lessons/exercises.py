@@ -1,0 +1,65 @@
+"""Checks of a reader's answers: each answers at once, says what is wrong, and does not give the answer away.
+
+A check returns one sentence. It begins with "Right" or with "Not yet".
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from numbers import Real
+
+import torch
+
+
+def check_number(answer, truth: float, hints: Iterable[tuple[float, str]] = (), tolerance: float = 1e-3) -> str:
+    """hints: what wrong numbers say about the mistake."""
+    if isinstance(answer, torch.Tensor) and answer.numel() == 1:
+        answer = answer.item()
+    if not isinstance(answer, Real) or isinstance(answer, bool) or not math.isfinite(answer):
+        return "Not yet: give one finite number."
+    if abs(answer - truth) <= tolerance * max(1.0, abs(truth)):
+        return f"Right: {truth:.4g}."
+    for wrong, hint in hints:
+        if abs(answer - wrong) <= tolerance * max(1.0, abs(wrong)):
+            return f"Not yet: {hint}"
+    return f"Not yet: {answer:.4g} is too {'high' if answer > truth else 'low'}."
+
+
+def check_tensor(answer, truth: torch.Tensor, hints: Iterable[tuple[torch.Tensor, str]] = (), tolerance=1e-4) -> str:
+    """As `check_number`, for all entries of a tensor."""
+    if not isinstance(answer, torch.Tensor):
+        return f"Not yet: give a tensor of shape {tuple(truth.shape)}."
+    if answer.shape != truth.shape:
+        return f"Not yet: the shape should be {tuple(truth.shape)}, and it is {tuple(answer.shape)}."
+    answer, truth = answer.detach().float().cpu(), truth.detach().float().cpu()
+    if torch.allclose(answer, truth, atol=tolerance):
+        return "Right: all entries agree."
+    for wrong, hint in hints:
+        if torch.allclose(answer, wrong.detach().float().cpu(), atol=tolerance):
+            return f"Not yet: {hint}"
+    apart = ((answer - truth).abs() > tolerance) | answer.isnan()
+    place = tuple(apart.nonzero()[0].tolist())
+    return f"Not yet: {int(apart.sum())} of {truth.numel()} entries are wrong, the first at {place}."
+
+
+def check_function(answer, reference: Callable, cases: Iterable[tuple], tolerance: float = 1e-4) -> str:
+    """Calls a function of the reader's on each case, a tuple of arguments, and compares it with the reference."""
+    if not callable(answer):
+        return "Not yet: define the function."
+    for number, case in enumerate(cases, start=1):
+        try:
+            found = answer(*case)
+        except Exception as error:  # whatever the reader's code does, the notebook goes on
+            return f"Not yet: in case {number} it raises {type(error).__name__}: {error}"
+        truth = reference(*case)
+        one = isinstance(truth, torch.Tensor)
+        said = check_tensor(found, truth, tolerance=tolerance) if one else check_number(found, truth, tolerance=tolerance)
+        if not said.startswith("Right"):
+            return said.replace("Not yet:", f"Not yet: in case {number}", 1)
+    return f"Right: it agrees in all {number} cases."
+
+
+def check_choice(answer, right: str, why: dict[str, str]) -> str:
+    """A question with several answers. why: for each of them, what speaks for or against it."""
+    if answer not in why:
+        return f"Not yet: choose one of {', '.join(map(repr, why))}."
+    return f"{'Right' if answer == right else 'Not yet'}: {why[answer]}"
