@@ -3,6 +3,7 @@
 from textwrap import fill
 
 import matplotlib.pyplot as plt
+import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
 
@@ -127,6 +128,29 @@ def heatmap(values, title: str, label: str):
     )  # fmt: skip
     axes.tick_params(axis="y", rotation=0)
     set_title(axes, title)
+    return figure
+
+
+def product(first, second, third, title: str):
+    """Three heat maps of the same rows and columns, of which the third is the first times the second, cell by cell.
+
+    first, second, third: DataFrames of weights, pushes and contributions. The largest contribution is framed in all.
+    """
+    names = ("weight", "× push", "= contribution")
+    figure, all_axes = new_figure(height=1.9 + 0.24 * len(first), columns=3, sharey=True)
+    row, column = divmod(np.abs(third.to_numpy()).argmax(), third.shape[1])
+    signed = sns.diverging_palette(35, 245, s=90, as_cmap=True)
+    for axes, values, name in zip(all_axes, (first, second, third), names):
+        greatest = values.abs().max().max()
+        lowest, colors = (0, sns.light_palette("#2079b8", as_cmap=True)) if name == "weight" else (-greatest, signed)
+        bar = {"location": "bottom", "aspect": 18, "label": "0 to 1" if name == "weight" else "nats"}
+        sns.heatmap(values, ax=axes, cmap=colors, vmin=lowest, vmax=greatest, linewidths=0.4, cbar_kws=bar)
+        axes.add_patch(plt.Rectangle((column, row), 1, 1, fill=False, edgecolor="black", linewidth=1.5))
+        axes.set_title(name, fontsize=11)
+        axes.set(xlabel="sense", ylabel="")
+        axes.tick_params(axis="x", labelsize=7, rotation=0)
+        axes.tick_params(axis="y", rotation=0)
+    set_title(all_axes[0], title)
     return figure
 
 

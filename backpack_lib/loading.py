@@ -19,7 +19,7 @@ from backpack_lib.text.tokenizers import load_tokenizer
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 SHIPPED = {"demo": "demo/backpack", "demo-transformer": "demo/transformer"}
-TRAINED = {"planted": "backpack", "planted-transformer": "transformer"}  # by the notebook 01_training
+TRAINED = {"planted": "backpack", "planted-transformer": "transformer"}  # by the notebook 01_training, or shipped
 MODELS = {"backpack": BackpackLMHeadModel, "gpt2": GPT2LMHeadModel}
 GPT2 = "openai-community/gpt2"
 NONE = "none"  # as the name of a baseline
@@ -29,8 +29,8 @@ def load(name, device: str | torch.device = "cpu", dtype: torch.dtype = torch.fl
     """A model in evaluation mode, and its tokenizer.
 
     name: "demo" or "demo-transformer" (shipped with the suite); "planted" or "planted-transformer" (the
-        last that 01_training trained on planted text); a folder that training or `save_pretrained`
-        wrote; or a hub id such as "stanfordnlp/backpack-gpt2".
+        last that 01_training trained on planted text, or, before it has, those shipped); a folder that
+        training or `save_pretrained` wrote; or a hub id such as "stanfordnlp/backpack-gpt2".
     device: see `pick_device`.
 
     Raises ValueError if there is no such model or device, if it is neither a Backpack nor a GPT-2, or if
@@ -122,9 +122,10 @@ def _is_baseline(other: Path, folder: Path) -> bool:
 
 
 def is_planted(name) -> bool:
-    """Whether a model was trained on planted text, as the settings beside its folder say."""
-    settings = Path(_path_of(name)).parent / "settings.json"
-    return settings.is_file() and json.loads(settings.read_text()).get("corpus") == PLANTED
+    """Whether a model was trained on planted text alone, as the settings beside its folder say."""
+    file = Path(_path_of(name)).parent / "settings.json"
+    settings = json.loads(file.read_text()) if file.is_file() else {}
+    return settings.get("corpus") == PLANTED and not settings.get("init_from")
 
 
 def _path_of(name) -> str:
@@ -136,9 +137,7 @@ def _path_of(name) -> str:
 def _last_planted(architecture: str) -> str:
     made = (runs_folder() / "01_training").glob(f"{architecture}-*/model")
     made = sorted((folder for folder in made if is_planted(folder)), key=lambda folder: folder.stat().st_mtime)
-    if not made:
-        raise ValueError("No model has been trained on planted text yet; run the notebook 01_training first.")
-    return str(made[-1])
+    return str(made[-1] if made else data_folder() / PLANTED / architecture)
 
 
 def _config(name) -> dict:

@@ -17,8 +17,7 @@ import torch
 from scipy.stats import rankdata
 
 from backpack_lib.analysis.senses import vectors_of_tokens
-from backpack_lib.text import planted
-from backpack_lib.text.words import token_of_word, tokens_of_word
+from backpack_lib.text.words import tokens_of_word
 
 PAIRS_AT_MOST = 20_000  # of a relation
 DETERMINERS = {"the", "a", "an", "his", "her", "its", "their", "this", "that"}
@@ -74,25 +73,6 @@ def relation_auc(model, pairs: np.ndarray, false_pairs: np.ndarray | None = None
     true, false = (_scores(model, *rows.T) for rows in (pairs, false_pairs))
     ranks = rankdata(np.concatenate([true, false]), axis=0)[: len(true)]
     return (ranks.sum(0) - len(true) * (len(true) + 1) / 2) / (len(true) * len(false))
-
-
-def planted_meanings(model, tokenizer) -> tuple[pd.DataFrame, pd.Series]:
-    """How well each sense of an ambiguous planted word tells a topic's words from those of all other topics.
-
-    -> AUCs, (word, topic) x senses; and whether that topic was planted as a meaning of that word.
-    """
-    lexicon = planted.lexicon()
-    own = {t: [token_of_word(tokenizer, w) for w in sorted(planted.topic_words(t))] for t in lexicon["topics"]}
-    rows = {}
-    for word in lexicon["ambiguous"]:
-        x = token_of_word(tokenizer, word)
-        for topic in own:
-            false = [(x, y) for other in own if other != topic for y in own[other]]
-            rows[word, topic] = relation_auc(model, np.array([(x, y) for y in own[topic]]), np.array(false))
-    auc = pd.DataFrame.from_dict(rows, orient="index")
-    auc.index = pd.MultiIndex.from_tuples(auc.index, names=["word", "topic"])
-    is_meaning = pd.Series([topic in lexicon["ambiguous"][word] for word, topic in auc.index], auc.index)
-    return auc, is_meaning
 
 
 def find_roles(auc: pd.DataFrame) -> pd.DataFrame:

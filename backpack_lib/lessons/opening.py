@@ -3,37 +3,35 @@
 What suits a model is data: `data/examples.yaml` has an entry for each notebook and kind of model.
 """
 
-from dataclasses import dataclass, field
-from pathlib import Path
+import re
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from backpack_lib.files import data_folder, write_text
-from backpack_lib.lessons.results import open_results, write_results
+from backpack_lib.files import data_folder
+from backpack_lib.lessons.results import Results, open_results
 from backpack_lib.loading import is_planted, load
-from backpack_lib.model.kinds import require_senses, used_tokens
+from backpack_lib.model.kinds import require_senses
 from backpack_lib.text import planted
+from backpack_lib.text.words import tokens_of_word
 
 PLANTED, ENGLISH = "planted", "english"
+COMMON = 6000  # words
 
 
-@dataclass
-class Lesson:
+@dataclass(kw_only=True)
+class Lesson(Results):
     """What a notebook works on.
 
-    example: the words and texts to use, as attributes. embeddings: E, the output embedding, (V, d). common: ids of
-    tokens that are worth showing, (n,): of the planted text, those that it uses.
+    example: the words and texts to use, as attributes. embeddings: E, the output embedding, (V, d).
     """
 
-    name: str
     model: Any
     tokenizer: Any
     kind: str
     example: SimpleNamespace
-    folder: Path
-    numbers: dict[str, float] = field(default_factory=dict)
 
     @property
     def embeddings(self) -> torch.Tensor:
@@ -45,18 +43,21 @@ class Lesson:
 
     @property
     def common(self) -> torch.Tensor:
+        """Ids of whole words that are common, as far as the order of the vocabulary tells; of planted text, all it uses."""
         if self.kind == PLANTED:
-            return torch.tensor(planted.tokens_in_use(self.tokenizer), device=self.model.device)
-        return used_tokens(self.model)
+            ids = planted.tokens_in_use(self.tokenizer)
+        else:
+            names = self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer)))
+            ids = [i for i, name in enumerate(names) if re.fullmatch("Ġ[A-Za-z]{2,}", name)][:COMMON]
+        return torch.tensor(ids, device=self.model.device)
 
-    def keep(self, table, name: str):
-        """Writes a DataFrame beside the notebook's results, as `name`.csv, and returns it."""
-        write_text(self.folder / f"{name}.csv", table.to_csv())
-        return table
+    def __str__(self) -> str:
+        size = self.model.num_parameters() / 1e6
+        return f"{size:.1f} million parameters; {self.senses} senses for each of {len(self.tokenizer):,} tokens; on {self.model.device}"
 
-    def close(self, headline: str):
-        """Writes `results.json`: the headline, and the numbers that were noted."""
-        write_results(self.folder, headline, self.numbers)
+    def tokens_of(self, name: str) -> list[int]:
+        """The token ids of a word among the examples."""
+        return tokens_of_word(self.tokenizer, getattr(self.example, name))
 
 
 def open_lesson(name: str, model: str = "demo", out: str = "", device: str = "cpu", **given) -> Lesson:
@@ -68,7 +69,13 @@ def open_lesson(name: str, model: str = "demo", out: str = "", device: str = "cp
     require_senses(backpack)
     kind = PLANTED if is_planted(model) else ENGLISH
     example = examples(name, kind) | {key: value for key, value in given.items() if value not in ("", [], None)}
-    return Lesson(name, backpack, tokenizer, kind, SimpleNamespace(**example), open_results(name, out))
+    return Lesson(
+        folder=open_results(name, out),
+        model=backpack,
+        tokenizer=tokenizer,
+        kind=kind,
+        example=SimpleNamespace(**example),
+    )
 
 
 def examples(name: str, kind: str) -> dict:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from backpack_lib.files import runs_folder, write_text
@@ -19,3 +20,20 @@ def write_results(folder: Path, headline: str, numbers: Mapping[str, float]):
     numbers = {name: float(value) for name, value in numbers.items()}
     write_text(folder / "results.json", json.dumps({"headline": headline, **numbers}, indent=1))
     print(headline)
+
+
+@dataclass
+class Results:
+    """A notebook's folder, and the numbers that it notes on the way."""
+
+    folder: Path
+    numbers: dict[str, float] = field(default_factory=dict)
+
+    def keep(self, table, name: str):
+        """Writes a DataFrame beside the notebook's results, as `name`.csv, and returns it."""
+        write_text(self.folder / f"{name}.csv", table.to_csv())
+        return table
+
+    def close(self, headline: str):
+        """Writes `results.json`: the headline, and the numbers that were noted."""
+        write_results(self.folder, headline, self.numbers)
