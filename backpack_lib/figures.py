@@ -131,6 +131,24 @@ def heatmap(values, title: str, label: str):
     return figure
 
 
+def paired_bars(values, other, title: str, xlabel: str, other_xlabel: str):
+    """Beside each other: the bars of a DataFrame, as in `grouped_bars`, and those of a Series of the same rows."""
+    figure, (left, right) = new_figure(height=1.4 + 0.26 * len(values), columns=2, sharey=True)
+    colors = sns.color_palette("colorblind")
+    rows, width = np.arange(len(values)), 0.8 / len(values.columns)
+    for number, name in enumerate(values.columns):
+        left.barh(rows + width * (number - (len(values.columns) - 1) / 2), values[name], width, color=colors[number], label=name)
+    right.barh(rows, other, color=[colors[0] if value > 0 else colors[1] for value in other])
+    right.axvline(0, color="gray", linewidth=1)
+    left.set_yticks(rows, values.index)
+    left.invert_yaxis()
+    left.set(xlabel=xlabel, ylabel=values.index.name)
+    right.set(xlabel=other_xlabel)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=len(values.columns))
+    set_title(left, title)
+    return figure
+
+
 def product(first, second, third, title: str):
     """Three heat maps of the same rows and columns, of which the third is the first times the second, cell by cell.
 

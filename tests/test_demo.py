@@ -161,7 +161,7 @@ def test_word2vec_knows_lower_case_and_gives_unknown_words_zeros(scripts):
 
 
 def test_persons_are_paired_with_every_pronoun_and_so_are_as_many_other_words(scripts, tokenizer):
-    true, false = scripts.evidence.persons_and_pronouns(tokenizer, ["nurse", "teacher", "no single token"])
+    true, false = roles.persons_and_pronouns(tokenizer, ["nurse", "teacher", "no single token"])
     persons = {tokens_of_word(tokenizer, "nurse")[0], *tokens_of_word(tokenizer, "teacher")[:1]}
     assert set(true[:, 0]) <= persons and not set(false[:, 0]) & persons and len(true) == len(false)
     assert sorted(true[:, 1]) == sorted(false[:, 1])

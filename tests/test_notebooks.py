@@ -20,7 +20,7 @@ from helpers import ROOT, tiny_classifier, tiny_model
 from backpack_lib import SenseEdits, load
 from backpack_lib.analysis import bias, topic
 from backpack_lib.analysis.similarity import SETS
-from backpack_lib.loading import fingerprint, is_planted
+from backpack_lib.loading import fingerprint, is_planted, load_baseline
 from backpack_lib.running.notebook import RESULTS
 from backpack_lib.running.parameters import default_parameters
 from backpack_lib.studies.fluency import success
@@ -30,7 +30,7 @@ from backpack_lib.text.writing import ids_of_text
 
 NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
 FOLD = re.compile(r"<details><summary>Solution</summary>.*?```python\n(.*?)```.*?</details>", re.S)
-CHECK = re.compile(r"^check_\d\(", re.M)
+CHECK = re.compile(r"^(\w+\.)?check_\w+\(answer_\d|^check_\d\(", re.M)
 EMPTY = re.compile(r"^answer_\d = None\n")
 
 
@@ -46,7 +46,7 @@ def execute(name: str, parameters: dict, solved: bool = False) -> SimpleNamespac
     assert set(parameters) <= set(default_parameters(NOTEBOOKS[name]))
     notebook = nbformat.read(NOTEBOOKS[name], as_version=4)
     solutions = iter(folded_solutions(notebook))
-    space, answers = {"__name__": "__main__"}, []
+    space, answers = {"__name__": "__main__", "display": lambda shown: None}, []  # as IPython has it
     for cell in notebook.cells:
         if cell.cell_type != "code":
             continue
@@ -106,8 +106,8 @@ SHORT = {
 }
 
 
-def assert_solved(answers: list[str]):
-    assert len(answers) >= 2 and all(answer.startswith("Right") for answer in answers), answers
+def assert_solved(answers: list[str], at_least: int = 2):
+    assert len(answers) >= at_least and all(answer.startswith("Right") for answer in answers), answers
 
 
 @pytest.mark.parametrize("name", [n for n in NOTEBOOKS if folded_solutions(nbformat.read(NOTEBOOKS[n], as_version=4))])
@@ -120,15 +120,19 @@ def test_empty_exercises_say_what_is_missing(name):
 
 def test_training_and_its_exercises(planted_run):
     assert_solved(execute("01_training", {}, solved=True).answers)  # it finds its models trained
+    results = results_of(planted_run)
+    assert results["excess"] < 0.1 and results["meanings"] > 0.9 and results["professions"] > 0.9
+    assert results["meanings, Backpack, meanings permuted (mean)"] < 0.6
+    assert results["finetuning, new text"] < -1 and results["finetuning, old text"] > 0
     for name, senses in (("planted", 8), ("planted-transformer", 0)):
         assert getattr(load(name)[0].config, "num_senses", 0) == senses and is_planted(name)
 
 
-def test_the_planted_meanings_are_found_and_the_exercises_on_senses_solved(planted_run, tmp_path):
+def test_contexts_decide_between_planted_meanings_and_the_exercises_on_senses_are_solved(planted_run, tmp_path):
     assert_solved(execute("02_senses", {"model": "planted", "out": str(tmp_path)}, solved=True).answers)
     results = results_of(tmp_path)
-    assert results["planted meanings found"] > 0.9 and results["residual"] < 1e-4
-    assert f"planted meanings found {results['planted meanings found']:.0%}" in results["headline"]
+    assert results["residual"] < 1e-4 and results["ambiguous words"] == 18
+    assert results["effect of context"] > 5 > abs(results["by the word's own senses"])
 
 
 def test_control_reaches_planted_topics_and_the_exercises_on_topics_are_solved(planted_run, tmp_path):
@@ -233,7 +237,8 @@ def test_senses_with_words_texts_and_sets_of_ones_own(tmp_path):
     made = {file.name for file in (tmp_path / "out").iterdir()}
     assert made >= {"contributions.csv", "silenced.csv", "roles.csv", "similarity.csv", "edits.safetensors"}
     found = pd.read_csv(tmp_path / "out" / "similarity.csv")
-    assert len(found) == 2  # the Backpack and its Transformer, on one set
+    assert len(found) == 3  # the Backpack, its input embedding, and its Transformer, on one set
+    assert len(pd.read_csv(tmp_path / "out" / "similarity_differences.csv")) == 4  # two others, on the set and their mean
 
 
 @pytest.mark.slow
@@ -325,12 +330,13 @@ WORKS = {
         {"word": "a", "text": "The", "target": "film", "strength": 0, "topic": ["a"], "prompt": LONGEST, "pair": ["she", "he"]},
         {"profession": "construction worker", "template": "The {profession}", "strength": 3, "seed": 2**32 - 1, "device": "auto"},
         {"text": LONGEST, "target": "the", "topic": ["music", "football", "law"], "pair": ["he", "they"]},
+        {"text": "The film"},
     ],
     "01_training": [
         {"steps": 1, "n_layer": 1, "n_head": 1, "n_embd": 8, "num_senses": 1, "block_size": 16, "batch_size": 1, "warmup": 0, "eval_every": 1, "save_every": 1,
-         "eval_blocks": 1, "dropout": 0.5, "strict": False, "seed": 2**32 - 1, "prompt": "At"},
+         "eval_blocks": 1, "dropout": 0.5, "strict": False, "seed": 2**32 - 1, "finetune_steps": 1, "start": FOLDER},
         {"steps": 3, "n_head": 3, "n_embd": 12, "num_senses": 6, "vocab_size": 3000, "accumulate": 3, "optimizer": "muon", "warmup": 3, "eval_every": 1000,
-         "save_every": 1000, "precision": "bf16", "device": "cpu", "strict": False, "learning_rate": 1e-9},
+         "save_every": 1000, "precision": "bf16", "device": "cpu", "strict": False, "learning_rate": 1e-9, "corpus": TEXT, "finetune_steps": 2},
     ],
     "02_senses": [
         {"word": "a", "other": "a", "long_word": "film", "text": "The", "target": "film", "baseline": ""},
@@ -350,7 +356,6 @@ WORKS = {
 REFUSED = {  # some of each notebook, whose checks stand in the notebook itself, in `make test`; the others are slow
     "00_tour": [
         ({"word": "  "}, "is no word"),
-        ({"text": "The film"}, "name the next word"),
         ({"text": LONGEST * 2, "target": "the"}, "n_positions=256"),
         ({"target": "antidisestablishmentarianism"}, "tokens"),
         ({"strength": 4}, "choose one of 0, 1, 2, 3"),
@@ -368,7 +373,10 @@ REFUSED = {  # some of each notebook, whose checks stand in the notebook itself,
     ],
     "01_training": [
         ({"corpus": "nothing-here/*.txt"}, "nothing-here"),
-        ({"corpus": ""}, "No file matches"),
+        ({"corpus": ""}, "The corpus is empty"),
+        ({"finetune_steps": 0}, "steps=0 is out of range"),
+        ({"start": "demo-transformer"}, "Backpack"),
+        ({"start": "nobody/nothing"}, "'nobody/nothing' is no folder with a model"),
         *(({name: 0}, f"{name}=0 is out of range") for name in
           ("n_layer", "n_head", "n_embd", "num_senses", "vocab_size", "batch_size", "accumulate", "steps", "eval_every", "save_every", "eval_blocks")),
         ({"n_embd": 30}, "does not divide"),
@@ -385,7 +393,6 @@ REFUSED = {  # some of each notebook, whose checks stand in the notebook itself,
         ({"precision": "int8"}, "precision='int8' is unknown"),
         ({"device": "gpu"}, "device='gpu' is unknown"),
         ({"seed": -1}, "seed"),
-        ({"prompt": "At the zoo, " * 40}, "prompt"),
     ],
     "02_senses": [
         ({"word": "…"}, "is no word"),
@@ -469,7 +476,8 @@ def test_a_notebook_says_what_is_wrong(name, case, tmp_path):
     assert not list(tmp_path.rglob("results.json"))
 
 
-def test_without_a_trained_model_the_notebook_says_so(tmp_path, monkeypatch):
+def test_planted_models_are_shipped_for_whoever_has_not_trained_them(tmp_path, monkeypatch):
     monkeypatch.setenv("BACKPACK_RUNS", str(tmp_path))
-    with refusal("run the notebook 01_training first"):
-        execute("02_senses", {"model": "planted"})
+    (model, tokenizer), (transformer, _) = load("planted"), load("planted-transformer")
+    assert is_planted("planted") and model.config.num_senses == 8 and len(tokenizer) == transformer.config.vocab_size
+    assert fingerprint(load_baseline("planted")[0]) == fingerprint(transformer)

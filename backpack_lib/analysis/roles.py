@@ -20,8 +20,11 @@ from backpack_lib.analysis.senses import vectors_of_tokens
 from backpack_lib.text.words import tokens_of_word
 
 PAIRS_AT_MOST = 20_000  # of a relation
+PRONOUNS = {"he", "him", "his", "himself", "she", "her", "hers", "herself"}
+PERSONS = "pronoun of a person"
 DETERMINERS = {"the", "a", "an", "his", "her", "its", "their", "this", "that"}
 NEARBY = range(2, 11)  # tokens ahead
+PAIRS_OF_A_WORD = 5  # at least, for a word to count
 MIN_AUC = 0.6  # from here on a sense holds a relation; from 1 - .6 down it holds against it
 
 
@@ -73,6 +76,67 @@ def relation_auc(model, pairs: np.ndarray, false_pairs: np.ndarray | None = None
     true, false = (_scores(model, *rows.T) for rows in (pairs, false_pairs))
     ranks = rankdata(np.concatenate([true, false]), axis=0)[: len(true)]
     return (ranks.sum(0) - len(true) * (len(true) + 1) / 2) / (len(true) * len(false))
+
+
+def persons_and_pronouns(tokenizer, people: Iterable[str], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Each word for a person with each pronoun, and the false pairs: as many other words with each pronoun, (n, 2) each."""
+    persons, pronouns = single_tokens(tokenizer, people), single_tokens(tokenizer, PRONOUNS)
+    words = [i for token, i in tokenizer.get_vocab().items() if re.fullmatch("Ġ[a-z]{3,}", token)]
+    others = np.random.default_rng(seed).choice(np.setdiff1d(words, [*persons, *pronouns]), len(persons), replace=False)
+    true, false = (np.stack(np.meshgrid(x, pronouns), -1).reshape(-1, 2) for x in (persons, others))
+    return true, false
+
+
+def evidence(
+    model, tokenizer, pairs: dict[str, np.ndarray], people: Iterable[str], seed: int = 0
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """What is known of the senses' roles: for each relation, and for pronouns of persons, each sense's AUC.
+
+    pairs: from `relations_of_text`, and others of one's own.
+
+    -> AUCs, senses x relations; the same of a model that was not trained, which chance gives; and `consistency`, a row for
+    each relation of text.
+    """
+    pairs = {name: rows for name, rows in pairs.items() if len(rows)}
+    persons, others = persons_and_pronouns(tokenizer, people, seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        untrained = type(model)(model.config).eval().to(model.device)
+
+    def auc_of(of_model):
+        found = {name: relation_auc(of_model, rows, seed=seed) for name, rows in pairs.items()}
+        if len(persons):
+            found[PERSONS] = relation_auc(of_model, persons, others)
+        return pd.DataFrame(found).rename_axis("sense")
+
+    same = {name: consistency(model, rows, seed) for name, rows in pairs.items()}
+    return auc_of(model), auc_of(untrained), pd.DataFrame.from_dict(same, orient="index").dropna()
+
+
+def consistency(model, pairs: np.ndarray, seed: int = 0, permutations: int = 200) -> dict[str, float]:
+    """Does a sense number mean the same thing for all words, as far as a relation goes?
+
+    For each word with at least `PAIRS_OF_A_WORD` true pairs: how far each of its senses pushes its partners, above what it
+    pushes other words' partners. Of the variance of this number within words, the share that lies between senses: 1 if
+    sense 3 does the same for every word, near 0 if the numbers of senses mean nothing.
+
+    -> share; null, the 95 % quantile of that share when each word's senses are permuted; and words, how many counted.
+    """
+    rng = np.random.default_rng(seed)
+    if len(pairs) > PAIRS_AT_MOST:
+        pairs = rng.choice(pairs, PAIRS_AT_MOST, replace=False)
+    false = np.stack([pairs[:, 0], rng.permutation(pairs[:, 1])], 1)
+    margins = pd.DataFrame(_scores(model, *pairs.T) - _scores(model, *false.T)).groupby(pairs[:, 0])
+    table = margins.mean()[margins.size() >= PAIRS_OF_A_WORD].to_numpy()
+    if len(table) < 2:
+        return {"share": np.nan, "null": np.nan, "words": len(table)}
+    table = table - table.mean(1, keepdims=True)
+
+    def between(values):
+        return len(values) * (values.mean(0) ** 2).sum() / (values**2).sum()
+
+    null = [between(rng.permuted(table, axis=1)) for _ in range(permutations)]
+    return {"share": float(between(table)), "null": float(np.quantile(null, 0.95)), "words": len(table)}
 
 
 def find_roles(auc: pd.DataFrame) -> pd.DataFrame:

@@ -76,7 +76,13 @@ def neighbours(directions: torch.Tensor, vectors: torch.Tensor, n: int = 8) -> t
     return nearest.indices, nearest.values
 
 
-def likeness_of_senses(directions: torch.Tensor) -> torch.Tensor:
-    """How alike the senses of one word are: the cosine of C(x)_l and C(x)_m, averaged over all x. -> (k, k)"""
+def likeness_of_senses(directions: torch.Tensor, centred: bool = True) -> torch.Tensor:
+    """How alike the senses of one word are: the cosine of C(x)_l and C(x)_m, averaged over all x. -> (k, k)
+
+    centred: take each sense's mean direction away first. What a sense has in common for all words says nothing about a
+    word, and makes two senses look alike, or opposed, for all of them.
+    """
+    if centred:
+        directions = F.normalize(directions - directions.mean(1, keepdim=True), dim=-1)
     flat = directions.flatten(1)
     return flat @ flat.T / directions.shape[1]

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from scipy.stats import bootstrap, spearmanr
 
 from backpack_lib.analysis.senses import senses_of_words
+from backpack_lib.text.words import choose_tokens
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,51 @@ def held_out_table(senses_of, sets: dict[str, pd.DataFrame], seed: int = 0, resa
             "chosen": most if len(found) == 1 else f"{most} ({chosen.count(most)} of {len(chosen)} folds)",
         }
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def paired_differences(
+    methods: dict, sets: dict[str, pd.DataFrame], seed: int = 0, resamples: int = 1000
+) -> pd.DataFrame:
+    """How much better the first method's held-out rho is than each other's, on the same pairs of words.
+
+    methods: name -> function from words to sense vectors. Pairs are drawn again with replacement, the same ones for all
+    methods (their choice of a similarity is not repeated), and the mean over sets is drawn with them.
+
+    -> a row for each other method and set, and for their mean over sets: difference, low and high (95 %).
+    """
+    predicted = {}
+    for name, senses_of in methods.items():
+        for set_name, pairs in sets.items():
+            found = similarities(senses_of(list(pairs["word1"])), senses_of(list(pairs["word2"])))
+            predicted[name, set_name] = held_out(found, pairs["score"].to_numpy(), seed=seed)[0]
+    first, *others = methods
+    rng, draws = np.random.default_rng(seed), {}
+    for set_name, pairs in sets.items():
+        scores = pairs["score"].to_numpy()
+        draws[set_name] = np.array(
+            [
+                [spearmanr(predicted[name, set_name][i], scores[i]).statistic for name in methods]
+                for i in [np.arange(len(scores)), *rng.integers(len(scores), size=(resamples, len(scores)))]
+            ]
+        )  # the first row is of the pairs as they are
+    draws["mean"] = np.mean(list(draws.values()), axis=0)
+    rows = {}
+    for column, other in enumerate(others, start=1):
+        for set_name, drawn in draws.items():
+            difference = drawn[:, 0] - drawn[:, column]
+            low, high = np.nanquantile(difference[1:], [0.025, 0.975])
+            rows[other, set_name] = {"difference": difference[0], "low": low, "high": high}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["other", "set"])
+
+
+def of_input_embeddings(model, tokenizer, multi_token: str = "mean"):
+    """The function from words to a model's input embeddings, as one sense, (n, 1, d)."""
+    E = model.get_input_embeddings().weight.detach()
+
+    def vectors(words: list[str]) -> torch.Tensor:
+        return torch.stack([E[choose_tokens(tokenizer, word, multi_token)].mean(0) for word in words])[:, None]
+
+    return vectors
 
 
 def of_model(model, tokenizer, multi_token: str = "mean"):

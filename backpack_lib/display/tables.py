@@ -76,6 +76,15 @@ def by_token(tokenizer, input_ids, values: torch.Tensor) -> pd.DataFrame:
     return pd.DataFrame(values.cpu().numpy(), index=pd.Index(names, name="token")).rename_axis(columns="sense")
 
 
+def condensed(table: pd.DataFrame, rows: int = 24) -> pd.DataFrame:
+    """A long text's table for a figure: the rows of the greatest entries by size, in their order, and the sum of all others."""
+    if len(table) <= rows:
+        return table
+    kept = np.sort(table.abs().max(axis=1).to_numpy().argsort()[::-1][: rows - 1])
+    rest = table.drop(table.index[kept]).sum().rename(f"the other {len(table) - len(kept)}")
+    return pd.concat([table.iloc[kept], rest.to_frame().T]).rename_axis(index=table.index.name, columns=table.columns.name)
+
+
 def largest(contributions: pd.DataFrame, n: int = 10) -> pd.DataFrame:
     """The (token, sense) pairs that contribute most, of either sign, and the sum of all the others."""
     flat = contributions.stack()
@@ -203,7 +212,7 @@ def reading_html(tokenizer, input_ids, reading, target: int, contrast: int | Non
     quantity = f"logit of “{names[0]}”" if contrast is None else f"log-odds of “{names[0]}” to “{names[1]}”"
     sentence = f"{quantity}: {total:.3f}; the contributions sum to it with a residual of {residual:.0e}"
     table = by_token(tokenizer, input_ids, contributions)
-    shown = by_token(tokenizer, input_ids, reading.weights) if what == "weights" else table
+    shown = condensed(by_token(tokenizer, input_ids, reading.weights) if what == "weights" else table)
     watched = [target] if contrast is None else [target, contrast]
     parts = [
         colored_tokens(tokenizer, input_ids, contributions.sum(1)),
@@ -213,6 +222,11 @@ def reading_html(tokenizer, input_ids, reading, target: int, contrast: int | Non
         shaded(next_words(tokenizer, reading.log_probs(), n=6, watch=watched), 3, "the next word").to_html(),
     ]
     return "".join(parts)
+
+
+def folded(summary: str, html: str) -> str:
+    """HTML that opens when its summary is clicked."""
+    return f"<details><summary>{escape(summary)}</summary>{html}</details>"
 
 
 def side_by_side(titles_and_texts: dict[str, str]) -> str:

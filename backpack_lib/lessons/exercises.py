@@ -10,12 +10,22 @@ from numbers import Real
 import torch
 
 
-def check_number(answer, truth: float, hints: Iterable[tuple[float, str]] = (), tolerance: float = 1e-3) -> str:
-    """hints: what wrong numbers say about the mistake."""
+NO_NUMBER = "Not yet: give one finite number."
+
+
+def finite_number(answer) -> float | None:
+    """The number that an answer is, also as a tensor of one; None if it is none."""
     if isinstance(answer, torch.Tensor) and answer.numel() == 1:
         answer = answer.item()
-    if not isinstance(answer, Real) or isinstance(answer, bool) or not math.isfinite(answer):
-        return "Not yet: give one finite number."
+    usable = isinstance(answer, Real) and not isinstance(answer, bool) and math.isfinite(answer)
+    return float(answer) if usable else None
+
+
+def check_number(answer, truth: float, hints: Iterable[tuple[float, str]] = (), tolerance: float = 1e-3) -> str:
+    """hints: what wrong numbers say about the mistake."""
+    answer = finite_number(answer)
+    if answer is None:
+        return NO_NUMBER
     if abs(answer - truth) <= tolerance * max(1.0, abs(truth)):
         return f"Right: {truth:.4g}."
     for wrong, hint in hints:

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
+from backpack_lib.analysis.attribution import read
 from backpack_lib.files import data_folder
 from backpack_lib.lessons.results import Results, open_results
 from backpack_lib.loading import is_planted, load
 from backpack_lib.model.kinds import require_senses
 from backpack_lib.text import planted
-from backpack_lib.text.words import tokens_of_word
+from backpack_lib.text.words import CONTINUES, spell, tokens_of_word
+from backpack_lib.text.writing import ids_of_text
 
 PLANTED, ENGLISH = "planted", "english"
 COMMON = 6000  # words
@@ -63,12 +65,17 @@ class Lesson(Results):
 def open_lesson(name: str, model: str = "demo", out: str = "", device: str = "cpu", **given) -> Lesson:
     """Loads a notebook's model and the examples that suit it; what is given and not empty is used instead.
 
+    A text that is given without a next word to ask for gets the likeliest two, `target` and `contrast`.
+
     Raises ValueError as `load` does, and for a model that is no Backpack.
     """
     backpack, tokenizer = load(model, device=device)
     require_senses(backpack)
     kind = PLANTED if is_planted(model) else ENGLISH
-    example = examples(name, kind) | {key: value for key, value in given.items() if value not in ("", [], None)}
+    given = {key: value for key, value in given.items() if value not in ("", [], None)}
+    if "text" in given:
+        given = dict(zip(("target", "contrast"), likeliest_words(backpack, tokenizer, given["text"]))) | given
+    example = examples(name, kind) | given
     return Lesson(
         folder=open_results(name, out),
         model=backpack,
@@ -76,6 +83,18 @@ def open_lesson(name: str, model: str = "demo", out: str = "", device: str = "cp
         kind=kind,
         example=SimpleNamespace(**example),
     )
+
+
+def likeliest_words(model, tokenizer, text: str, n: int = 2) -> list[str]:
+    """The likeliest next words after a text, as far as they can be written."""
+    log_probs, found = read(model, ids_of_text(tokenizer, text)).log_probs(), []
+    for token in log_probs.argsort(descending=True).tolist():
+        (name,) = spell(tokenizer, [token])
+        if name.strip(CONTINUES + " ") and tokens_of_word(tokenizer, name) == [token]:
+            found.append(name)
+        if len(found) == n:
+            break
+    return found
 
 
 def examples(name: str, kind: str) -> dict:

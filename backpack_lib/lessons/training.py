@@ -14,9 +14,11 @@ from backpack_lib.analysis.meanings import planted_meanings
 from backpack_lib.analysis.scores import log_probabilities
 from backpack_lib.files import data_folder
 from backpack_lib.lessons.exercises import check_choice, check_function, check_number, check_tensor
-from backpack_lib.loading import load
+from backpack_lib.loading import load, load_model
 from backpack_lib.model.backpack import BackpackConfig
+from backpack_lib.model.kinds import require_senses
 from backpack_lib.text import planted
+from backpack_lib.text.corpora import open_corpus
 from backpack_lib.text.words import spell, tokens_of_word
 from backpack_lib.text.writing import continue_texts, ids_of_text
 from backpack_lib.training.config import TrainingConfig
@@ -30,9 +32,14 @@ SHORTEST = 16  # tokens that the sentences need with which the models are asked
 def settings(parameters: dict) -> dict:
     """Those of a notebook's parameters that `TrainingConfig` has.
 
-    Raises ValueError for blocks that are too short for the sentences that the models are asked with.
+    Raises ValueError, before anything takes long, for values that are out of range, for blocks that are too short for the
+    sentences that the models are asked with, and for a corpus or a model to start from that is not there.
     """
     found = {field.name: parameters[field.name] for field in fields(TrainingConfig) if field.name in parameters}
+    TrainingConfig(**found | {"out": ""})
+    TrainingConfig(corpus=found["corpus"], out="", steps=parameters["finetune_steps"], warmup=0)
+    open_corpus(found["corpus"])
+    require_senses(load_model(parameters["start"]))
     if found["block_size"] < SHORTEST:
         raise ValueError(
             f"block_size={found['block_size']} is too short for the sentences that the models are asked with; "
@@ -127,8 +134,6 @@ def own_texts(model, tokenizer, n: int = 32, length: int = 100, seed: int = 0) -
 
 def documents(corpus: str, n: int = 64) -> list[str]:
     """The first texts of a corpus."""
-    from backpack_lib.text.corpora import open_corpus
-
     return list(islice(open_corpus(corpus).read(), n))
 
 

@@ -51,7 +51,7 @@ class _Bar:
 
 
 class _LiveFigure:
-    """The loss curves so far. The last drawing stays as the cell's output, without the speed of this machine."""
+    """The loss curves so far. One line stays as the cell's output, which can draw the history as it likes."""
 
     def __init__(self, run):
         from IPython.display import HTML, display
@@ -69,7 +69,10 @@ class _LiveFigure:
             self._show_progress()
 
     def finish(self):
-        self._draw()
+        from IPython.display import HTML
+
+        config, last = self.run.config, self.run.history[-1]
+        self.handle.update(HTML(f"{config.architecture}: {config.steps:,} steps, validation loss {last['valid_loss']:.3f} nats"))
 
     def _show_progress(self):
         from IPython.display import HTML
@@ -81,7 +84,7 @@ class _LiveFigure:
             self.drawn = time.monotonic()
             self.handle.update(HTML(f"<i>{where}; the first evaluation is on its way.</i>"))
 
-    def _draw(self, title: str | None = None):
+    def _draw(self, title: str):
         import pandas as pd
 
         from backpack_lib.figures import loss_curves

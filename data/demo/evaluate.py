@@ -17,7 +17,7 @@ from importlib.metadata import version
 import pandas as pd
 import torch
 from cards import ARCHITECTURE_OF, write_cards
-from evidence import of_word2vec, persons_and_pronouns, profession_pronouns, related_words
+from evidence import of_word2vec, profession_pronouns, related_words
 from make import HERE, recipe
 from scipy.stats import spearmanr
 
@@ -88,13 +88,13 @@ def sense_roles(model, tokenizer, texts: list[str], sets: dict[str, pd.DataFrame
     pairs = roles.relations_of_text(tokenizer, texts, verbs)
     if "WS-353" in sets:
         pairs["related word"] = related_words(tokenizer, sets["WS-353"], RELATED)
-    auc = pd.DataFrame({name: roles.relation_auc(model, rows) for name, rows in pairs.items() if len(rows)})
     people = [*professions["profession"], *PEOPLE]
-    pairs["pronoun of a person"], others = persons_and_pronouns(tokenizer, people)
-    auc["pronoun of a person"] = roles.relation_auc(model, pairs["pronoun of a person"], others)
+    auc, untrained, consistency = roles.evidence(model, tokenizer, pairs, people)
     return {
         "auc": auc.to_dict("list"),
-        "pairs": {name: len(rows) for name, rows in pairs.items()},
+        "auc_untrained": untrained.to_dict("list"),
+        "consistency": consistency.T.to_dict(),
+        "pairs": {name: len(rows) for name, rows in (pairs | {roles.PERSONS: roles.persons_and_pronouns(tokenizer, people)[0]}).items()},
         "pronouns": profession_pronouns(model, tokenizer, professions).to_dict("list"),
     }
 
@@ -169,7 +169,19 @@ def evaluate(given) -> dict:
         vectors = word2vec(given.corpus, characters, settings["n_embd"])
         found["word2vec"] = {"characters": characters, "words": len(vectors)}
         found["word2vec"] |= word_similarity(of_word2vec(vectors), sets)
+        found["similarity_differences"] = similarity_differences(sets, {"word2vec": of_word2vec(vectors)})
     return found
+
+
+def similarity_differences(sets: dict[str, pd.DataFrame], others: dict) -> list[dict]:
+    """How much better the demo Backpack's senses know similarity than its own input embedding, its Transformer, and others."""
+    (backpack, tokenizer), (transformer, _) = load("demo"), load("demo-transformer")
+    methods = {
+        "Backpack": similarity.of_model(backpack, tokenizer),
+        "Backpack's input embedding": similarity.of_input_embeddings(backpack, tokenizer),
+        "Transformer": similarity.of_model(transformer, tokenizer),
+    }
+    return similarity.paired_differences(methods | others, sets).reset_index().to_dict("records")
 
 
 def main() -> int:

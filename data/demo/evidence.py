@@ -1,18 +1,12 @@
 """Evidence that only the evaluation of the demo model asks for: word2vec's vectors, and more pairs of words for the roles."""
 
-import re
-from collections.abc import Iterable
-
 import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import spearmanr
 
-from backpack_lib.analysis.roles import single_tokens
 from backpack_lib.analysis.senses import vectors_of_tokens
 from backpack_lib.text.words import tokens_of_word
-
-PRONOUNS = {"he", "him", "his", "himself", "she", "her", "hers", "herself"}
 
 
 def of_word2vec(vectors):
@@ -35,15 +29,6 @@ def related_words(tokenizer, pairs: pd.DataFrame, least_score: float) -> np.ndar
     ids = [[tokens_of_word(tokenizer, word) for word in (row.word1, row.word2)] for row in rows.itertuples()]
     single = np.array([(a[0], b[0]) for a, b in ids if len(a) == len(b) == 1 and a != b], dtype=int).reshape(-1, 2)
     return np.concatenate([single, single[:, ::-1]])
-
-
-def persons_and_pronouns(tokenizer, people: Iterable[str], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Each word for a person with each pronoun, and the false pairs: as many other words with each pronoun."""
-    persons, pronouns = single_tokens(tokenizer, people), single_tokens(tokenizer, PRONOUNS)
-    words = [i for token, i in tokenizer.get_vocab().items() if re.fullmatch("Ġ[a-z]{3,}", token)]
-    others = np.random.default_rng(seed).choice(np.setdiff1d(words, [*persons, *pronouns]), len(persons), replace=False)
-    true, false = (np.stack(np.meshgrid(x, pronouns), -1).reshape(-1, 2) for x in (persons, others))
-    return true, false
 
 
 @torch.no_grad()
