@@ -17,6 +17,7 @@ from scipy.stats import spearmanr
 from transformers import GPT2LMHeadModel
 
 from backpack_lib import BackpackLMHeadModel, TrainingConfig, load
+from backpack_lib.analysis import roles
 from backpack_lib.analysis.scores import bits_per_byte, blimp_accuracy, read_blimp
 from backpack_lib.loading import fingerprint
 from backpack_lib.text import planted

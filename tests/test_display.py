@@ -4,6 +4,7 @@ import re
 import time
 from html import unescape
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -418,3 +419,36 @@ def test_the_table_of_contributions_has_a_row_for_each_token():
     table = tables.by_token(TOKENIZER, ids, attribute(MODEL, ids, 7))
     assert list(table.index) == [f"{j} {name}" for j, name in enumerate(spell_text(TOKENIZER, ids))]
     torch.testing.assert_close(torch.tensor(table.to_numpy()), attribute(MODEL, ids, 7))
+
+
+def test_a_long_texts_table_keeps_its_largest_rows_and_its_sum():
+    table = pd.DataFrame(np.random.default_rng(0).normal(size=(60, 3)), index=[f"{n} w" for n in range(60)])
+    short = tables.condensed(table, rows=10)
+    assert len(short) == 10 and np.allclose(short.sum(), table.sum()) and short.index[-1] == "the other 51"
+    kept = [int(name.split()[0]) for name in short.index[:-1]]
+    assert kept == sorted(kept) and table.abs().max(axis=1).nlargest(9).index.isin(short.index).all()
+    assert tables.condensed(short, rows=10) is short
+
+
+def test_folded_html_escapes_its_summary():
+    assert tables.folded("a < b", "<p>x</p>") == "<details><summary>a &lt; b</summary><p>x</p></details>"
+
+
+def test_the_figure_of_a_product_frames_the_largest_cell_in_all_panels():
+    weights = pd.DataFrame([[0.1, 0.9], [0.9, 0.1]], index=["0 a", "1 b"])
+    pushes = pd.DataFrame([[5.0, 1.0], [-1.0, 2.0]], index=["0 a", "1 b"])
+    figure = figures.product(weights, pushes, weights * pushes, "one finding")
+    panels = figure.axes[:3]
+    assert [axes.get_title() for axes in panels] == ["weight", "× push", "= contribution"]
+    framed = [[patch.get_xy() for patch in axes.patches] for axes in panels]
+    largest = (weights * pushes).abs().to_numpy()
+    row, column = divmod(largest.argmax(), 2)
+    assert framed == [[(column, row)]] * 3 and "one finding" in figure.description()
+
+
+def test_paired_bars_share_their_rows():
+    values = pd.DataFrame({"a": [1.0, 2.0], "b": [2.0, 1.0]}, index=pd.Index([0, 1], name="sense"))
+    figure = figures.paired_bars(values, pd.Series([0.5, -0.5]), "title", "weight", "lean")
+    left, right = figure.axes
+    assert len(left.patches) == 4 and [bar.get_width() for bar in right.patches] == [0.5, -0.5]
+    assert left.yaxis_inverted() and {text.get_text() for text in figure.legends[0].texts} == {"a", "b"}

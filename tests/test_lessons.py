@@ -1,10 +1,15 @@
 """How notebooks begin, and the checks of their exercises."""
 
+import pandas as pd
 import pytest
 import torch
 
 from backpack_lib.lessons import opening
+from backpack_lib.lessons import senses as of_senses
+from backpack_lib.lessons import tour
+from backpack_lib.lessons import training as of_training
 from backpack_lib.lessons.exercises import check_choice, check_function, check_number, check_tensor
+from backpack_lib.text import planted
 
 
 def test_a_number_is_right_wrong_with_a_hint_or_too_high():
@@ -39,10 +44,75 @@ def test_a_choice_is_explained():
 
 
 def test_a_lesson_has_its_examples_unless_others_are_given(tmp_path):
-    lesson = opening.open_lesson("02_senses", out=str(tmp_path), word="king", texts=[])
-    assert lesson.example.word == "king" and lesson.example.texts == opening.examples("02_senses", "english")["texts"]
+    lesson = opening.open_lesson("02_senses", out=str(tmp_path), word="king", other="")
+    known = opening.examples("02_senses", "english")
+    assert lesson.example.word == "king" and lesson.example.other == known["other"] and lesson.senses == 16
+    assert "16 senses for each of 16,000 tokens" in str(lesson)
     lesson.numbers["one"] = 1.0
+    lesson.keep(pd.DataFrame({"a": [1]}), "table")
     lesson.close("done")
     assert (tmp_path / "results.json").read_text().startswith('{\n "headline": "done"')
+    assert (tmp_path / "table.csv").is_file()
     with pytest.raises(ValueError, match="no sense vectors"):
         opening.open_lesson("02_senses", "demo-transformer", str(tmp_path))
+
+
+def test_a_text_without_a_question_gets_the_likeliest_words(tmp_path):
+    example = opening.open_lesson("00_tour", out=str(tmp_path), text="The film was a complete waste of").example
+    assert example.target == "time" and example.contrast not in ("time", "money", "")
+    asked = opening.open_lesson("00_tour", out=str(tmp_path), text="The film", target="was").example
+    assert asked.target == "was"
+
+
+@pytest.mark.parametrize("kind", ["english", "planted"])
+@pytest.mark.parametrize("name", ["00_tour", "02_senses"])
+def test_examples_are_single_tokens_of_the_shipped_models(name, kind, tmp_path):
+    lesson = opening.open_lesson(name, {"english": "demo", "planted": "planted"}[kind], str(tmp_path))
+    assert lesson.kind == kind
+    for key in ("word", "other", "target", "contrast", "other_target", "other_contrast"):
+        assert len(lesson.tokens_of(key)) == 1, key
+    assert set(opening.examples(name, "english")) == set(opening.examples(name, "planted"))
+
+
+def test_the_count_of_parameters_is_the_models():
+    for name in ("demo", "planted"):
+        model, _ = opening.load(name)
+        assert of_training.parameter_counts(model.config).sum() == model.num_parameters()
+
+
+def test_permuted_labels_tell_a_difference_from_luck():
+    assert tour.permutation_p([0] * 12, [2, 1, 3] * 4) < 0.001
+    assert tour.permutation_p([1, 0, 2] * 4, [2, 0, 1] * 4) > 0.3
+
+
+def test_seeds_are_compared_within_a_seed():
+    rows = [(m, 1, s, 1.0 + 0.1 * s - d, 0.9) for s in range(4) for m, d in (("Backpack", 0.01), ("Transformer", 0.001 * s))]
+    table = pd.DataFrame(rows, columns=["model", "parameters", "seed", "valid_loss", "floor"])
+    found = of_training.differences_over_seeds(table, "Transformer")
+    assert found["difference"] == pytest.approx(0.01 - 0.0015) and found["low"] > 0 and found["p"] < 0.05
+
+
+def test_the_stored_seeds_are_those_of_the_shipped_models():
+    table = of_training.seeds_table().set_index(["model", "seed"])
+    (model, tokenizer), floor = opening.load("planted"), table["floor"].iloc[0]
+    assert model.num_parameters() == table.loc[("Backpack", 0), "parameters"]
+    texts = [text.text for text in planted.generate(300, seed=5)]  # whole texts, so a little below the loss of blocks
+    assert of_training.mean_loss(model, tokenizer, texts) == pytest.approx(table.loc[("Backpack", 0), "valid_loss"], abs=0.1)
+    assert floor < table["valid_loss"].min()
+
+
+@pytest.mark.parametrize(
+    "check, wrong",
+    [
+        (lambda a: tour.check_halved(a, 2.0, 1.0), {1.0: "silenced", 2.5: "mind the sign", None: "finite number"}),
+        (lambda a: of_training.check_count(a), {4 * 768 * 768: "k of them", "many": "finite number"}),
+        (lambda a: of_training.check_chance(a, 8), {0.875: "three topics"}),
+        (lambda a: of_senses.check_luck(a), {0.0: "the largest of them is not", 0.125: "typical one"}),
+        (lambda a: of_training.check_why_lower(a), {"a": "reverses the order", "x": "choose one of"}),
+        (lambda a: of_senses.check_strongest_push(a, None, "x"), {3: "a pair"}),
+    ],
+)
+def test_wrong_answers_are_told_why(check, wrong):
+    for answer, hint in wrong.items():
+        said = check(answer)
+        assert said.startswith("Not yet") and hint in said, said

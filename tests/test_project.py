@@ -275,3 +275,31 @@ def test_the_readmes_figures_are_those_that_were_measured():
         f"| {small['plain']} | {small['GPT-2']} |",
     ):
         assert said in README, said
+
+
+# ---------------------------------------------------------------- the notebooks as lessons
+
+REWRITTEN = ("00_tour", "01_training", "02_senses")
+PLUMBING = re.compile(r"^(from |import |lesson\.(keep|numbers|close)|results\.(keep|numbers|close)|\"[^\"]*\", model, out|\)$|E, k = |backpack, tokenizer)")
+
+
+@pytest.mark.parametrize("name", REWRITTEN)
+def test_cells_are_short_and_most_lines_are_the_idea(name):
+    cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())["cells"]
+    code = [[line for line in "".join(c["source"]).splitlines() if line.strip()] for c in cells if c["cell_type"] == "code"]
+    assert len(code[1]) <= 12 and max(map(len, code[1:])) <= 25
+    lines = [line.strip() for cell in code[1:] for line in cell]
+    plumbing = [line for line in lines if PLUMBING.match(line)]
+    assert len(plumbing) <= 0.4 * len(lines), f"{len(plumbing)} of {len(lines)}"
+    assert not any(re.search(r"\bif (is_planted|on_planted|is_demo|model ==)", line) for line in lines)
+
+
+@pytest.mark.parametrize("name", REWRITTEN)
+def test_exercises_stand_in_place_from_easy_to_hard(name):
+    cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())["cells"]
+    found = [(n, re.search(r"\*\*Exercise (\d)\*\* \((easy|medium|hard)", "".join(c["source"]))) for n, c in enumerate(cells)]
+    found = [(n, match) for n, match in found if match]
+    assert 5 <= len(found) <= 8 and [match[1] for _, match in found] == [str(i + 1) for i in range(len(found))]
+    assert {match[2] for _, match in found} == {"easy", "medium", "hard"}
+    places = [n for n, _ in found]
+    assert max(places) - min(places) > len(cells) // 3  # not all together at the end

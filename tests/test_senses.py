@@ -140,8 +140,19 @@ def test_rows_that_no_token_uses_are_nobodys_neighbours():
 
 def test_likeness_of_senses_is_the_mean_cosine_over_words(model):
     table = model.sense_vectors(torch.arange(model.config.vocab_size)).detach()
-    found = senses.likeness_of_senses(senses.sense_directions(model))
+    found = senses.likeness_of_senses(senses.sense_directions(model), centred=False)
     for a in range(4):
         for b in range(4):
             expected = F.cosine_similarity(table[:, a], table[:, b], dim=-1).mean().item()
             assert found[a, b].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_centred_likeness_does_not_see_what_all_words_share():
+    made = torch.Generator().manual_seed(0)
+    common, own = torch.randn(3, 1, 16, generator=made), torch.randn(3, 400, 16, generator=made)
+    directions = torch.nn.functional.normalize(own + 5 * torch.stack([common[0], common[0], common[2]]), dim=-1)
+    raw, centred = (senses.likeness_of_senses(directions, centred=c) for c in (False, True))
+    assert raw[0, 1] > 0.8 and abs(centred[0, 1]) < 0.1 and torch.allclose(centred.diag(), torch.ones(3), atol=1e-5)
+    slow = directions - directions.mean(1, keepdim=True)
+    expected = torch.nn.functional.cosine_similarity(slow[0], slow[2], dim=-1).mean()
+    assert centred[0, 2].item() == pytest.approx(expected.item(), abs=1e-5)

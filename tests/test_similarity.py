@@ -195,3 +195,51 @@ def test_a_model_in_bfloat16_has_similarities_and_relations_too(tokenizer):
     found = similarity.similarities(vectors[:1], vectors[1:])
     assert all(np.isfinite(values).all() for values in found.values())
     assert roles.relation_auc(model, np.array([[5, 6], [7, 8]])).shape == (model.config.num_senses,)
+
+
+def test_a_paired_difference_is_of_the_same_pairs_and_knows_who_is_ahead():
+    rng = np.random.default_rng(0)
+    words = [f"w{number}" for number in range(120)]
+    pairs = pd.DataFrame({"word1": words[:60], "word2": words[60:], "score": rng.normal(size=60)})
+    angle = {}
+    for one, two, score in pairs.itertuples(index=False):
+        angle[one], angle[two] = 0.0, 1.5 - 0.4 * score
+
+    def knows(noise, seed):
+        shifts = dict(zip(words, np.random.default_rng(seed).normal(0, noise, len(words))))
+        return lambda some: torch.tensor([[[np.cos(angle[w] + shifts[w]), np.sin(angle[w] + shifts[w])]] for w in some])
+
+    methods = {"good": knows(0.05, 1), "as good": knows(0.05, 2), "poor": knows(1.5, 3)}
+    found = similarity.paired_differences(methods, {"one": pairs, "two": pairs}, resamples=200)
+    assert list(found.index) == [(name, of) for name in ("as good", "poor") for of in ("one", "two", "mean")]
+    assert found.loc[("poor", "mean"), "low"] > 0.1
+    assert found.loc[("as good", "mean"), "low"] < 0 < found.loc[("as good", "mean"), "high"]
+    rho = {name: similarity.similarity_table(of, {"one": pairs})["one"]["sense 0"] for name, of in methods.items()}
+    assert found.loc[("poor", "one"), "difference"] == pytest.approx(rho["good"] - rho["poor"])
+
+
+def test_input_embeddings_stand_in_as_one_sense(model, tokenizer):
+    vectors = similarity.of_input_embeddings(model, tokenizer)(["nurse", "zebra"])
+    E = model.get_input_embeddings().weight
+    pieces = tokenizer(" zebra")["input_ids"]
+    torch.testing.assert_close(vectors, torch.stack([E[tokenizer(" nurse")["input_ids"][0]], E[pieces].mean(0)])[:, None])
+
+
+def test_a_sense_number_that_does_the_same_for_all_words_is_consistent(monkeypatch):
+    rng, pairs = np.random.default_rng(0), np.array([(x, y) for x in range(30) for y in range(8)])
+    role = np.array([2.0, 0.0, -1.0, 0.5])
+
+    def scores(same):
+        def of(model, x, y):
+            by_word = np.array([rng.permutation(role) for _ in range(30)])
+            return (role if same else by_word[x]) * (y % 8 == x % 8)[:, None] + rng.normal(0, 0.1, (len(x), 4))
+
+        return of
+
+    pairs[:, 1] = pairs[:, 0]  # true pairs; permuted ones mostly are not
+    monkeypatch.setattr(roles, "_scores", scores(same=True))
+    same = roles.consistency(None, pairs)
+    monkeypatch.setattr(roles, "_scores", scores(same=False))
+    other = roles.consistency(None, pairs)
+    assert same["words"] == 30 and same["share"] > 0.8 > other["share"] and same["null"] < 0.2
+    assert np.isnan(roles.consistency(None, pairs[:4])["share"])

@@ -85,7 +85,7 @@ def planted_rows(tokenizer, rows: int, length: int) -> torch.Tensor:
 
 
 def seeds_table() -> pd.DataFrame:
-    """The losses of three seeds, measured by `data/planted/make.py`."""
+    """The losses of five seeds, measured by `data/planted/make.py`."""
     return pd.read_csv(data_folder() / "planted" / "seeds.csv")
 
 
@@ -215,10 +215,10 @@ def check_why_lower(answer) -> str:
         answer,
         "b",
         {
-            "a": "the wider Transformer has no senses, and its loss is as low within the interval.",
-            "b": "with as many parameters, the Transformer does as well within the interval, so size is enough to explain it.",
+            "a": "another seed reverses the order, and size differs, too.",
+            "b": "a difference that another seed reverses is no finding, and more than senses differs.",
             "c": "all models were trained on the same batches in the same order, for as many steps.",
-            "d": "the difference to the same trunk has the same sign in all three seeds, and its interval excludes zero.",
+            "d": "a model that has learnt nothing has a loss near log V, far above these.",
         },
     )
 
