@@ -6,7 +6,7 @@
 #
 # make demo-model CORPUS='part-*.txt.xz' VALID=valid.txt.xz   train the models that are shipped in data/demo
 # make evaluate TEXT=valid.txt.xz LEXSIM=folder               measure them; BLIMP=folder, CORPUS=... for word2vec
-# make topic-control TEXT=valid.txt.xz                        measure how they are drawn to topics
+# make topic-control                                          measure how they are drawn to topics
 # make bench                                                  measure speed and memory; BENCH='--device cuda' on a GPU
 # make gender-bias TEXT=valid.txt.xz                          measure what turning their bias down costs on text
 
@@ -57,11 +57,11 @@ evaluate: .venv/evaluates-with
 	$(BIN)/python data/demo/evaluate.py --text '$(TEXT)' --lexsim '$(LEXSIM)' $(if $(BLIMP),--blimp '$(BLIMP)') \
 		$(if $(CORPUS),--corpus '$(CORPUS)')
 
-topic-control: .venv/evaluates-with
-	$(BIN)/python -m backpack_lib.running 03_topic_control -p topics '[]' -p samples 40 -p tokens 80 \
-		-p pplm_steps '[0.1, 0.3]' -p reference '$(TEXT)' -p out runs/topic_control
+topic-control: setup
+	$(BIN)/python -m backpack_lib.running 03_topic_control -p topics '[all]' -p strengths '[1, 2, 3]' \
+		-p pplm_steps '[0.1, 0.3]' -p samples 16 -p tokens 48 -p trials 6 -p out runs/topic_control
 	mkdir -p data/demo/topic_control
-	cp runs/topic_control/summary.csv runs/topic_control/topics.csv data/demo/topic_control
+	cp runs/topic_control/texts.csv.gz data/demo/topic_control
 
 gender-bias: setup
 	$(BIN)/python -m backpack_lib.running 04_gender_bias -p reference '$(TEXT)' -p out runs/gender_bias

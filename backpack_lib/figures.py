@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 WIDTH = 7.5  # inches; reads well at the width of a page
 LINE = 88  # characters of a title
@@ -203,6 +204,49 @@ def intervals(tables: dict, title: str, ylabel: str):
     axes.axhline(0, color="gray", linewidth=1)
     axes.set(ylabel=ylabel)
     axes.legend()
+    set_title(axes, title)
+    return figure
+
+
+def row_intervals(table, title: str, xlabel: str, at: float = 0.0, log: bool = False):
+    """A row for each row of a DataFrame: its first column as a point, low and high as the interval, a line at no effect."""
+    figure, axes = new_figure(height=1.2 + 0.27 * len(table))
+    rows, value = range(len(table)), table.iloc[:, 0]
+    axes.errorbar(value, rows, xerr=[value - table["low"], table["high"] - value], fmt="o", capsize=3, color=sns.color_palette("colorblind")[0])
+    axes.axvline(at, color="gray", linewidth=1)
+    axes.set_yticks(rows, table.index)
+    axes.set(xlabel=xlabel)
+    if log:
+        _plain_log(axes)
+    set_title(axes, title)
+    return figure
+
+
+def _plain_log(axes):
+    """A logarithmic axis across, with its numbers written out."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
+
+
+def trade_off(table, title: str):
+    """Success over perplexity: a line through the temperatures of each method and strength, and no control as a star.
+
+    table: as `topic_study.settings_table` returns it.
+    """
+    figure, axes = new_figure(height=4.0)
+    colors = dict(zip(table["method"].unique(), sns.color_palette("colorblind")))
+    markers = dict(zip(sorted(table["strength"].unique()), "*osD^vP"))
+    for (method, strength), rows in table.groupby(["method", "strength"], sort=False):
+        rows = rows.sort_values("relative perplexity")
+        name = f"{method}, no control" if not strength else f"{method}, {strength:g}"
+        style = {"marker": markers[strength], "markersize": 5 if strength else 13, "color": colors[method], "linewidth": 1}
+        axes.plot(rows["relative perplexity"], rows["success"], label=name, **style)
+    axes.axvline(1, color="gray", linewidth=1, linestyle="--")
+    axes.set(xlabel="perplexity, times that of no control", ylabel="success (share of texts on topic)")
+    _plain_log(axes)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     set_title(axes, title)
     return figure
 

@@ -22,7 +22,7 @@ from backpack_lib.model.kinds import check_sense
 from backpack_lib.running.grid import Grid
 from backpack_lib.running.notebook import run_notebook
 from backpack_lib.running.parameters import read_file
-from backpack_lib.studies.fluency import matched_temperature
+from backpack_lib.studies.fluency import search_temperature
 from backpack_lib.studies.judges import ClassifierJudge, WordJudge
 from backpack_lib.text.corpora import open_corpus, prepare
 from backpack_lib.text.tokenizers import train_tokenizer
@@ -185,7 +185,7 @@ CASES = {
         (lambda c: similarity.read_sets(str(c.files / "nowhere")), "nowhere"),
         (lambda c: WordJudge([]), "no topic"),
         (lambda c: ClassifierJudge(str(c.files / "nowhere")), "nowhere"),
-        (lambda c: matched_temperature(lambda t: 1.0, NAN), "nan"),
+        (lambda c: search_temperature(lambda t: 1.0, NAN), "nan"),
     ],
     "corpora": [
         (lambda c: open_corpus(str(c.files / "none*.txt")), "none*.txt"),

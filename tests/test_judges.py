@@ -8,7 +8,7 @@ from helpers import ROOT, tiny_classifier
 
 from backpack_lib.analysis.scores import log_probabilities
 from backpack_lib.studies.judges import ClassifierJudge, WordJudge
-from backpack_lib.studies.text_quality import bag_share, distinct, mauve, perplexity, repetition
+from backpack_lib.studies.text_quality import bag_share, mauve, perplexity, repetition
 
 TOPICS = [
     {"name": "sports", "steer": ["sports"], "words": ["team", "goal", "Sports"]},
@@ -53,8 +53,6 @@ def test_perplexity_is_of_what_was_written_only(model, tokenizer):
 
 
 def test_runs_of_words_are_counted_by_hand():
-    assert distinct(["a b a b", "a c"], 1) == pytest.approx(3 / 6)
-    assert distinct(["a b a b", "a c"], 2) == pytest.approx(3 / 4)
     assert repetition(["a b a b a", "a b"], 2) == pytest.approx(1 - 3 / 5)
     assert repetition(["one two three four five"]) == 0 and math.isnan(repetition(["too short"]))
     assert bag_share(["Sports, and more sports", "no"], ["sports"]) == pytest.approx(2 / 5)

@@ -23,7 +23,7 @@ from backpack_lib.analysis.similarity import SETS
 from backpack_lib.loading import fingerprint, is_planted, load_baseline
 from backpack_lib.running.notebook import RESULTS
 from backpack_lib.running.parameters import default_parameters
-from backpack_lib.studies.fluency import success
+from backpack_lib.studies.topic_study import at_equal_fluency, settings_table
 from backpack_lib.text import planted
 from backpack_lib.text.tokenizers import train_tokenizer
 from backpack_lib.text.writing import ids_of_text
@@ -102,7 +102,7 @@ def scores_computed_once():
 # ---------------------------------------------------------------- exercises, and the models that 01 trained
 
 SHORT = {
-    "03_topic_control": {"topics": ["music", "law"], "strengths": [2], "pplm_steps": [0.3], "samples": 16, "tokens": 40},
+    "03_topic_control": {"topics": ["music", "law", "money"], "strengths": [], "pplm_steps": [0.3], "samples": 16, "tokens": 40, "trials": 2},
 }
 
 
@@ -137,26 +137,11 @@ def test_contexts_decide_between_planted_meanings_and_the_exercises_on_senses_ar
 
 def test_control_reaches_planted_topics_and_the_exercises_on_topics_are_solved(planted_run, tmp_path):
     given = {"model": "planted", "out": str(tmp_path)} | SHORT["03_topic_control"]
-    assert_solved(execute("03_topic_control", given, solved=True).answers)
-    results = results_of(tmp_path)
-    assert results["planted success"] > 0.5 > 0.4 > results["planted success without control"]
+    assert_solved(execute("03_topic_control", given, solved=True).answers, 5)
+    live = pd.read_csv(tmp_path / "live.csv").set_index(["method", "strength"])["success"]
+    assert live["Backpack", 2].max() > 0.5 > 0.4 > live["Backpack", 0].max()  # three topics are announced, one is its own
     made = {file.name for file in tmp_path.iterdir()}
-    assert made >= {"summary.csv", "topics.csv", "turned_up.csv", "annealing.csv", "response.csv"}
-
-
-@pytest.mark.slow
-def test_topic_control_goes_on_where_it_was_and_rises_with_strength(planted_run, tmp_path):
-    given = {"model": "planted", "out": str(tmp_path)}
-    execute("03_topic_control", given)
-    summary = pd.read_csv(tmp_path / "summary.csv")
-    plain = summary[(summary["method"] == "Backpack") & (summary["fluency"] == "temperature 1")]
-    assert plain["success"].is_monotonic_increasing and list(plain["strength"]) == [0, 1, 2, 3]
-    texts = {file: file.stat().st_mtime_ns for file in (tmp_path / "texts").iterdir()}
-    next(iter(texts)).unlink()  # as if the run had been killed before this one
-    execute("03_topic_control", given)
-    assert pd.read_csv(tmp_path / "summary.csv").equals(summary)
-    kept = [file for file, written in texts.items() if file.stat().st_mtime_ns == written]
-    assert len(kept) == len(texts) - 1
+    assert made >= {"settings.csv", "equal_fluency.csv", "paired.csv", "responses.csv", "annealing.csv", "texts.csv.gz"}
 
 
 def test_the_bias_search_finds_what_was_planted_and_the_edit_takes_it_away(planted_run, tmp_path):
@@ -202,7 +187,7 @@ def released(tmp_path_factory):
 RELEASED = {
     "00_tour": {},
     "02_senses": {"corpus": str(ROOT / "README.md")},
-    "03_topic_control": {"topics": ["music", "sports"], "strengths": [2], "samples": 2, "tokens": 8},
+    "03_topic_control": {"topics": ["music", "sports"], "strengths": [2], "samples": 2, "tokens": 8, "trials": 2},
     "04_gender_bias": {"professions": ["nurse", "driver", "sports", "man", "construction worker", "cook"], "profession": "driver"},
 }
 
@@ -246,13 +231,12 @@ def test_topic_control_with_a_judge_a_beginning_and_words_of_ones_own(planted_ru
     pytest.importorskip("mauve")
     tiny_classifier(tmp_path / "judge", {0: "music", 1: "law"}, bias=[9.0, -9.0])
     (tmp_path / "own.txt").write_text("\n\n".join(text.text for text in planted.generate(300)))
-    given = {"model": "planted", "topics": ["music", "law"], "strengths": [2], "words": "prison bridge", "samples": 4}
+    given = {"model": "planted", "topics": ["music", "law"], "strengths": [2], "words": "prison bridge", "samples": 4, "trials": 2}
     given |= {"judge": str(tmp_path / "judge"), "reference": str(tmp_path / "own.txt"), "prompt": "At the"}
     execute("03_topic_control", given | {"out": str(tmp_path / "out")})
-    topics = pd.read_csv(tmp_path / "out" / "topics.csv").set_index("topic")
-    assert (topics.loc["music", "on topic"] == topics.loc["music", "texts"]).all()
-    assert not topics.loc["law", "on topic"].any()
-    assert pd.read_csv(tmp_path / "out" / "summary.csv")["MAUVE"].between(0, 1).all()
+    texts = pd.read_csv(tmp_path / "out" / "texts.csv.gz")
+    assert texts.loc[texts["topic"] == "music", "on topic"].all() and not texts.loc[texts["topic"] == "law", "on topic"].any()
+    assert pd.read_csv(tmp_path / "out" / "equal_fluency.csv")["MAUVE"].between(0, 1).all()
 
 
 def own_prompts(folder, **changes) -> str:
@@ -299,19 +283,14 @@ def test_templates_and_professions_that_do_not_fit_are_named(given, prompts, mes
 # ---------------------------------------------------------------- the tables that are stored
 
 
-def test_the_stored_tables_of_topic_control_are_of_the_demo_models_and_hold_what_they_should():
-    folder = ROOT / "data" / "demo" / "topic_control"
-    summary, topics = (pd.read_csv(folder / f"{name}.csv") for name in ("summary", "topics"))
-    models = summary.groupby("method")["model"].first()
-    assert models["Backpack"] == fingerprint(load("demo")[0]), "run: make topic-control"
-    assert models["PPLM"] == fingerprint(load("demo-transformer")[0])
-    assert topics["topic"].nunique() == 17
-    keys = ["method", "strength", "fluency"]
-    rows = topics.set_index(keys)
-    for row in summary.to_dict("records"):
-        mine, none = (rows.loc[(row["method"], strength, row["fluency"])] for strength in (row["strength"], 0))
-        for name, value in success(mine, none).items():
-            assert row[name] == pytest.approx(value), (row["method"], row["strength"], name)
+def test_the_stored_texts_of_topic_control_are_of_the_demo_models_on_all_topics():
+    stored = pd.read_csv(ROOT / "data" / "demo" / "topic_control" / "texts.csv.gz")
+    models = stored.groupby("method")["model"].unique()
+    assert list(models["Backpack"]) == [fingerprint(load("demo")[0])], "run: make topic-control"
+    assert list(models["PPLM"]) == [fingerprint(load("demo-transformer")[0])]
+    assert stored["topic"].nunique() == 17
+    fair = at_equal_fluency(settings_table(stored))
+    assert set(fair["strength"]) == {0, 1, 2, 3, 0.1, 0.3} and (fair["reached"] | (fair["why"] != "")).all()
 
 
 def test_the_stored_losses_of_debiasing_are_of_the_demo_model():
@@ -344,9 +323,9 @@ WORKS = {
         {"text": "The film was", "contrast": "", "long_word": "antidisestablishmentarianism"},
     ],
     "03_topic_control": [
-        {"model": FOLDER, "topics": ["music"], "strength": 0, "strengths": [], "pplm_steps": [], "samples": 1, "tokens": 1},
+        {"model": FOLDER, "topics": ["music"], "strength": 1, "strengths": [], "pplm_steps": [], "samples": 1, "tokens": 1},
         {"model": FOLDER, "topics": ["music"], "topic": "sports", "words": "team game", "strength": 3, "strengths": [3, 3], "samples": 2, "tokens": 3,
-         "prompt": LONGEST[:400], "pplm_steps": [0.01, 5.0], "device": "auto", "seed": 11},
+         "prompt": LONGEST[:400], "pplm_steps": [0.01, 5.0], "device": "auto", "seed": 11, "trials": 1},
     ],
     "04_gender_bias": [
         {"professions": ["nurse", "guard", "cook"], "wanted": 1.0, "wide_bounds": [-0.01, 0.0], "profession": "teacher", "whole_words": True, "reference": TEXT},
@@ -410,9 +389,11 @@ REFUSED = {  # some of each notebook, whose checks stand in the notebook itself,
         ({"words": "日本"}, "日本"),
         ({"strength": 4}, "choose one of 0, 1, 2, 3"),
         ({"strengths": [-1]}, "choose one of 0, 1, 2, 3"),
+        ({"strength": 0, "strengths": []}, "leaves nothing to compare"),
         ({"pplm_steps": [-0.1]}, "step"),
         ({"samples": 0}, "samples=0 should be at least 1"),
         ({"tokens": 0}, "tokens=0 should be at least 1"),
+        ({"trials": 0}, "trials=0 should be at least 1"),
         ({"tokens": 300}, "leaves no room"),
         ({"prompt": LONGEST * 2}, "leaves no room"),
         ({"judge": "nothing/here"}, "nothing/here"),

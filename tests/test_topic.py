@@ -68,11 +68,15 @@ def test_rows_that_no_token_uses_do_not_move_the_quantiles():
     ).sum()
 
 
-def test_a_word_of_several_tokens_counts_whole_and_as_much_as_any_other():
+def test_of_a_word_of_several_tokens_counts_the_first_or_their_mean():
     pieces = TOKENIZER(" zebra")["input_ids"]
     E = MODEL.lm_head.weight.detach()
-    found = topic.topic_direction(MODEL, TOKENIZER, ["zebra", "nurse"])
-    torch.testing.assert_close(found, E[pieces].mean(0) + E[TOKENIZER(" nurse")["input_ids"][0]])
+    nurse = E[TOKENIZER(" nurse")["input_ids"][0]]
+    for choice, expected in (("first", E[pieces[0]]), ("mean", E[pieces].mean(0))):
+        found = topic.topic_direction(MODEL, TOKENIZER, ["zebra", "nurse"], choice)
+        torch.testing.assert_close(found, expected + nurse)
+    control = TopicControl(MODEL, TOKENIZER, ["zebra"], multi_token="mean")
+    torch.testing.assert_close(control.direction, E[pieces].mean(0))
     assert len(pieces) > 1
 
 

@@ -1,20 +1,10 @@
-"""Inference: bootstrap intervals that resample professions and templates, or topics' texts, and permutation tests."""
+"""Inference: bootstrap intervals that resample professions and templates, and permutation tests."""
 
 from collections.abc import Callable
 
 import numpy as np
-import pandas as pd
 
 MIDDLE = (0.025, 0.975)  # the 95 % between these quantiles
-
-
-def mean_shares(table: pd.DataFrame, seed: int, resamples: int = 4000) -> np.ndarray:
-    """Draws from the bootstrap of the mean over topics of `on topic` / `texts`. (resamples,)
-
-    To draw a topic's texts again with replacement, and count those on it, is to draw from a binomial.
-    """
-    texts, share = table["texts"].to_numpy(), (table["on topic"] / table["texts"]).to_numpy()
-    return (np.random.default_rng(seed).binomial(texts, share, size=(resamples, len(table))) / texts).mean(1)
 
 
 def bootstrap_intervals(statistic: Callable, *arrays: np.ndarray, resamples: int = 2000, seed: int = 0) -> np.ndarray:

@@ -78,6 +78,7 @@ class TopicControl:
         the quantiles .95, .80 and .60, and for all the others. annealing: release senses that have had their say.
     largest: a model's `LargestPushes`, to share among topics. Where it is complete (`largest_pushes`), the quantiles
         are those of all tokens, else they are estimated; see `estimated_quantiles`.
+    multi_token: see `topic_direction`.
 
     Raises ValueError for no words, words that the vocabulary lacks, and an unknown strength.
     """
@@ -91,12 +92,13 @@ class TopicControl:
         deltas: Iterable[float] | None = None,
         annealing: bool = True,
         largest: LargestPushes | None = None,
+        multi_token: str = "first",
     ):
         require_senses(model)
         self.model, self.tokenizer, self.annealing = model, tokenizer, annealing
         self.words = [words] if isinstance(words, str) else list(words)
         self.deltas = deltas_of(strength, deltas)  # what is wrong is said before the scores take their time
-        self.direction = topic_direction(model, tokenizer, self.words)
+        self.direction = topic_direction(model, tokenizer, self.words, multi_token)
         self.largest = LargestPushes(model) if largest is None else largest
         self._scores = torch.zeros_like(self.largest.values)
         self._known = torch.zeros_like(self.largest.known)
@@ -186,17 +188,18 @@ def deltas_of(strength: int, deltas: Iterable[float] | None = None) -> tuple[flo
 
 
 @torch.no_grad()
-def topic_direction(model, tokenizer, words: list[str]) -> torch.Tensor:
+def topic_direction(model, tokenizer, words: list[str], multi_token: str = "first") -> torch.Tensor:
     """b E: what the logits of a topic's words sum to is the product of this with a sense; (d,).
 
-    A word of several tokens counts as the mean of them, and so as much as any other word.
+    multi_token: of a word of several tokens counts the "first", as in the paper, or their "mean".
     """
     if not words:
         raise ValueError("A topic needs at least one word, and none was given.")
     E = model.get_output_embeddings().weight
     rows = []
     for word in words:
-        rows.append(E[known_tokens_of_word(tokenizer, word)].float().mean(0))
+        ids = known_tokens_of_word(tokenizer, word)
+        rows.append(E[ids if multi_token == "mean" else ids[:1]].float().mean(0))
     return torch.stack(rows).sum(0)
 
 

@@ -1,4 +1,4 @@
-"""Is a text good text? Perplexity under another model, repetition, variety, and MAUVE."""
+"""Is a text good text? Perplexity under another model, repetition, and MAUVE."""
 
 import math
 import re
@@ -20,17 +20,16 @@ def perplexity(model, tokenizer, texts: list[str], prompts: list[str]) -> float:
     return math.exp(nats.sum().item() / max(tokens, 1))
 
 
-def distinct(texts: list[str], n: int) -> float:
-    """The share of different ones among all runs of n words of the texts; low where texts are all alike."""
-    runs = [run for text in texts for run in _runs(text, n)]
-    return len(set(runs)) / len(runs) if runs else math.nan
-
-
 def repetition(texts: list[str], n: int = 4) -> float:
     """The share of runs of n words that the same text has had before; high where a text goes round in circles."""
-    runs = [_runs(text, n) for text in texts]
-    total = sum(map(len, runs))
-    return 1 - sum(len(set(rows)) for rows in runs) / total if total else math.nan
+    total, repeated = (sum(counts) for counts in zip(*(repeated_runs(text, n) for text in texts)))
+    return repeated / total if total else math.nan
+
+
+def repeated_runs(text: str, n: int = 4) -> tuple[int, int]:
+    """How many runs of n words a text has, and how many of them it has had before."""
+    runs = _runs(text, n)
+    return len(runs), len(runs) - len(set(runs))
 
 
 def bag_share(texts: list[str], words: Iterable[str]) -> float:

@@ -26,7 +26,7 @@ from backpack_lib.files import cached_json
 from backpack_lib.loading import fingerprint
 from backpack_lib.studies.fluency import search_temperature
 from backpack_lib.studies.judges import WordJudge
-from backpack_lib.studies.text_quality import repetition, words_of
+from backpack_lib.studies.text_quality import repeated_runs, words_of
 from backpack_lib.text.writing import continue_texts, ids_of_text
 
 BACKPACK, PPLM = "Backpack", "PPLM"
@@ -76,7 +76,11 @@ class TopicStudy:
             self.prints[PPLM] = fingerprint(self.transformer)
 
     def run(self) -> pd.DataFrame:
-        """Writes and judges all texts. -> a row a text; see `_row` for its columns."""
+        """Writes and judges all texts, or reads them where they are written. -> a row a text
+
+        Columns: method, strength, temperature, topic, text; nats and tokens, under a model that did not write it; words,
+        topic words and steering words; on topic; runs (of four words) and repeated runs; and seconds.
+        """
         plan = [(method, strength) for method in self.prints for strength in self._strengths(method)]
         total = sum(len(self.topics) * (self.trials if strength else 1) for _, strength in plan)
         rows, wanted = [], None
@@ -144,7 +148,7 @@ class TopicStudy:
                 "nats": nats[n].item(), "on topic": bool(on_topic.iloc[n]), "topic words": int(counts.iloc[n]),
                 "tokens": len(ids_of_text(self.tokenizer, texts[n])) - len(ids_of_text(self.tokenizer, prompts[n])),
                 "words": len(words_of(text)), "steering words": sum(word in steer for word in words_of(text)),
-                "seconds": seconds,
+                **dict(zip(("runs", "repeated runs"), repeated_runs(text))), "seconds": seconds,
             }
             for n, text in enumerate(written)
         ]  # fmt: skip
@@ -174,7 +178,8 @@ def settings_table(texts: pd.DataFrame) -> pd.DataFrame:
             dict(zip(SETTING, setting))
             | {"perplexity": perplexity_of(made), "success": by_topic["on topic"].mean().mean()}
             | per_1000
-            | {"repetition": repetition(list(made["text"])), "seconds": made["seconds"].mean(), "texts": len(made)}
+            | {"repetition": made["repeated runs"].sum() / max(made["runs"].sum(), 1)}
+            | {"seconds": made["seconds"].mean(), "texts": len(made)}
         )
     table = pd.DataFrame(rows)
     none = table[table["strength"] == 0].set_index("method")["perplexity"]
@@ -206,9 +211,10 @@ def of_setting(texts: pd.DataFrame, setting) -> pd.DataFrame:
 def chosen_elsewhere(texts: pd.DataFrame, fair: pd.DataFrame, method: str) -> tuple[pd.DataFrame, pd.Series]:
     """A method's texts on each topic, at the strength that does best on all *other* topics at equal fluency.
 
-    -> texts, and the strength chosen for each topic.
+    Where no strength reached equal fluency, at the nearest that it came. -> texts, and the strength chosen for each topic.
     """
-    usable = fair[(fair["method"] == method) & fair["reached"] & (fair["strength"] > 0)]
+    usable = fair[(fair["method"] == method) & (fair["strength"] > 0)]
+    usable = usable[usable["reached"]] if usable["reached"].any() else usable
     if usable.empty:
         return texts.iloc[:0], pd.Series(dtype=float)
     by_strength = {row["strength"]: of_setting(texts, row) for _, row in usable.iterrows()}
