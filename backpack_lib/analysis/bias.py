@@ -73,10 +73,15 @@ def kl_of_other_words(before: torch.Tensor, after: torch.Tensor, but: list[int])
 
     before, after: log-probabilities of the next token behind n prompts, (n, V).
     """
+    return kl_of_other_words_each(before, after, but).mean().item()
+
+
+def kl_of_other_words_each(before: torch.Tensor, after: torch.Tensor, but: list[int]) -> torch.Tensor:
+    """`kl_of_other_words` of each prompt, (n,)."""
     before, after = (
         x.index_fill(1, torch.tensor(but, device=x.device), -torch.inf).log_softmax(-1) for x in (before, after)
     )
-    return (before.exp() * (before - after).nan_to_num()).sum(-1).mean().item()
+    return (before.exp() * (before - after).nan_to_num()).sum(-1)
 
 
 def fill(tokenizer, professions: list[str], templates: list[str]) -> list[str]:

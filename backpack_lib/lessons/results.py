@@ -1,7 +1,7 @@
 """Where a notebook's results go, and the file by which a run of it is judged."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,15 @@ def write_results(folder: Path, headline: str, numbers: Mapping[str, float]):
     numbers = {name: float(value) for name, value in numbers.items()}
     write_text(folder / "results.json", json.dumps({"headline": headline, **numbers}, indent=1))
     print(headline)
+
+
+def run_quietly(work: Callable):
+    """What a long piece of work returns; its progress bars go when it is done."""
+    from IPython.display import clear_output
+
+    result = work()
+    clear_output()
+    return result
 
 
 @dataclass

@@ -14,6 +14,7 @@ from backpack_lib.analysis.topic import TopicControl, deltas_of, released
 from backpack_lib.files import data_folder
 from backpack_lib.lessons.exercises import check_choice, check_function, check_number
 from backpack_lib.lessons.opening import PLANTED, Lesson
+from backpack_lib.lessons.results import run_quietly
 from backpack_lib.loading import load_baseline
 from backpack_lib.studies.judges import ClassifierJudge, WordJudge
 from backpack_lib.studies.text_quality import mauve
@@ -117,12 +118,8 @@ def stored_texts(model: str, texts: pd.DataFrame) -> pd.DataFrame:
 
 
 def run_study(study: TopicStudy) -> pd.DataFrame:
-    """Runs a study and keeps its texts; its progress bar goes when it is done."""
-    from IPython.display import clear_output
-
-    texts = study.run()
-    clear_output()
-    return keep_texts(study, texts)
+    """Runs a study and keeps its texts."""
+    return keep_texts(study, run_quietly(study.run))
 
 
 def with_mauve(study: TopicStudy, texts: pd.DataFrame, fair: pd.DataFrame, corpus: str) -> pd.DataFrame:
