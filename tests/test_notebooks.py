@@ -145,17 +145,19 @@ def test_control_reaches_planted_topics_and_the_exercises_on_topics_are_solved(p
 
 
 def test_the_bias_search_finds_what_was_planted_and_the_edit_takes_it_away(planted_run, tmp_path):
-    assert_solved(execute("04_gender_bias", {"model": "planted", "out": str(tmp_path)}, solved=True).answers)
+    assert_solved(execute("04_gender_bias", {"model": "planted", "out": str(tmp_path)}, solved=True).answers, 5)
     results = results_of(tmp_path)
     assert results["rho"] >= 0.9 and results["p"] < 0.01 and results["share"] >= 0.9
-    assert results["spread removed"] > 0.95
+    spread = pd.read_csv(tmp_path / "methods.csv", index_col=["model", "method"])["spread"]
+    assert spread["Backpack", "removed"] < 0.05 * spread["Backpack", "as it is"]
     # What other words of a template carry is left, whichever senses of the profession are removed.
-    assert results["excess removed, removed"] > results["excess removed, all senses"] - 0.02
-    assert results["ratio, levelled"] < 1.3  # without what differs between professions
+    assert results["excess removed, Backpack removed"] > results["excess removed, Backpack all senses removed"] - 0.02
+    assert results["ratio, Backpack levelled"] < 1.3  # without what differs between professions
+    assert abs(results["excess removed, Backpack constant offset"]) < 0.1  # the planted professions share no lean
     assert results["rise of the loss, removed, %"] < 1
-    assert results["excess removed, held-out professions"] > 0.8
+    assert results["excess removed, held-out professions"] > 0.8 and results["excess removed, unseen words"] > 0.8
     made = {file.name for file in tmp_path.iterdir()}
-    assert made >= {"professions.csv", "localization.csv", "held_out.csv", "scales.csv", "loss.csv", "moved_words.csv"}
+    assert made >= {"professions.csv", "localization.csv", "held_out.csv", "methods.csv", "paired.csv", "loss.csv", "debiased.safetensors"}
     localization = pd.read_csv(tmp_path / "localization.csv", index_col="sense")
     assert localization["share"].sum() + results["elsewhere"] == pytest.approx(1)
     model, tokenizer = load("planted")
@@ -294,7 +296,7 @@ def test_the_stored_texts_of_topic_control_are_of_the_demo_models_on_all_topics(
 
 
 def test_the_stored_losses_of_debiasing_are_of_the_demo_model():
-    loss = pd.read_csv(ROOT / "data" / "demo" / "gender_bias" / "loss.csv", index_col="method")
+    loss = pd.read_csv(ROOT / "data" / "demo" / "gender_bias" / "loss.csv", index_col="edit")
     assert set(loss["model"]) == {fingerprint(load("demo")[0])}, "run: make gender-bias"
     assert loss.loc["as it is", "rise, %"] == 0 and "removed, along" in loss.index
 
@@ -404,6 +406,7 @@ REFUSED = {  # some of each notebook, whose checks stand in the notebook itself,
     ],
     "04_gender_bias": [
         ({"professions": ["nurse", "guard"]}, "need three of them"),
+        ({"professions": ["nurse", "guard"], "whole_words": True}, "need three of them"),
         ({"professions": ["nurse", "nurse"]}, "twice"),
         ({"profession": "日本"}, "日本"),
         ({"pair": ["he", "he"]}, "twice"),

@@ -254,22 +254,19 @@ def test_the_readmes_figures_are_those_that_were_measured():
     ratios = {key: {name: f"{found['ratio']:.2f}" for name, found in row.items()} for key, row in bench.items()}
     generated = {("generation", "demo"), ("generation", "small")}
     training, small = ratios["training", "demo"], ratios["memory-1024", "small"]
-    removed = re.search(r"removing them takes (\d+)%", outputs_of("04_gender_bias"))[1]
-    wide = re.search(r"senses take (\d+)% of the Backpack's excess, projection (\d+)%", outputs_of("04_gender_bias"))
-    topics = outputs_of("03_topic_control")
-    senses, pplm = (
-        re.findall(r"  [\d.]+: ([\d.]+) times", part)[-1] for part in topics.split("PPLM: at equal fluency")
-    )
+    bias = re.search(r"removing them takes (\d+)% of the excess, all senses (\d+)%, a constant offset (\d+)%", outputs_of("04_gender_bias"))
+    topics = re.search(r"at equal fluency no control ([\d.]+)%, Backpack ([\d.]+)%, PPLM ([\d.]+)% on topic", outputs_of("03_topic_control"))
     for said in (
-        f"({pplm} and {senses} times as often as without control",
+        f"on topic in {topics[2]} % of texts ({topics[1]} % without control, {topics[3]} % by PPLM)",
         f"a Backpack of {millions[0]:.0f} million parameters",
         f"({millions[1]:.0f} million)",
         f"{millions[0] - millions[1]:.0f} million parameters less",
         f"{ours['bits_per_byte']:.3f} and {theirs['bits_per_byte']:.3f} bits per byte",
         f"BLiMP {100 * ours['blimp']['mean']:.1f} % and {100 * theirs['blimp']['mean']:.1f} %",
         f"mean ρ {similarity(ours):.2f} and {similarity(measured['word2vec']):.2f}",
-        f"takes {removed} % of the excess",
-        f"({wide[2]} % and {wide[1]} %)",
+        f"takes {bias[1]} % of the excess",
+        f"all 16 senses {bias[2]} %",
+        f"an offset that edits nothing {bias[3]} %",
         f"| {training['plain']} | {training['GPT-2']} ({training['GPT-2, our loss']} against",
         *(f"| {row['plain']} | {row['GPT-2']} |" for key, row in ratios.items() if key in generated),
         f"| {small['plain']} | {small['GPT-2']} |",
@@ -279,7 +276,7 @@ def test_the_readmes_figures_are_those_that_were_measured():
 
 # ---------------------------------------------------------------- the notebooks as lessons
 
-REWRITTEN = ("00_tour", "01_training", "02_senses")
+REWRITTEN = tuple(path.stem for path in NOTEBOOKS)
 PLUMBING = re.compile(r"^(from |import |lesson\.(keep|numbers|close)|results\.(keep|numbers|close)|\"[^\"]*\", model, out|\)$|E, k = |backpack, tokenizer)")
 
 
