@@ -24,6 +24,7 @@ from backpack_lib.text.writing import continue_texts, ids_of_text
 from backpack_lib.training.config import TrainingConfig
 
 SHORTEST = 16  # tokens that the sentences need with which the models are asked
+LEAST_VOCABULARY = 1050  # in which every planted word is one token
 
 
 # ---------------------------------------------------------------- settings
@@ -38,6 +39,11 @@ def settings(parameters: dict) -> dict:
     found = {field.name: parameters[field.name] for field in fields(TrainingConfig) if field.name in parameters}
     TrainingConfig(**found | {"out": ""})
     TrainingConfig(corpus=found["corpus"], out="", steps=parameters["finetune_steps"], warmup=0)
+    if found["vocab_size"] < LEAST_VOCABULARY:
+        raise ValueError(
+            f"vocab_size={found['vocab_size']} is too small for every planted word to be one token; "
+            f"choose at least {LEAST_VOCABULARY}."
+        )
     open_corpus(found["corpus"])
     require_senses(load_model(parameters["start"]))
     if found["block_size"] < SHORTEST:
