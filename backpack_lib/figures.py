@@ -138,7 +138,13 @@ def paired_bars(values, other, title: str, xlabel: str, other_xlabel: str):
     colors = sns.color_palette("colorblind")
     rows, width = np.arange(len(values)), 0.8 / len(values.columns)
     for number, name in enumerate(values.columns):
-        left.barh(rows + width * (number - (len(values.columns) - 1) / 2), values[name], width, color=colors[number], label=name)
+        left.barh(
+            rows + width * (number - (len(values.columns) - 1) / 2),
+            values[name],
+            width,
+            color=colors[number],
+            label=name,
+        )
     right.barh(rows, other, color=[colors[0] if value > 0 else colors[1] for value in other])
     right.axvline(0, color="gray", linewidth=1)
     left.set_yticks(rows, values.index)
@@ -212,7 +218,14 @@ def row_intervals(table, title: str, xlabel: str, at: float = 0.0, log: bool = F
     """A row for each row of a DataFrame: its first column as a point, low and high as the interval, a line at no effect."""
     figure, axes = new_figure(height=1.2 + 0.27 * len(table))
     rows, value = range(len(table)), table.iloc[:, 0]
-    axes.errorbar(value, rows, xerr=[value - table["low"], table["high"] - value], fmt="o", capsize=3, color=sns.color_palette("colorblind")[0])
+    axes.errorbar(
+        value,
+        rows,
+        xerr=[value - table["low"], table["high"] - value],
+        fmt="o",
+        capsize=3,
+        color=sns.color_palette("colorblind")[0],
+    )
     axes.axvline(at, color="gray", linewidth=1)
     axes.set_yticks(rows, table.index)
     axes.set(xlabel=xlabel)
@@ -241,7 +254,12 @@ def trade_off(table, title: str):
     for (method, strength), rows in table.groupby(["method", "strength"], sort=False):
         rows = rows.sort_values("relative perplexity")
         name = f"{method}, no control" if not strength else f"{method}, {strength:g}"
-        style = {"marker": markers[strength], "markersize": 5 if strength else 13, "color": colors[method], "linewidth": 1}
+        style = {
+            "marker": markers[strength],
+            "markersize": 5 if strength else 13,
+            "color": colors[method],
+            "linewidth": 1,
+        }
         axes.plot(rows["relative perplexity"], rows["success"], label=name, **style)
     axes.axvline(1, color="gray", linewidth=1, linestyle="--")
     axes.set(xlabel="perplexity, times that of no control", ylabel="success (share of texts on topic)")

@@ -4,9 +4,8 @@ import pandas as pd
 import pytest
 import torch
 
-from backpack_lib.lessons import opening
+from backpack_lib.lessons import opening, tour
 from backpack_lib.lessons import senses as of_senses
-from backpack_lib.lessons import tour
 from backpack_lib.lessons import training as of_training
 from backpack_lib.lessons.exercises import check_choice, check_function, check_number, check_tensor
 from backpack_lib.text import planted
@@ -26,7 +25,10 @@ def test_a_tensor_is_compared_by_shape_and_entry_and_its_truth_is_not_told():
     assert "it is (4,)" in check_tensor(truth.flatten(), truth)
     assert check_tensor(truth, truth).startswith("Right")
     assert check_tensor(truth.T, truth, [(truth.T, "transposed.")]) == "Not yet: transposed."
-    assert check_tensor(torch.tensor([[1.0, 2.0], [3.0, 9.0]]), truth) == "Not yet: 1 of 4 entries are wrong, the first at (1, 1)."
+    assert (
+        check_tensor(torch.tensor([[1.0, 2.0], [3.0, 9.0]]), truth)
+        == "Not yet: 1 of 4 entries are wrong, the first at (1, 1)."
+    )
 
 
 def test_a_function_is_called_on_every_case_and_its_error_is_told():
@@ -86,7 +88,9 @@ def test_permuted_labels_tell_a_difference_from_luck():
 
 
 def test_seeds_are_compared_within_a_seed():
-    rows = [(m, 1, s, 1.0 + 0.1 * s - d, 0.9) for s in range(4) for m, d in (("Backpack", 0.01), ("Transformer", 0.001 * s))]
+    rows = [
+        (m, 1, s, 1.0 + 0.1 * s - d, 0.9) for s in range(4) for m, d in (("Backpack", 0.01), ("Transformer", 0.001 * s))
+    ]
     table = pd.DataFrame(rows, columns=["model", "parameters", "seed", "valid_loss", "floor"])
     found = of_training.differences_over_seeds(table, "Transformer")
     assert found["difference"] == pytest.approx(0.01 - 0.0015) and found["low"] > 0 and found["p"] < 0.05
@@ -97,7 +101,9 @@ def test_the_stored_seeds_are_those_of_the_shipped_models():
     (model, tokenizer), floor = opening.load("planted"), table["floor"].iloc[0]
     assert model.num_parameters() == table.loc[("Backpack", 0), "parameters"]
     texts = [text.text for text in planted.generate(300, seed=5)]  # whole texts, so a little below the loss of blocks
-    assert of_training.mean_loss(model, tokenizer, texts) == pytest.approx(table.loc[("Backpack", 0), "valid_loss"], abs=0.1)
+    assert of_training.mean_loss(model, tokenizer, texts) == pytest.approx(
+        table.loc[("Backpack", 0), "valid_loss"], abs=0.1
+    )
     assert floor < table["valid_loss"].min()
 
 

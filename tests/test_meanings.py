@@ -75,14 +75,16 @@ def test_a_words_own_part_and_the_total_are_sums_of_contributions(trained):
     model, tokenizer = trained
     one = disambiguation.planted_ambiguities()[0]
     table, lean = weights_in_context(model, tokenizer, one), leanings(model, tokenizer, one)
-    E = model.get_output_embeddings().weight.detach()
     text = one.texts[list(one.texts)[1]][3]
     row = table.iloc[len(list(one.texts.values())[0]) + 3]
     ids, own, total = ids_of_text(tokenizer, text), 0.0, 0.0
     for sign, cues in zip((1, -1), one.cues.values()):
         for cue in cues:
             shares = attribute(model, ids, token_of_word(tokenizer, cue))
-            own, total = own + sign * shares[-1].sum().item() / len(cues), total + sign * shares.sum().item() / len(cues)
+            own, total = (
+                own + sign * shares[-1].sum().item() / len(cues),
+                total + sign * shares.sum().item() / len(cues),
+            )
     assert row["own"] == pytest.approx(own, abs=1e-3) and row["total"] == pytest.approx(total, abs=1e-3)
     assert table["own"].iloc[0] == pytest.approx(table.filter(like="weight").iloc[0].to_numpy() @ lean, abs=1e-5)
 
@@ -113,7 +115,12 @@ def test_the_texts_end_in_their_word_and_words_of_several_tokens_are_taken():
 def test_exact_contributions_find_the_word_that_decides_and_gradients_miss_it(trained, transformer):
     found = substitutes.compare_on_planted(trained[0], transformer, trained[1], n=40)
     methods = found.groupby("method")[["found", "share", "chance"]].mean()
-    assert methods.loc["contributions (exact)", "found"] > 0.9 > 0.5 > methods.loc["Transformer: gradient × input", "found"]
+    assert (
+        methods.loc["contributions (exact)", "found"]
+        > 0.9
+        > 0.5
+        > methods.loc["Transformer: gradient × input", "found"]
+    )
     assert methods.loc["contributions (exact)", "share"] == methods["share"].max()
     assert transformer.config._attn_implementation != "eager"  # as it was before
 

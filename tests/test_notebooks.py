@@ -102,7 +102,14 @@ def scores_computed_once():
 # ---------------------------------------------------------------- exercises, and the models that 01 trained
 
 SHORT = {
-    "03_topic_control": {"topics": ["music", "law", "money"], "strengths": [], "pplm_steps": [0.3], "samples": 16, "tokens": 40, "trials": 2},
+    "03_topic_control": {
+        "topics": ["music", "law", "money"],
+        "strengths": [],
+        "pplm_steps": [0.3],
+        "samples": 16,
+        "tokens": 40,
+        "trials": 2,
+    },
 }
 
 
@@ -139,7 +146,9 @@ def test_control_reaches_planted_topics_and_the_exercises_on_topics_are_solved(p
     given = {"model": "planted", "out": str(tmp_path)} | SHORT["03_topic_control"]
     assert_solved(execute("03_topic_control", given, solved=True).answers, 5)
     live = pd.read_csv(tmp_path / "live.csv").set_index(["method", "strength"])["success"]
-    assert live["Backpack", 2].max() > 0.5 > 0.4 > live["Backpack", 0].max()  # three topics are announced, one is its own
+    assert (
+        live["Backpack", 2].max() > 0.5 > 0.4 > live["Backpack", 0].max()
+    )  # three topics are announced, one is its own
     made = {file.name for file in tmp_path.iterdir()}
     assert made >= {"settings.csv", "equal_fluency.csv", "paired.csv", "responses.csv", "annealing.csv", "texts.csv.gz"}
 
@@ -157,7 +166,15 @@ def test_the_bias_search_finds_what_was_planted_and_the_edit_takes_it_away(plant
     assert results["rise of the loss, removed, %"] < 1
     assert results["excess removed, held-out professions"] > 0.8 and results["excess removed, unseen words"] > 0.8
     made = {file.name for file in tmp_path.iterdir()}
-    assert made >= {"professions.csv", "localization.csv", "held_out.csv", "methods.csv", "paired.csv", "loss.csv", "debiased.safetensors"}
+    assert made >= {
+        "professions.csv",
+        "localization.csv",
+        "held_out.csv",
+        "methods.csv",
+        "paired.csv",
+        "loss.csv",
+        "debiased.safetensors",
+    }
     localization = pd.read_csv(tmp_path / "localization.csv", index_col="sense")
     assert localization["share"].sum() + results["elsewhere"] == pytest.approx(1)
     model, tokenizer = load("planted")
@@ -190,7 +207,10 @@ RELEASED = {
     "00_tour": {},
     "02_senses": {"corpus": str(ROOT / "README.md")},
     "03_topic_control": {"topics": ["music", "sports"], "strengths": [2], "samples": 2, "tokens": 8, "trials": 2},
-    "04_gender_bias": {"professions": ["nurse", "driver", "sports", "man", "construction worker", "cook"], "profession": "driver"},
+    "04_gender_bias": {
+        "professions": ["nurse", "driver", "sports", "man", "construction worker", "cook"],
+        "profession": "driver",
+    },
 }
 
 
@@ -225,7 +245,9 @@ def test_senses_with_words_texts_and_sets_of_ones_own(tmp_path):
     assert made >= {"contributions.csv", "silenced.csv", "roles.csv", "similarity.csv", "edits.safetensors"}
     found = pd.read_csv(tmp_path / "out" / "similarity.csv")
     assert len(found) == 3  # the Backpack, its input embedding, and its Transformer, on one set
-    assert len(pd.read_csv(tmp_path / "out" / "similarity_differences.csv")) == 4  # two others, on the set and their mean
+    assert (
+        len(pd.read_csv(tmp_path / "out" / "similarity_differences.csv")) == 4
+    )  # two others, on the set and their mean
 
 
 @pytest.mark.slow
@@ -233,11 +255,21 @@ def test_topic_control_with_a_judge_a_beginning_and_words_of_ones_own(planted_ru
     pytest.importorskip("mauve")
     tiny_classifier(tmp_path / "judge", {0: "music", 1: "law"}, bias=[9.0, -9.0])
     (tmp_path / "own.txt").write_text("\n\n".join(text.text for text in planted.generate(300)))
-    given = {"model": "planted", "topics": ["music", "law"], "strengths": [2], "words": "prison bridge", "samples": 4, "trials": 2}
+    given = {
+        "model": "planted",
+        "topics": ["music", "law"],
+        "strengths": [2],
+        "words": "prison bridge",
+        "samples": 4,
+        "trials": 2,
+    }
     given |= {"judge": str(tmp_path / "judge"), "reference": str(tmp_path / "own.txt"), "prompt": "At the"}
     execute("03_topic_control", given | {"out": str(tmp_path / "out")})
     texts = pd.read_csv(tmp_path / "out" / "texts.csv.gz")
-    assert texts.loc[texts["topic"] == "music", "on topic"].all() and not texts.loc[texts["topic"] == "law", "on topic"].any()
+    assert (
+        texts.loc[texts["topic"] == "music", "on topic"].all()
+        and not texts.loc[texts["topic"] == "law", "on topic"].any()
+    )
     assert pd.read_csv(tmp_path / "out" / "equal_fluency.csv")["MAUVE"].between(0, 1).all()
 
 
@@ -420,7 +452,16 @@ REFUSED = {  # some of each notebook, whose checks stand in the notebook itself,
         ({"device": "gpu"}, "is unknown"),
     ],
 }  # fmt: skip
-QUICK = {"are no topics here", "should be at least 1", "leaves no room", "name the next word", "Backpack", "choose one of", "nothing-here", "steps=0"}
+QUICK = {
+    "are no topics here",
+    "should be at least 1",
+    "leaves no room",
+    "name the next word",
+    "Backpack",
+    "choose one of",
+    "nothing-here",
+    "steps=0",
+}
 
 
 def cases(table):

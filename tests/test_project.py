@@ -157,7 +157,9 @@ def test_a_wheel_holds_the_data_and_the_notebooks(tmp_path):
     *found, modules, file = result.stdout.split()
     assert found == ["kitchen", "00_tour", "16", "0"] and file.startswith(str(tmp_path))
     sources = [*(ROOT / "backpack_lib").rglob("*.py")]
-    assert int(modules) == len(sources) - 1  # all files of all wings, and each can be imported; without the package itself
+    assert (
+        int(modules) == len(sources) - 1
+    )  # all files of all wings, and each can be imported; without the package itself
 
 
 # ---------------------------------------------------------------- the notebooks as a visitor sees them
@@ -254,8 +256,14 @@ def test_the_readmes_figures_are_those_that_were_measured():
     ratios = {key: {name: f"{found['ratio']:.2f}" for name, found in row.items()} for key, row in bench.items()}
     generated = {("generation", "demo"), ("generation", "small")}
     training, small = ratios["training", "demo"], ratios["memory-1024", "small"]
-    bias = re.search(r"removing them takes (\d+)% of the excess, all senses (\d+)%, a constant offset (\d+)%", outputs_of("04_gender_bias"))
-    topics = re.search(r"at equal fluency no control ([\d.]+)%, Backpack ([\d.]+)%, PPLM ([\d.]+)% on topic", outputs_of("03_topic_control"))
+    bias = re.search(
+        r"removing them takes (\d+)% of the excess, all senses (\d+)%, a constant offset (\d+)%",
+        outputs_of("04_gender_bias"),
+    )
+    topics = re.search(
+        r"at equal fluency no control ([\d.]+)%, Backpack ([\d.]+)%, PPLM ([\d.]+)% on topic",
+        outputs_of("03_topic_control"),
+    )
     for said in (
         f"on topic in {topics[2]} % of texts ({topics[1]} % without control, {topics[3]} % by PPLM)",
         f"a Backpack of {millions[0]:.0f} million parameters",
@@ -277,13 +285,17 @@ def test_the_readmes_figures_are_those_that_were_measured():
 # ---------------------------------------------------------------- the notebooks as lessons
 
 REWRITTEN = tuple(path.stem for path in NOTEBOOKS)
-PLUMBING = re.compile(r"^(from |import |lesson\.(keep|numbers|close)|results\.(keep|numbers|close)|\"[^\"]*\", model, out|\)$|E, k = |backpack, tokenizer)")
+PLUMBING = re.compile(
+    r"^(from |import |lesson\.(keep|numbers|close)|results\.(keep|numbers|close)|\"[^\"]*\", model, out|\)$|E, k = |backpack, tokenizer)"
+)
 
 
 @pytest.mark.parametrize("name", REWRITTEN)
 def test_cells_are_short_and_most_lines_are_the_idea(name):
     cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())["cells"]
-    code = [[line for line in "".join(c["source"]).splitlines() if line.strip()] for c in cells if c["cell_type"] == "code"]
+    code = [
+        [line for line in "".join(c["source"]).splitlines() if line.strip()] for c in cells if c["cell_type"] == "code"
+    ]
     assert len(code[1]) <= 12 and max(map(len, code[1:])) <= 25
     lines = [line.strip() for cell in code[1:] for line in cell]
     plumbing = [line for line in lines if PLUMBING.match(line)]
@@ -294,7 +306,9 @@ def test_cells_are_short_and_most_lines_are_the_idea(name):
 @pytest.mark.parametrize("name", REWRITTEN)
 def test_exercises_stand_in_place_from_easy_to_hard(name):
     cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())["cells"]
-    found = [(n, re.search(r"\*\*Exercise (\d)\*\* \((easy|medium|hard)", "".join(c["source"]))) for n, c in enumerate(cells)]
+    found = [
+        (n, re.search(r"\*\*Exercise (\d)\*\* \((easy|medium|hard)", "".join(c["source"]))) for n, c in enumerate(cells)
+    ]
     found = [(n, match) for n, match in found if match]
     assert 5 <= len(found) <= 8 and [match[1] for _, match in found] == [str(i + 1) for i in range(len(found))]
     assert {match[2] for _, match in found} == {"easy", "medium", "hard"}

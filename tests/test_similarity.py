@@ -222,7 +222,9 @@ def test_input_embeddings_stand_in_as_one_sense(model, tokenizer):
     vectors = similarity.of_input_embeddings(model, tokenizer)(["nurse", "zebra"])
     E = model.get_input_embeddings().weight
     pieces = tokenizer(" zebra")["input_ids"]
-    torch.testing.assert_close(vectors, torch.stack([E[tokenizer(" nurse")["input_ids"][0]], E[pieces].mean(0)])[:, None])
+    torch.testing.assert_close(
+        vectors, torch.stack([E[tokenizer(" nurse")["input_ids"][0]], E[pieces].mean(0)])[:, None]
+    )
 
 
 def test_a_sense_number_that_does_the_same_for_all_words_is_consistent(monkeypatch):

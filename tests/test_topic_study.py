@@ -10,7 +10,14 @@ from backpack_lib.lessons import topics as of_topics
 from backpack_lib.lessons.opening import open_lesson
 from backpack_lib.studies import topic_study
 from backpack_lib.studies.text_quality import perplexity, repetition, words_of
-from backpack_lib.studies.topic_study import at_equal_fluency, chosen_elsewhere, of_setting, paired_difference, responses, settings_table
+from backpack_lib.studies.topic_study import (
+    at_equal_fluency,
+    chosen_elsewhere,
+    of_setting,
+    paired_difference,
+    responses,
+    settings_table,
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +38,9 @@ def test_rows_hold_what_a_slow_reading_of_the_texts_finds(study, texts):
     rows = of_setting(texts, setting)
     music, law = (rows[rows["topic"] == name] for name in ("music", "law"))
     prompts = study.prompts("music", 6)
-    written = TopicControl(model, tokenizer, study.topics[0]["steer"], 3).generate(prompts, 20, 0, temperature=setting["temperature"])
+    written = TopicControl(model, tokenizer, study.topics[0]["steer"], 3).generate(
+        prompts, 20, 0, temperature=setting["temperature"]
+    )
     assert list(music["text"]) == [text[len(prompt) :] for text, prompt in zip(written, prompts)] and len(law) == 6
     found = topic_study.perplexity_of(music)
     assert found == pytest.approx(perplexity(transformer, tokenizer, written, prompts), rel=1e-4)
@@ -46,7 +55,9 @@ def test_a_study_resumes_and_is_the_same(study, texts, monkeypatch):
     assert study.run().equals(texts)
     assert set(texts["method"]) == {"Backpack", "PPLM"} and (texts.groupby("method")["strength"].min() == 0).all()
     with pytest.raises(ValueError, match="samples=0 should be at least 1"):
-        type(study)(study.backpack, None, study.tokenizer, study.topics, study.judge, study.prompts, study.folder, samples=0)
+        type(study)(
+            study.backpack, None, study.tokenizer, study.topics, study.judge, study.prompts, study.folder, samples=0
+        )
 
 
 def made(method, strength, temperature, shares, nats=60.0, n=40):
@@ -55,7 +66,9 @@ def made(method, strength, temperature, shares, nats=60.0, n=40):
         hits = round(share * n)
         rows += [(method, float(strength), temperature, topic, number < hits, nats) for number in range(n)]
     table = pd.DataFrame(rows, columns=["method", "strength", "temperature", "topic", "on topic", "nats"])
-    return table.assign(tokens=20, words=20, **{"topic words": 2, "steering words": 1, "runs": 17, "repeated runs": 0, "seconds": 1.0})
+    return table.assign(
+        tokens=20, words=20, **{"topic words": 2, "steering words": 1, "runs": 17, "repeated runs": 0, "seconds": 1.0}
+    )
 
 
 TOPICS = [f"topic {number}" for number in range(12)]
@@ -68,7 +81,9 @@ def test_equal_fluency_takes_the_nearest_temperature_and_says_what_was_not_reach
     never = made("Backpack", 3, 1.4, BASE, nats=60 + 20 * np.log(0.8))
     fair = at_equal_fluency(settings_table(pd.concat([none, near, far, never]))).set_index("strength")
     assert fair.loc[2, "temperature"] == 1.1 and fair.loc[2, "relative perplexity"] == pytest.approx(1.03)
-    assert list(fair["reached"]) == [True, True, False] and fair.loc[3, "why"] == "1 temperatures gave 0.80 to 0.80 times"
+    assert (
+        list(fair["reached"]) == [True, True, False] and fair.loc[3, "why"] == "1 temperatures gave 0.80 to 0.80 times"
+    )
 
 
 def test_pairs_decide_where_intervals_of_the_two_overlap():
@@ -97,7 +112,9 @@ def test_responses_do_not_depend_on_how_much_was_written_and_few_words_are_marke
     rate.loc[rate["topic"] == "b", "topic words"] = 0
     few.loc[few["topic"] == "b", "topic words"] = 0
     found = responses(rate, few)
-    assert found.loc["a", "times"] == pytest.approx(1) and found.loc["b", "times"] == pytest.approx(1)  # no word on either side
+    assert found.loc["a", "times"] == pytest.approx(1) and found.loc["b", "times"] == pytest.approx(
+        1
+    )  # no word on either side
     assert found.loc["a", "told"] and not found.loc["b", "told"]
     twice = responses(rate.assign(**{"topic words": 4}), few.assign(**{"topic words": 2}))
     assert twice.loc["a", "times"] == pytest.approx(2, rel=0.02) and twice.loc["a", "low"] > 1.5

@@ -429,7 +429,9 @@ def test_models_on_the_way_can_be_kept_and_change_nothing(tiny):
     kept = sorted(path.name for path in Path(config.out).glob("model-*"))
     assert kept == ["model-00000004", "model-00000008", "model-00000012"]
     four, twelve = (load(f"{config.out}/model-{step:08d}")[0].state_dict() for step in (4, 12))
-    assert all(torch.equal(tensor, twelve[name]) for name, tensor in load(f"{config.out}/model")[0].state_dict().items())
+    assert all(
+        torch.equal(tensor, twelve[name]) for name, tensor in load(f"{config.out}/model")[0].state_dict().items()
+    )
     assert any(not torch.equal(tensor, twelve[name]) for name, tensor in four.items())
 
 

@@ -90,7 +90,9 @@ def weights_in_context(model, tokenizer, ambiguity: Ambiguity) -> pd.DataFrame:
         totals.append(torch.einsum("nkt,nktd,d->n", alpha, out.senses, direction))
     table = pd.DataFrame(torch.cat(weights).cpu().numpy()).add_prefix("weight ")
     own = table.to_numpy() @ lean
-    return pd.concat([pd.DataFrame({"meaning": meanings, "total": torch.cat(totals).cpu().numpy(), "own": own}), table], axis=1)
+    return pd.concat(
+        [pd.DataFrame({"meaning": meanings, "total": torch.cat(totals).cpu().numpy(), "own": own}), table], axis=1
+    )
 
 
 def context_effect(table: pd.DataFrame, permutations: int = 10_000, seed: int = 0) -> dict[str, float]:

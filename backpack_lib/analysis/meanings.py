@@ -94,7 +94,9 @@ def removal_costs(model, tokenizer, seed: int = 1) -> pd.DataFrame:
     return costs
 
 
-def selectivity(auc: pd.DataFrame, costs: pd.DataFrame, permutations: int = 10_000, seed: int = 0) -> tuple[pd.Series, float]:
+def selectivity(
+    auc: pd.DataFrame, costs: pd.DataFrame, permutations: int = 10_000, seed: int = 0
+) -> tuple[pd.Series, float]:
     """Does removing the best sense for a topic hurt that topic more than the word's other topic?
 
     auc: from `planted_meanings`, by which the senses are chosen. costs: from `removal_costs`, by which they are judged.

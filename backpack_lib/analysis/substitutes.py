@@ -32,7 +32,9 @@ def attention_of_tokens(transformer, ids: list[int]) -> torch.Tensor:
     transformer.set_attn_implementation("eager")  # the others do not return it
     try:
         rows = torch.tensor([ids], device=transformer.device)
-        attentions = transformer(rows, attention_mask=torch.ones_like(rows), output_attentions=True, use_cache=False).attentions
+        attentions = transformer(
+            rows, attention_mask=torch.ones_like(rows), output_attentions=True, use_cache=False
+        ).attentions
     finally:
         transformer.set_attn_implementation(used)
     return torch.stack(attentions)[:, 0, :, -1].mean((0, 1))

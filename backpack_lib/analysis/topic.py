@@ -183,7 +183,9 @@ def deltas_of(strength: int, deltas: Iterable[float] | None = None) -> tuple[flo
         return STRENGTHS[strength]
     deltas = tuple(float(delta) for delta in deltas)
     if len(deltas) != len(QUANTILES) + 1 or not all(map(math.isfinite, deltas)):
-        raise ValueError(f"deltas={deltas} should be {len(QUANTILES) + 1} finite numbers, for {QUANTILES} and the rest.")
+        raise ValueError(
+            f"deltas={deltas} should be {len(QUANTILES) + 1} finite numbers, for {QUANTILES} and the rest."
+        )
     return deltas
 
 

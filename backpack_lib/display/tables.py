@@ -82,7 +82,9 @@ def condensed(table: pd.DataFrame, rows: int = 24) -> pd.DataFrame:
         return table
     kept = np.sort(table.abs().max(axis=1).to_numpy().argsort()[::-1][: rows - 1])
     rest = table.drop(table.index[kept]).sum().rename(f"the other {len(table) - len(kept)}")
-    return pd.concat([table.iloc[kept], rest.to_frame().T]).rename_axis(index=table.index.name, columns=table.columns.name)
+    return pd.concat([table.iloc[kept], rest.to_frame().T]).rename_axis(
+        index=table.index.name, columns=table.columns.name
+    )
 
 
 def largest(contributions: pd.DataFrame, n: int = 10) -> pd.DataFrame:
@@ -121,7 +123,11 @@ def turned_up(control, n: int = 10, among: torch.Tensor | None = None) -> pd.Dat
     scores = control.scores_of(ids)
     best = scores.flatten().topk(min(n, scores.numel())).indices
     rows, senses = best // scores.shape[1], best % scores.shape[1]
-    columns = {"sense": senses, "score": scores[rows, senses], "factor": control.factors_of(ids[rows]).gather(1, senses[:, None])[:, 0]}
+    columns = {
+        "sense": senses,
+        "score": scores[rows, senses],
+        "factor": control.factors_of(ids[rows]).gather(1, senses[:, None])[:, 0],
+    }
     rows = ids[rows]
     return pd.DataFrame({"token": spell(control.tokenizer, rows)} | {k: v.tolist() for k, v in columns.items()})
 

@@ -44,7 +44,12 @@ class Material:
 
 
 def open_material(
-    lesson: Lesson, professions: list[str] = (), prompts: str = "", whole_words: bool = False, pair=PAIR, reference: str = ""
+    lesson: Lesson,
+    professions: list[str] = (),
+    prompts: str = "",
+    whole_words: bool = False,
+    pair=PAIR,
+    reference: str = "",
 ) -> Material:
     """What a notebook's parameters ask for. Professions that share a token with another word are left out, and said.
 
@@ -74,9 +79,13 @@ def open_material(
     if len(apart) < 3:
         raise ValueError(f"Differences between professions need three of them, and {len(apart)} are left.")
     for name in set(apart) & set(several):
-        print(f"“{name}” is {len(several[name])} tokens ({' · '.join(several[name])}): an edit touches them in other words, too")
+        print(
+            f"“{name}” is {len(several[name])} tokens ({' · '.join(several[name])}): an edit touches them in other words, too"
+        )
     known = list(pair) == list(PAIR)
-    return Material(apart, fit, test, pd.Series({n: truth.get(n, np.nan) if known else np.nan for n in apart}), what, language)
+    return Material(
+        apart, fit, test, pd.Series({n: truth.get(n, np.nan) if known else np.nan for n in apart}), what, language
+    )
 
 
 # ---------------------------------------------------------------- what an edit costs
@@ -91,7 +100,9 @@ def by_definition(lesson: Lesson, material: Material, edits: dict) -> pd.DataFra
             for sign, word in zip((1, -1), PAIR):
                 for template in material.language["by definition"][word]:
                     about = "a profession" if SLOT in template else "somebody else"
-                    filled = [template.replace(SLOT, p) for p in material.professions] if SLOT in template else [template]
+                    filled = (
+                        [template.replace(SLOT, p) for p in material.professions] if SLOT in template else [template]
+                    )
                     found = next_log_probabilities(lesson.model, lesson.tokenizer, filled)
                     right = (sign * (found[:, he] - found[:, she]) > 0).cpu().numpy()
                     rows += [(name, about, word, template, n, bool(one)) for n, one in enumerate(right)]
@@ -127,7 +138,9 @@ def references(lesson: Lesson, edits: dict) -> pd.DataFrame:
     sentences = yaml.safe_load((data_folder() / "references.yaml").read_text(encoding="utf-8"))
     longest = max(len(ids_of_text(lesson.tokenizer, frame)) for frame, *_ in sentences) + REFERENCE_ROOM
     if longest > lesson.model.config.n_positions:
-        return pd.DataFrame([(name, -1, given, np.nan, np.nan) for name in edits for given in (False, True)], columns=REFERENCE_COLUMNS)
+        return pd.DataFrame(
+            [(name, -1, given, np.nan, np.nan) for name in edits for given in (False, True)], columns=REFERENCE_COLUMNS
+        )
     rows = []
     for name, context in edits.items():
         with context():
@@ -152,7 +165,9 @@ def references_finding(right: pd.Series, size: pd.Series) -> str:
     )
 
 
-def losses(lesson: Lesson, material: Material, edits: dict, reference: str = "", seed: int = 0) -> tuple[pd.DataFrame, str]:
+def losses(
+    lesson: Lesson, material: Material, edits: dict, reference: str = "", seed: int = 0
+) -> tuple[pd.DataFrame, str]:
     """Bits per byte under each edit on a corpus; without one, on planted text or on texts that the model writes.
 
     -> a row for each edit: bits per byte, rise in per cent, and model, its fingerprint; and what the text is.
@@ -171,7 +186,9 @@ def losses(lesson: Lesson, material: Material, edits: dict, reference: str = "",
     table = pd.DataFrame({"bits per byte": found}).rename_axis("edit")
     table["rise, %"] = 100 * (table["bits per byte"] / table["bits per byte"].iloc[0] - 1)
     edited = {i for name in material.professions for i in tokens_of_word(tokenizer, name)}
-    table["texts with a profession, %"] = 100 * np.mean([not edited.isdisjoint(ids_of_text(tokenizer, t)) for t in texts])
+    table["texts with a profession, %"] = 100 * np.mean(
+        [not edited.isdisjoint(ids_of_text(tokenizer, t)) for t in texts]
+    )
     return table.assign(model=fingerprint(model)), source
 
 
@@ -235,7 +252,9 @@ def check_paired(answer) -> str:
 def check_subset(answer, study) -> str:
     """A list of senses whose removal leaves less ratio on the held-out templates than removing all of them."""
     k = study.testing.own.shape[2]
-    if not isinstance(answer, (list, tuple)) or not all(isinstance(l, (int, np.integer)) and 0 <= l < k for l in answer):
+    if not isinstance(answer, (list, tuple)) or not all(
+        isinstance(l, (int, np.integer)) and 0 <= l < k for l in answer
+    ):
         return f"Not yet: give a list of senses between 0 and {k - 1}."
     mine, everything = (bias.ratio(study.testing.scaled(list(s), 0.0)) for s in (answer, range(k)))
     if mine >= everything:

@@ -9,7 +9,6 @@ from numbers import Real
 
 import torch
 
-
 NO_NUMBER = "Not yet: give one finite number."
 
 
@@ -62,7 +61,9 @@ def check_function(answer, reference: Callable, cases: Iterable[tuple], toleranc
             return f"Not yet: in case {number} it raises {type(error).__name__}: {error}"
         truth = reference(*case)
         one = isinstance(truth, torch.Tensor)
-        said = check_tensor(found, truth, tolerance=tolerance) if one else check_number(found, truth, tolerance=tolerance)
+        said = (
+            check_tensor(found, truth, tolerance=tolerance) if one else check_number(found, truth, tolerance=tolerance)
+        )
         if not said.startswith("Right"):
             return said.replace("Not yet:", f"Not yet: in case {number}", 1)
     return f"Right: it agrees in all {number} cases."

@@ -85,7 +85,9 @@ class SimilarityResults:
     differences: pd.DataFrame
 
 
-def similarity_results(lesson: Lesson, model: str, baseline: str = "", lexsim: str = "", seed: int = 0) -> SimilarityResults:
+def similarity_results(
+    lesson: Lesson, model: str, baseline: str = "", lexsim: str = "", seed: int = 0
+) -> SimilarityResults:
     """Measured on the sets of a folder or URL. The sets are not part of the project: without them, the demo model's."""
     if not lexsim:
         return _stored_similarity()
@@ -135,7 +137,9 @@ def check_strongest_push(answer, lesson: Lesson, target: str) -> str:
     with torch.no_grad():
         pushed = lesson.model.sense_vectors(x)[0] @ lesson.embeddings[token_of_word(lesson.tokenizer, target)]
     sense, push = answer
-    said = check_number(sense, pushed.argmax().item(), [(pushed.argmin().item(), "that sense pushes it down most.")], 0.1)
+    said = check_number(
+        sense, pushed.argmax().item(), [(pushed.argmin().item(), "that sense pushes it down most.")], 0.1
+    )
     return said if said.startswith("Not") else check_number(push, pushed.max().item())
 
 
@@ -146,7 +150,9 @@ def check_own_effect(answer) -> str:
         return ((first.mean(0) - second.mean(0)) * lean).sum()
 
     made = torch.Generator().manual_seed(0)
-    cases = [tuple(torch.rand(size, generator=made) for size in ((n, k), (m, k), (k,))) for n, m, k in [(2, 3, 4), (5, 5, 1)]]
+    cases = [
+        tuple(torch.rand(size, generator=made) for size in ((n, k), (m, k), (k,))) for n, m, k in [(2, 3, 4), (5, 5, 1)]
+    ]
     return check_function(answer, reference, cases)
 
 
@@ -209,5 +215,8 @@ def check_projection(answer, lesson: Lesson, word: int, other: int) -> str:
 def check_luck(answer, pairs: int = 65, choices: int = 20) -> str:
     """The expected largest of several correlations by luck."""
     draws = np.random.default_rng(0).normal(size=(20_000, choices)) / (pairs - 1) ** 0.5
-    hints = [(0.0, "each is 0 on average, but the largest of them is not."), (1 / (pairs - 1) ** 0.5, "that is the size of a typical one.")]
+    hints = [
+        (0.0, "each is 0 on average, but the largest of them is not."),
+        (1 / (pairs - 1) ** 0.5, "that is the size of a typical one."),
+    ]
     return check_number(answer, draws.max(1).mean(), hints, tolerance=0.02)

@@ -132,8 +132,12 @@ def with_mauve(study: TopicStudy, texts: pd.DataFrame, fair: pd.DataFrame, corpu
     reader, tokenizer = study.transformer or study.backpack, study.tokenizer
     n, length = study.samples * len(study.topics), study.tokens
     enough = (text for text in open_corpus(corpus).read() if len(text) > 8 * length)
-    people = [tokenizer.decode(ids_of_text(tokenizer, text[: 20 * length])[1 : length + 1]) for text in islice(enough, n)]
-    found = [np.mean(mauve(reader, tokenizer, list(of_setting(texts, row)["text"]), people)) for _, row in fair.iterrows()]
+    people = [
+        tokenizer.decode(ids_of_text(tokenizer, text[: 20 * length])[1 : length + 1]) for text in islice(enough, n)
+    ]
+    found = [
+        np.mean(mauve(reader, tokenizer, list(of_setting(texts, row)["text"]), people)) for _, row in fair.iterrows()
+    ]
     return fair.assign(MAUVE=found)
 
 
@@ -154,14 +158,27 @@ def check_half_released(answer, control: TopicControl) -> str:
 
 def check_annealing(answer) -> str:
     """answer: (said, delta, f, j) -> what a sense is multiplied by."""
-    cases = [(said, delta, rate, j) for said, delta, rate, j in [(0.0, 3.3, 0.44, 0), (20.0, 2.2, 0.3, 10), (100.0, 3.3, 0.44, 80), (12.0, 1.0, 0.2, 50)]]
+    cases = [
+        (said, delta, rate, j)
+        for said, delta, rate, j in [
+            (0.0, 3.3, 0.44, 0),
+            (20.0, 2.2, 0.3, 10),
+            (100.0, 3.3, 0.44, 80),
+            (12.0, 1.0, 0.2, 50),
+        ]
+    ]
     cases = [tuple(torch.tensor(float(value)) for value in case) for case in cases]
     return check_function(answer, lambda said, delta, rate, j: released(said, delta, rate, j), cases)
 
 
 def check_late_word(answer, delta: float = 3.3, j: int = 80) -> str:
     truth = released(torch.tensor(0.0), torch.tensor(delta), delta / 7.5, torch.tensor(j)).item()
-    return check_number(answer, truth, [(delta, "that would be so at position 0."), (delta * (1 + j / 100), "what is 1 - sigma there?")], 5e-3)
+    return check_number(
+        answer,
+        truth,
+        [(delta, "that would be so at position 0."), (delta * (1 + j / 100), "what is 1 - sigma there?")],
+        5e-3,
+    )
 
 
 def check_narrow_control(answer, study: TopicStudy, steer: list[str]) -> str:

@@ -85,9 +85,14 @@ def check_strongest_push(answer, lesson, target: int) -> str:
         return "Not yet: give a pair (sense, push)."
     (x,) = lesson.tokens_of("word")[-1:]
     with torch.no_grad():
-        pushes = lesson.model.sense_vectors(torch.tensor([x], device=lesson.embeddings.device))[0] @ lesson.embeddings[target]
+        pushes = (
+            lesson.model.sense_vectors(torch.tensor([x], device=lesson.embeddings.device))[0]
+            @ lesson.embeddings[target]
+        )
     sense, push = answer
-    said = check_number(sense, pushes.argmax().item(), [(pushes.argmin().item(), "that sense pushes it down most.")], 0.1)
+    said = check_number(
+        sense, pushes.argmax().item(), [(pushes.argmin().item(), "that sense pushes it down most.")], 0.1
+    )
     return said if said.startswith("Not") else check_number(push, pushes.max().item())
 
 

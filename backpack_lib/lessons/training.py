@@ -116,10 +116,16 @@ def while_training(run, word: str) -> tuple[pd.DataFrame, dict[int, list[str]]]:
         step, (model, tokenizer) = int(folder.name.removeprefix("model-")), load(folder)
         auc, is_meaning = planted_meanings(model, tokenizer)
         best = auc.max(axis=1)
-        rows[step] = best.loc[word].to_dict() | {"mean of planted": best[is_meaning].mean(), "mean of others": best[~is_meaning].mean()}
+        rows[step] = best.loc[word].to_dict() | {
+            "mean of planted": best[is_meaning].mean(),
+            "mean of others": best[~is_meaning].mean(),
+        }
         in_use = torch.tensor(planted.tokens_in_use(tokenizer))
         with torch.no_grad():
-            pushed = model.sense_vectors(torch.tensor(tokens_of_word(tokenizer, word)))[0] @ model.get_output_embeddings().weight.T
+            pushed = (
+                model.sense_vectors(torch.tensor(tokens_of_word(tokenizer, word)))[0]
+                @ model.get_output_embeddings().weight.T
+            )
         strongest = pushed[:, in_use].max(-1).values.argmax()
         said[step] = spell(tokenizer, in_use[pushed[strongest, in_use].topk(5).indices])
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("step"), said
@@ -197,14 +203,20 @@ def check_silenced(answer, alpha, C, E) -> str:
 
 def check_count(answer, d: int = 768, k: int = 16) -> str:
     """The weights of the matrix from the hidden layer to the senses."""
-    hints = [(4 * d * d, "that makes one vector of width d; k of them are needed."), (k * d, "each of these outputs has 4 d inputs.")]
+    hints = [
+        (4 * d * d, "that makes one vector of width d; k of them are needed."),
+        (k * d, "each of these outputs has 4 d inputs."),
+    ]
     return check_number(answer, 4 * d * k * d, hints, tolerance=1e-6)
 
 
 def check_entropy(answer) -> str:
     p = np.array(list(planted.lexicon()["professions"].values()))
     truth = -(p * np.log(p) + (1 - p) * np.log(1 - p)).mean()
-    hints = [(truth / np.log(2), "that is in bits; the losses here are in nats."), (-truth, "a cost is positive; mind the sign.")]
+    hints = [
+        (truth / np.log(2), "that is in bits; the losses here are in nats."),
+        (-truth, "a cost is positive; mind the sign."),
+    ]
     return check_number(answer, truth, hints)
 
 
@@ -213,7 +225,12 @@ def check_chance(answer, k: int) -> str:
     sizes = [len(topics) for topics in planted.lexicon()["ambiguous"].values()]
     truth = float(np.mean([np.prod([(k - i) / k for i in range(size)]) for size in sizes]))
     two = (k - 1) / k
-    return check_number(answer, truth, [(two, "some words have three topics."), (1 - truth, "that is the chance that two coincide.")], 2e-3)
+    return check_number(
+        answer,
+        truth,
+        [(two, "some words have three topics."), (1 - truth, "that is the chance that two coincide.")],
+        2e-3,
+    )
 
 
 def check_why_lower(answer) -> str:
@@ -227,5 +244,3 @@ def check_why_lower(answer) -> str:
             "d": "a model that has learnt nothing has a loss near log V, far above these.",
         },
     )
-
-

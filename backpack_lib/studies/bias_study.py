@@ -87,7 +87,9 @@ class BiasStudy:
         fitted = {"nullspace, fitted, 0 to 1": (0.0, 1.0), "nullspace, fitted, wide": tuple(self.bounds)}
         scales = {"nullspace": 0.0} | {name: self._fitted_nullspace(bounds) for name, bounds in fitted.items()}
         return {
-            name: lambda scale=scale: bias.nullspace(self.transformer, self.tokenizer, self.professions, scale, self.pair)
+            name: lambda scale=scale: bias.nullspace(
+                self.transformer, self.tokenizer, self.professions, scale, self.pair
+            )
             for name, scale in scales.items()
         }
 
@@ -131,7 +133,9 @@ class BiasStudy:
             for method, context in tqdm(edits.items(), desc=name, leave=False):
                 rows.append(self._measured(name, net, method, context, before))
             plain, fitting = rows[-len(edits)], self._fitting_odds(name, net)
-            rows.append(plain.assign(method=OFFSET, **{"log-odds": plain["log-odds"] - fitting.mean(), "other words": np.nan}))
+            rows.append(
+                plain.assign(method=OFFSET, **{"log-odds": plain["log-odds"] - fitting.mean(), "other words": np.nan})
+            )
         return pd.concat([*rows, *self._random_rows()], ignore_index=True)
 
     def _measured(self, name, net, method, context, before) -> pd.DataFrame:
@@ -208,16 +212,25 @@ def methods_table(rows: pd.DataFrame, seed: int = 0, resamples: int = 1000) -> p
     for model, method in rows[KEYS].drop_duplicates().itertuples(index=False):
         y, y0 = odds_of(rows, model, method), odds_of(rows, model, AS_IT_IS)
         moved = rows.loc[(rows["model"] == model) & (rows["method"] == method), "other words"].mean()
-        row = {"ratio": ratio(y), "excess removed": excess_removed(y0, y), "spread": y.mean(1).std(), "other words": 1000 * moved}
+        row = {
+            "ratio": ratio(y),
+            "excess removed": excess_removed(y0, y),
+            "spread": y.mean(1).std(),
+            "other words": 1000 * moved,
+        }
         if AT_RANDOM not in method:
             row["low"], row["high"] = bootstrap_intervals(ratio, y, seed=seed, resamples=resamples)
             taken = bootstrap_intervals(excess_removed, y0, y, seed=seed, resamples=resamples)
             row["removed low"], row["removed high"] = taken
-        found.setdefault((model, method.split(f"{AT_RANDOM},")[0] + AT_RANDOM if AT_RANDOM in method else method), []).append(row)
+        found.setdefault(
+            (model, method.split(f"{AT_RANDOM},")[0] + AT_RANDOM if AT_RANDOM in method else method), []
+        ).append(row)
     return pd.DataFrame({key: pd.DataFrame(some).mean() for key, some in found.items()}).T.rename_axis(KEYS)
 
 
-def compare(rows: pd.DataFrame, one: tuple[str, str], other: tuple[str, str], seed: int = 0, resamples: int = 2000) -> dict[str, float]:
+def compare(
+    rows: pd.DataFrame, one: tuple[str, str], other: tuple[str, str], seed: int = 0, resamples: int = 2000
+) -> dict[str, float]:
     """How much more of the excess one method removes than another, paired over professions and templates, drawn together.
 
     -> difference, low, high (95 %). Each method is held to its own model as it is.
@@ -231,8 +244,12 @@ def compare(rows: pd.DataFrame, one: tuple[str, str], other: tuple[str, str], se
     return {"difference": difference(*arrays), "low": float(low), "high": float(high)}
 
 
-def change_of(before: np.ndarray, after: np.ndarray, statistic=ratio, seed: int = 0, resamples: int = 2000) -> dict[str, float]:
+def change_of(
+    before: np.ndarray, after: np.ndarray, statistic=ratio, seed: int = 0, resamples: int = 2000
+) -> dict[str, float]:
     """A statistic before and after an edit, (P, T) each, and the paired difference with its 95 % interval."""
-    low, high = bootstrap_intervals(lambda b, a: statistic(a) - statistic(b), before, after, seed=seed, resamples=resamples)
+    low, high = bootstrap_intervals(
+        lambda b, a: statistic(a) - statistic(b), before, after, seed=seed, resamples=resamples
+    )
     found = {"before": statistic(before), "after": statistic(after)}
     return found | {"difference": found["after"] - found["before"], "low": float(low), "high": float(high)}

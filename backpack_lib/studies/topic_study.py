@@ -135,7 +135,9 @@ class TopicStudy:
             )
         else:
             settings = pplm.Settings(step=strength, temperature=temperature)
-            texts = pplm.generate(self.transformer, self.tokenizer, topic["steer"], prompts, self.tokens, seed, settings)
+            texts = pplm.generate(
+                self.transformer, self.tokenizer, topic["steer"], prompts, self.tokens, seed, settings
+            )
         seconds = (time.perf_counter() - began) / len(texts)
         reader = self.backpack if method == PPLM or self.transformer is None else self.transformer
         nats = log_probabilities(reader, self.tokenizer, prompts) - log_probabilities(reader, self.tokenizer, texts)
@@ -197,7 +199,11 @@ def at_equal_fluency(table: pd.DataFrame) -> pd.DataFrame:
     fair["reached"] = (fair["relative perplexity"] - 1).abs() <= TOLERANCE
     tried = table.groupby(["method", "strength"])["relative perplexity"].agg(["min", "max", "size"])
     fair["why"] = [
-        "" if row["reached"] else "{size:.0f} temperatures gave {min:.2f} to {max:.2f} times".format(**tried.loc[(row["method"], row["strength"])])
+        ""
+        if row["reached"]
+        else "{size:.0f} temperatures gave {min:.2f} to {max:.2f} times".format(
+            **tried.loc[(row["method"], row["strength"])]
+        )
         for _, row in fair.iterrows()
     ]
     return fair.reset_index(drop=True)
@@ -219,7 +225,9 @@ def chosen_elsewhere(texts: pd.DataFrame, fair: pd.DataFrame, method: str) -> tu
         return texts.iloc[:0], pd.Series(dtype=float)
     by_strength = {row["strength"]: of_setting(texts, row) for _, row in usable.iterrows()}
     shares = pd.DataFrame({s: made.groupby("topic")["on topic"].mean() for s, made in by_strength.items()})
-    chosen = pd.Series({topic: shares.drop(topic).mean().idxmax() if len(shares) > 1 else shares.columns[0] for topic in shares.index})
+    chosen = pd.Series(
+        {topic: shares.drop(topic).mean().idxmax() if len(shares) > 1 else shares.columns[0] for topic in shares.index}
+    )
     parts = [by_strength[s][by_strength[s]["topic"] == topic] for topic, s in chosen.items()]
     return pd.concat(parts, ignore_index=True), chosen
 
@@ -233,7 +241,9 @@ def paired_difference(one: pd.DataFrame, other: pd.DataFrame, seed: int = 0, res
     shared = sorted(set(one["topic"]) & set(other["topic"]))
     if not shared:
         return dict.fromkeys(("difference", "low", "high", "low here", "high here", "p"), np.nan)
-    outcomes = [[made.loc[made["topic"] == topic, "on topic"].to_numpy(float) for topic in shared] for made in (one, other)]
+    outcomes = [
+        [made.loc[made["topic"] == topic, "on topic"].to_numpy(float) for topic in shared] for made in (one, other)
+    ]
     rng = np.random.default_rng(seed)
     drawn = [np.array([rng.choice(of, (resamples, len(of))).mean(1) for of in topics]) for topics in outcomes]
     within = drawn[0] - drawn[1]  # (topics, resamples)

@@ -72,7 +72,9 @@ class _LiveFigure:
         from IPython.display import HTML
 
         config, last = self.run.config, self.run.history[-1]
-        self.handle.update(HTML(f"{config.architecture}: {config.steps:,} steps, validation loss {last['valid_loss']:.3f} nats"))
+        self.handle.update(
+            HTML(f"{config.architecture}: {config.steps:,} steps, validation loss {last['valid_loss']:.3f} nats")
+        )
 
     def _show_progress(self):
         from IPython.display import HTML

@@ -94,7 +94,10 @@ def sense_roles(model, tokenizer, texts: list[str], sets: dict[str, pd.DataFrame
         "auc": auc.to_dict("list"),
         "auc_untrained": untrained.to_dict("list"),
         "consistency": consistency.T.to_dict(),
-        "pairs": {name: len(rows) for name, rows in (pairs | {roles.PERSONS: roles.persons_and_pronouns(tokenizer, people)[0]}).items()},
+        "pairs": {
+            name: len(rows)
+            for name, rows in (pairs | {roles.PERSONS: roles.persons_and_pronouns(tokenizer, people)[0]}).items()
+        },
         "pronouns": profession_pronouns(model, tokenizer, professions).to_dict("list"),
     }
 
