@@ -118,3 +118,15 @@ def test_responses_do_not_depend_on_how_much_was_written_and_few_words_are_marke
     assert found.loc["a", "told"] and not found.loc["b", "told"]
     twice = responses(rate.assign(**{"topic words": 4}), few.assign(**{"topic words": 2}))
     assert twice.loc["a", "times"] == pytest.approx(2, rel=0.02) and twice.loc["a", "low"] > 1.5
+
+
+def test_texts_without_control_are_judged_on_every_topic_if_they_begin_alike(tmp_path):
+    lesson = open_lesson("03_topic_control", "planted", str(tmp_path))
+    given = {"topics": ["music", "law"], "strengths": [], "samples": 3, "tokens": 12, "trials": 1, "prompt": "At the"}
+    study, _ = of_topics.open_study(lesson, "planted", "none", **given)
+    texts = study.run()
+    none, controlled = (texts[(texts["strength"] > 0) == under] for under in (False, True))
+    assert len(controlled) == 6 and len(none) == 12 and none["text"].nunique() <= 6
+    for topic in ("music", "law"):
+        rows = none[none["topic"] == topic]
+        assert list(rows["on topic"]) == list(of_topics.planted_judge(list(rows["text"]))[topic])

@@ -1,7 +1,7 @@
 """Does control draw texts to topics? Texts of several methods, strengths and temperatures, and what they show.
 
     study = TopicStudy(backpack, transformer, tokenizer, topics, judge, prompts, folder="runs/topics")
-    texts = study.run()                   # a row a text; what was stopped resumes
+    texts = study.run()                   # a row a judged text; what was stopped resumes
     table = settings_table(texts)         # a row for each method, strength and temperature
     fair = at_equal_fluency(table)        # the temperature of each at which texts are as likely as without control
 
@@ -76,7 +76,9 @@ class TopicStudy:
             self.prints[PPLM] = fingerprint(self.transformer)
 
     def run(self) -> pd.DataFrame:
-        """Writes and judges all texts, or reads them where they are written. -> a row a text
+        """Writes and judges all texts, or reads them where they are written.
+
+        -> a row a text and topic that it is judged on: its own, or, without control, every one.
 
         Columns: method, strength, temperature, topic, text; nats and tokens, under a model that did not write it; words,
         topic words and steering words; on topic; runs (of four words) and repeated runs; and seconds.
@@ -123,7 +125,24 @@ class TopicStudy:
 
             rows += cached_json(Path(self.folder) / "texts", what, make)
             bar.update()
-        return rows
+        return rows if strength else self._on_every_topic(rows)
+
+    def _on_every_topic(self, rows: list[dict]) -> list[dict]:
+        """Texts without control, judged on every topic, if they all begin alike: each may be on any topic."""
+        if len({prompt for topic in self.topics for prompt in self.prompts(topic["name"], self.samples)}) > 1:
+            return rows
+        texts = [row["text"] for row in rows]
+        on_topic, counts = self.judge(texts), self.words.counts(texts)
+        found = []
+        for topic in self.topics:
+            name, steer = topic["name"], {word.lower() for word in topic["steer"]}
+            found += [
+                row
+                | {"topic": name, "on topic": bool(on_topic[name].iloc[n]), "topic words": int(counts[name].iloc[n])}
+                | {"steering words": sum(word in steer for word in words_of(row["text"]))}
+                for n, row in enumerate(rows)
+            ]
+        return found
 
     def _write(self, method, strength, temperature, topic, prompts, seed) -> list[dict]:
         began = time.perf_counter()
@@ -181,7 +200,7 @@ def settings_table(texts: pd.DataFrame) -> pd.DataFrame:
             | {"perplexity": perplexity_of(made), "success": by_topic["on topic"].mean().mean()}
             | per_1000
             | {"repetition": made["repeated runs"].sum() / max(made["runs"].sum(), 1)}
-            | {"seconds": made["seconds"].mean(), "texts": len(made)}
+            | {"seconds": made["seconds"].mean()}
         )
     table = pd.DataFrame(rows)
     none = table[table["strength"] == 0].set_index("method")["perplexity"]
