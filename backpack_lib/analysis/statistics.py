@@ -18,6 +18,9 @@ def bootstrap_intervals(statistic: Callable, *arrays: np.ndarray, resamples: int
     for _ in range(resamples):
         rows, columns = rng.integers(P, size=P)[:, None], rng.integers(T, size=T)
         drawn.append(statistic(*(array[rows, columns] for array in arrays)))
+    drawn = np.array(drawn)
+    if np.isnan(drawn).all():  # of what is not known
+        return np.full((2, *drawn.shape[1:]), np.nan)
     return np.nanquantile(drawn, MIDDLE, axis=0)
 
 

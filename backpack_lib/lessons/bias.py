@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import spearmanr
 
 from backpack_lib.analysis import bias
 from backpack_lib.analysis.bias import PAIR, SLOT, debias, log_odds
@@ -86,6 +87,14 @@ def open_material(
     return Material(
         apart, fit, test, pd.Series({n: truth.get(n, np.nan) if known else np.nan for n in apart}), what, language
     )
+
+
+def rank_correlation(odds: np.ndarray, truth: np.ndarray) -> float:
+    """Spearman's rho over professions of their mean log-odds, (P, T), and what is true of them, (P, T) too; NaN without any."""
+    lean, known = odds.mean(1), truth[:, 0]
+    if np.isnan(known).any() or np.ptp(lean) == 0 or np.ptp(known) == 0:
+        return np.nan
+    return spearmanr(lean, known).statistic
 
 
 # ---------------------------------------------------------------- what an edit costs

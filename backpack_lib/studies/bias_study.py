@@ -182,7 +182,7 @@ class BiasStudy:
         """
         order = np.random.default_rng(self.seed).permutation(len(self.professions))
         rows = []
-        for fold in np.array_split(order, min(FOLDS, len(order) // 3)):
+        for fold in np.array_split(order, min(FOLDS, len(order))):
             rest = np.setdiff1d(order, fold)
             share = bias.shares(self.fitting.odds[rest], self.fitting.own[rest])
             senses = bias.fewest(share, self.wanted)
