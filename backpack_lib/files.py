@@ -93,7 +93,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
 def cached_json(folder: Path, what: dict, make: Callable):
     """What `make()` returns, made once: it is kept as JSON in the folder, in a file named by all that `what` says.
 
-    So a measurement of many parts goes on where it was stopped, or killed, and one with other settings begins anew.
+    So a measurement of many parts resumes where it was stopped, or killed, and one with other settings begins anew.
     """
     key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
     file = Path(folder) / f"{key}.json"

@@ -74,7 +74,7 @@ def read(model, input_ids, position: int = -1) -> Reading:
         raise ValueError(f"There is no position {position} in a text of {len(ids)} tokens (0 to {len(ids) - 1}).")
     if ids.device.type == "cpu":
         check_ids(ids, model.config.vocab_size)
-    ids = ids.to(model.device)[: position % len(ids) + 1]  # what stands behind a position does not reach it
+    ids = ids.to(model.device)[: position % len(ids) + 1]  # what comes after a position does not reach it
     whole = torch.ones_like(ids)[None]  # said openly, since transformers takes the end of text for padding
     out = model(ids[None], attention_mask=whole, output_senses=True, use_cache=False, logits_to_keep=1)
     return Reading(

@@ -1,4 +1,4 @@
-"""How far a model leans to one of two words behind a profession, which senses carry that, and turning them down.
+"""How far a model leans to one of two words after a profession, which senses carry that, and turning them down.
 
     odds = log_odds(model, tokenizer, ["nurse", "guard"], ["The {profession} said that"])  # of "he" to "she"
     found = localize(model, tokenizer, professions, templates)
@@ -48,7 +48,7 @@ def log_odds(model, tokenizer, professions: list[str], templates: list[str], pai
 
 
 def log_odds_after(model, tokenizer, prompts: list[str], tokens: tuple[int, int]) -> np.ndarray:
-    """Log-odds of one token to another behind each prompt, (n,)."""
+    """Log-odds of one token to another after each prompt, (n,)."""
     found = next_log_probabilities(model, tokenizer, prompts)
     return (found[:, tokens[0]] - found[:, tokens[1]]).cpu().double().numpy()
 
@@ -71,7 +71,7 @@ def excess_removed(before, after) -> float:
 def kl_of_other_words(before: torch.Tensor, after: torch.Tensor, but: list[int]) -> float:
     """How far the probabilities of all but some tokens moved: the mean KL divergence in nats, these tokens left out.
 
-    before, after: log-probabilities of the next token behind n prompts, (n, V).
+    before, after: log-probabilities of the next token after n prompts, (n, V).
     """
     return kl_of_other_words_each(before, after, but).mean().item()
 
@@ -105,7 +105,7 @@ def fill(tokenizer, professions: list[str], templates: list[str]) -> list[str]:
             if not holds(tokenizer(prompts[-1], add_special_tokens=False)["input_ids"], ids):
                 raise ValueError(
                     f"In the template {template!r} the profession {profession!r} is spelled with other tokens than "
-                    "after a space; put the slot behind a space, with nothing attached to it."
+                    "after a space; put the slot after a space, with nothing attached to it."
                 )
     return prompts
 
@@ -216,7 +216,7 @@ def localize(
     The share of a sense is cov(c, y) / var(y) over professions, where y are their log-odds and c what the sense of
     their own tokens contributes, both averaged over templates: since all contributions sum to y, all shares sum to
     one. Intervals: bootstrap over professions and over templates. Test: if no sense were special, the contributions
-    (less their mean over professions) could be exchanged between the senses of each profession; y would stay as it
+    (less their mean over professions) could be permuted within each profession; y would stay as it
     is. p is how often the greatest share under such exchanges is as great, which corrects for the number of senses.
     For the next sense of the set it is asked again among the senses that are left, and so on.
 
@@ -233,7 +233,7 @@ def localize(
     share = shares(split.odds, split.own)
     low, high = bootstrap_intervals(shares, split.odds, split.own, resamples=resamples, seed=seed)
     senses = fewest(share, wanted)
-    together = exchanged_shares(split, range(len(share)), permutations, seed)[:, : len(senses)].sum(1)
+    together = permuted_shares(split, range(len(share)), permutations, seed)[:, : len(senses)].sum(1)
     table = pd.DataFrame(
         {
             "level": split.own.mean((0, 1)),
@@ -263,8 +263,8 @@ def fewest(share: np.ndarray, wanted: float) -> list[int]:
     return able[: reached[0] + 1 if len(reached) else None].tolist()
 
 
-def exchanged_shares(split: Split, senses: Iterable[int], permutations: int, seed: int) -> np.ndarray:
-    """Shares when each profession's contributions are exchanged between senses at random.
+def permuted_shares(split: Split, senses: Iterable[int], permutations: int, seed: int) -> np.ndarray:
+    """Shares when each profession's contributions are permuted among its senses.
 
     -> (permutations, senses), each row in falling order
     """
@@ -280,7 +280,7 @@ def step_down(split: Split, share: np.ndarray, senses: list[int], permutations: 
     """p of each of some senses, the greatest share first, and NaN for all others, (k,)."""
     p, left, least = np.full(len(share), np.nan), list(np.argsort(-share)), 0.0
     for sense in senses:
-        greatest = exchanged_shares(split, left, permutations, seed)[:, 0]
+        greatest = permuted_shares(split, left, permutations, seed)[:, 0]
         p[sense] = least = max(least, p_value(greatest, share[sense]))
         left.remove(sense)
     return p

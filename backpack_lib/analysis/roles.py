@@ -31,7 +31,7 @@ MIN_AUC = 0.6  # from here on a sense holds a relation; from 1 - .6 down it hold
 def relations_of_text(tokenizer, texts: Iterable[str], verbs: Iterable[str] = ()) -> dict[str, np.ndarray]:
     """Pairs of token ids, (n, 2), for each relation that the text shows.
 
-    verbs: base forms; what stands behind a verb and a determiner is its object more often than not.
+    verbs: base forms; what stands after a verb and a determiner is its object more often than not.
     """
     spelled = np.array(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
     starts = np.array([bool(re.fullmatch("Ġ[A-Za-z]+", token)) for token in spelled])

@@ -19,7 +19,7 @@ WINDOWS_AT_ONCE, SENTENCES_AT_ONCE, PROMPTS_AT_ONCE = 8, 128, 64
 def bits_per_byte(model, tokenizer, texts: Iterable[str]) -> float:
     """Mean bits that the model needs for a byte of UTF-8 text, which does not depend on the tokenizer.
 
-    Each text stands alone behind an end-of-text token. Longer ones are read in windows that overlap by
+    Each text stands alone after an end-of-text token. Longer ones are read in windows that overlap by
     half, so that a token has at least half a window before it; each token counts once.
     """
     nats = n_bytes = 0

@@ -235,7 +235,7 @@ def split(documents: Iterable[str], valid_fraction: float, want_valid: bool) -> 
 
 
 def tokenize(documents: Iterable[str], tokenizer) -> Iterator[np.ndarray]:
-    """Token ids of the documents, an end-of-text token behind each, some millions of characters at a time."""
+    """Token ids of the documents, an end-of-text token after each, some millions of characters at a time."""
     end = [tokenizer.eos_token_id]
     for texts in _batches(documents):
         ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]

@@ -5,7 +5,7 @@ from transformers import set_seed
 
 
 def ids_of_text(tokenizer, text: str) -> list[int]:
-    """A text's token ids behind an end-of-text token, which is where a text begins in training."""
+    """A text's token ids after an end-of-text token, which is where a text begins in training."""
     return [tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
 
 
