@@ -125,6 +125,13 @@ def test_empty_exercises_say_what_is_missing(name):
     assert all("Not yet" in cell.outputs[0]["data"]["text/plain"] for cell in cells)
 
 
+@pytest.mark.parametrize("model", ["demo", "planted"])
+def test_the_tour_and_its_exercises(model, tmp_path):
+    assert_solved(execute("00_tour", {"model": model, "out": str(tmp_path)}, solved=True).answers, 5)
+    results = results_of(tmp_path)
+    assert results["residual"] < 1e-3 and results["p after the edit"] != results["p"]
+
+
 def test_training_and_its_exercises(planted_run):
     assert_solved(execute("01_training", {}, solved=True).answers)  # it finds its models trained
     results = results_of(planted_run)
