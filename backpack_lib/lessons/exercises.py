@@ -9,6 +9,8 @@ from numbers import Real
 
 import torch
 
+from backpack_lib.text.words import token_of_word
+
 NO_NUMBER = "Not yet: give one finite number."
 
 
@@ -74,3 +76,16 @@ def check_choice(answer, right: str, why: dict[str, str]) -> str:
     if answer not in why:
         return f"Not yet: choose one of {', '.join(map(repr, why))}."
     return f"{'Right' if answer == right else 'Not yet'}: {why[answer]}"
+
+
+def check_strongest_push(answer, lesson, target: str | int) -> str:
+    """A pair (sense, push): the sense of a lesson's `word` that pushes a word, or a token, up most."""
+    if not (isinstance(answer, tuple) and len(answer) == 2):
+        return "Not yet: give a pair (sense, push)."
+    x = torch.tensor(lesson.tokens_of("word")[-1:], device=lesson.embeddings.device)
+    with torch.no_grad():
+        pushed = lesson.model.sense_vectors(x)[0] @ lesson.embeddings[token_of_word(lesson.tokenizer, target)]
+    sense, push = answer
+    hints = [(pushed.argmin().item(), "that sense pushes it down most.")]
+    said = check_number(sense, pushed.argmax().item(), hints, 0.1)
+    return said if said.startswith("Not") else check_number(push, pushed.max().item())

@@ -14,12 +14,19 @@ from backpack_lib.analysis.disambiguation import Ambiguity, english_ambiguities,
 from backpack_lib.analysis.edits import SenseEdits
 from backpack_lib.analysis.senses import vectors_of_tokens
 from backpack_lib.files import data_folder
-from backpack_lib.lessons.exercises import NO_NUMBER, check_choice, check_function, check_number, finite_number
+from backpack_lib.lessons.exercises import (
+    NO_NUMBER,
+    check_choice,
+    check_function,
+    check_number,
+    check_strongest_push,  # noqa: F401, for the notebook
+    finite_number,
+)
 from backpack_lib.lessons.opening import PLANTED, Lesson
 from backpack_lib.loading import load, load_baseline
 from backpack_lib.text import planted
 from backpack_lib.text.corpora import open_corpus
-from backpack_lib.text.words import spell_text, token_of_word, tokens_of_word
+from backpack_lib.text.words import spell_text, tokens_of_word
 from backpack_lib.text.writing import continue_texts
 
 DOCUMENTS, PLANTED_TEXTS = 500, 2000  # that roles are measured on
@@ -127,20 +134,6 @@ def planted_pair(device):
 
 
 # ---------------------------------------------------------------- exercises
-
-
-def check_strongest_push(answer, lesson: Lesson, target: str) -> str:
-    """A pair (sense, push): the sense of `word` that pushes `target` up most."""
-    if not (isinstance(answer, tuple) and len(answer) == 2):
-        return "Not yet: give a pair (sense, push)."
-    x = torch.tensor(lesson.tokens_of("word")[-1:], device=lesson.embeddings.device)
-    with torch.no_grad():
-        pushed = lesson.model.sense_vectors(x)[0] @ lesson.embeddings[token_of_word(lesson.tokenizer, target)]
-    sense, push = answer
-    said = check_number(
-        sense, pushed.argmax().item(), [(pushed.argmin().item(), "that sense pushes it down most.")], 0.1
-    )
-    return said if said.startswith("Not") else check_number(push, pushed.max().item())
 
 
 def check_own_effect(answer) -> str:

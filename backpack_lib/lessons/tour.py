@@ -7,7 +7,12 @@ import pandas as pd
 import torch
 
 from backpack_lib.analysis.statistics import p_value
-from backpack_lib.lessons.exercises import check_choice, check_function, check_number
+from backpack_lib.lessons.exercises import (
+    check_choice,
+    check_function,
+    check_number,
+    check_strongest_push,  # noqa: F401, for the notebook
+)
 from backpack_lib.studies.text_quality import bag_share, perplexity, words_of
 from backpack_lib.text.words import spell, spell_text
 
@@ -77,23 +82,6 @@ def check_contributions(answer) -> str:
         for T, k, d in sizes
     ]
     return check_function(answer, reference, cases)
-
-
-def check_strongest_push(answer, lesson, target: int) -> str:
-    """target: the token that is pushed."""
-    if not (isinstance(answer, tuple) and len(answer) == 2):
-        return "Not yet: give a pair (sense, push)."
-    (x,) = lesson.tokens_of("word")[-1:]
-    with torch.no_grad():
-        pushes = (
-            lesson.model.sense_vectors(torch.tensor([x], device=lesson.embeddings.device))[0]
-            @ lesson.embeddings[target]
-        )
-    sense, push = answer
-    said = check_number(
-        sense, pushes.argmax().item(), [(pushes.argmin().item(), "that sense pushes it down most.")], 0.1
-    )
-    return said if said.startswith("Not") else check_number(push, pushes.max().item())
 
 
 def check_halved(answer, log_odds: float, contribution: float) -> str:
