@@ -282,24 +282,6 @@ def prediction_line(x, predicted, measured, title: str, xlabel: str, ylabel: str
     return figure
 
 
-def points_with_intervals(table, x: str, y: str, title: str, xlabel: str, ylabel: str):
-    """A line of points for each `method` of a DataFrame, each labelled by `strength` and with the interval of its y.
-
-    The interval is in the columns low and high.
-    """
-    figure, axes = new_figure()
-    colors = sns.color_palette("colorblind")
-    for (name, rows), color in zip(table.groupby("method", sort=False), colors):
-        errors = [rows[y] - rows["low"], rows["high"] - rows[y]]
-        axes.errorbar(rows[x], rows[y], yerr=errors, fmt="-o", capsize=3, color=color, label=name)
-        for point in zip(rows[x], rows[y], rows["strength"]):
-            axes.annotate(f"{point[2]:g}", point[:2], xytext=(6, 5), textcoords="offset points", fontsize=8)
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.legend()
-    set_title(axes, title)
-    return figure
-
-
 def curves(table, title: str, xlabel: str, ylabel: str):
     """A line for each column of a DataFrame over its index, named beside the figure."""
     figure, axes = new_figure()

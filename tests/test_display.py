@@ -161,11 +161,14 @@ def test_figures_show_the_values():
     table = pd.DataFrame({"rho": [0.5], "low": [0.4], "high": [0.7]}, index=["set"])
     points = figures.intervals({"one": table}, "f", "rho").axes[0]
     assert list(points.lines[0].get_ydata()) == [0.5]
-    rows = pd.DataFrame({"method": ["a", "b", "b"], "strength": [1.0, 1.0, 2.5], "x": [1, 2, 3], "y": [0.5, 0.2, 0.4]})
-    rows["low"], rows["high"] = rows["y"] - 0.1, rows["y"] + 0.2
-    axes = figures.points_with_intervals(rows, "x", "y", "f", "x", "y").axes[0]
-    assert [text.get_text() for text in axes.texts] == ["1", "1", "2.5"]
-    assert [len(bars[0].get_xdata()) for bars in axes.containers] == [1, 2]
+    across = figures.row_intervals(table.assign(low=0.3), "f", "rho", at=1, log=True).axes[0]
+    assert list(across.lines[0].get_xdata()) == [0.5] and across.get_xscale() == "log"
+    (interval,) = across.containers[0].lines[2][0].get_segments()
+    assert interval[:, 0].tolist() == pytest.approx([0.3, 0.7])
+    rows = pd.DataFrame({"method": ["a", "b", "b"], "strength": [0.0, 2.5, 2.5], "success": [0.5, 0.2, 0.4]})
+    axes = figures.trade_off(rows.assign(**{"relative perplexity": [1.0, 3.0, 2.0]}), "f").axes[0]
+    assert [text.get_text() for text in axes.get_legend().texts] == ["a, no control", "b, 2.5"]
+    assert list(axes.lines[1].get_xdata()) == [2, 3] and list(axes.lines[1].get_ydata()) == [0.4, 0.2]
     lines = figures.curves(pd.DataFrame({"one": [3.0, 1.0], "two": [float("nan"), 2.0]}), "f", "x", "y").axes[0]
     assert list(lines.lines[0].get_ydata()) == [3, 1] and len(lines.get_legend().texts) == 2
     named = figures.named_points(pd.DataFrame({"x": [0.1], "y": [7.0]}, index=["music"]), "f", "x", "y").axes[0]

@@ -13,7 +13,7 @@ from backpack_lib.lessons.exercises import (
     check_number,
     check_strongest_push,  # noqa: F401, for the notebook
 )
-from backpack_lib.studies.text_quality import bag_share, perplexity, words_of
+from backpack_lib.studies.text_quality import bag_share, count_among, perplexity
 from backpack_lib.text.words import spell, spell_text
 
 SHOWN = 6  # of the contributions, one by one
@@ -35,8 +35,7 @@ def named_parts(contributions: pd.DataFrame, reading, embeddings: torch.Tensor, 
 
 def topic_words_in(texts: list[str], words: Iterable[str]) -> list[int]:
     """How many of the words each text has."""
-    known = {word.lower() for word in words}
-    return [sum(word in known for word in words_of(text)) for text in texts]
+    return [count_among(text, words) for text in texts]
 
 
 def steering_table(model, tokenizer, texts: dict[str, list[str]], prompts: list[str], words: Iterable[str]):

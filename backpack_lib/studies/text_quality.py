@@ -32,10 +32,16 @@ def repeated_runs(text: str, n: int = 4) -> tuple[int, int]:
     return len(runs), len(runs) - len(set(runs))
 
 
+def count_among(text: str, words: Iterable[str]) -> int:
+    """How many of a text's words are among the given ones."""
+    bag = {word.lower() for word in words}
+    return sum(word in bag for word in words_of(text))
+
+
 def bag_share(texts: list[str], words: Iterable[str]) -> float:
     """The share of the texts' words that are among the given ones."""
-    bag, said = {word.lower() for word in words}, [word for text in texts for word in words_of(text)]
-    return float(np.mean([word in bag for word in said])) if said else math.nan
+    bag, total = list(words), sum(len(words_of(text)) for text in texts)
+    return sum(count_among(text, bag) for text in texts) / total if total else math.nan
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from backpack_lib.files import cached_json
 from backpack_lib.loading import fingerprint
 from backpack_lib.studies.fluency import search_temperature
 from backpack_lib.studies.judges import WordJudge
-from backpack_lib.studies.text_quality import repeated_runs, words_of
+from backpack_lib.studies.text_quality import count_among, repeated_runs, words_of
 from backpack_lib.text.writing import continue_texts, ids_of_text
 
 BACKPACK, PPLM = "Backpack", "PPLM"
@@ -135,11 +135,11 @@ class TopicStudy:
         on_topic, counts = self.judge(texts), self.words.counts(texts)
         found = []
         for topic in self.topics:
-            name, steer = topic["name"], {word.lower() for word in topic["steer"]}
+            name = topic["name"]
             found += [
                 row
                 | {"topic": name, "on topic": bool(on_topic[name].iloc[n]), "topic words": int(counts[name].iloc[n])}
-                | {"steering words": sum(word in steer for word in words_of(row["text"]))}
+                | {"steering words": count_among(row["text"], topic["steer"])}
                 for n, row in enumerate(rows)
             ]
         return found
@@ -162,13 +162,12 @@ class TopicStudy:
         nats = log_probabilities(reader, self.tokenizer, prompts) - log_probabilities(reader, self.tokenizer, texts)
         written = [text[len(prompt) :] for text, prompt in zip(texts, prompts)]
         on_topic, counts = self.judge(written)[topic["name"]], self.words.counts(written)[topic["name"]]
-        steer = {word.lower() for word in topic["steer"]}
         return [
             {
                 "method": method, "strength": float(strength), "temperature": temperature, "topic": topic["name"], "text": text,
                 "nats": nats[n].item(), "on topic": bool(on_topic.iloc[n]), "topic words": int(counts.iloc[n]),
                 "tokens": len(ids_of_text(self.tokenizer, texts[n])) - len(ids_of_text(self.tokenizer, prompts[n])),
-                "words": len(words_of(text)), "steering words": sum(word in steer for word in words_of(text)),
+                "words": len(words_of(text)), "steering words": count_among(text, topic["steer"]),
                 **dict(zip(("runs", "repeated runs"), repeated_runs(text))), "seconds": seconds,
             }
             for n, text in enumerate(written)
