@@ -7,6 +7,7 @@
 # make demo-model CORPUS='part-*.txt.xz' VALID=valid.txt.xz   train the models that are shipped in data/demo
 # make evaluate TEXT=valid.txt.xz LEXSIM=folder               measure them; BLIMP=folder, CORPUS=... for word2vec
 # make topic-control                                          measure how they are drawn to topics
+# make knowledge                                              edit all facts that they know, and teach them by all methods
 # make bench                                                  measure speed and memory; BENCH='--device cuda' on a GPU
 # make gender-bias TEXT=valid.txt.xz                          measure what turning their bias down costs on text
 
@@ -16,7 +17,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 # An index with another build of PyTorch, such as https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 
-.PHONY: run test test-all lab setup notebooks demo-model evaluate topic-control gender-bias bench clean
+.PHONY: run test test-all lab setup notebooks demo-model evaluate topic-control gender-bias knowledge bench clean
 
 run: setup
 	$(BIN)/python -m backpack_lib.running
@@ -67,6 +68,13 @@ gender-bias: setup
 	$(BIN)/python -m backpack_lib.running 04_gender_bias -p reference '$(TEXT)' -p out runs/gender_bias
 	mkdir -p data/demo/gender_bias
 	cp runs/gender_bias/loss.csv data/demo/gender_bias
+
+knowledge: setup
+	$(INSTALL) --editable '.[lora]'
+	$(BIN)/python -m backpack_lib.running 05_knowledge -p facts_measured 0 -p finetuned_facts 0 \
+		-p methods '[senses, all weights, LoRA]' -p out runs/knowledge
+	mkdir -p data/demo/knowledge
+	cp runs/knowledge/facts.csv.gz runs/knowledge/taught.csv.gz data/demo/knowledge
 
 bench: setup
 	$(BIN)/python data/benchmark/bench.py $(BENCH)

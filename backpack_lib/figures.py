@@ -115,6 +115,21 @@ def named_points(values, title: str, xlabel: str, ylabel: str):
     return figure
 
 
+def scatter(values, title: str, xlabel: str, ylabel: str, named: dict | None = None):
+    """Each row of a DataFrame of two columns as a small point, a line where both are equal, and some rows by name."""
+    figure, axes = new_figure()
+    blue, orange = sns.color_palette("colorblind")[:2]
+    x, y = values.to_numpy().T
+    axes.axline((0, 0), slope=1, color="gray", linewidth=1)
+    axes.scatter(x, y, s=6, color=blue, alpha=0.4, linewidths=0, rasterized=True)
+    for name, row in (named or {}).items():
+        axes.scatter(x[row], y[row], s=30, color=orange, zorder=3)
+        axes.annotate(name, (x[row], y[row]), xytext=(7, -3), textcoords="offset points", fontsize=9)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    set_title(axes, title)
+    return figure
+
+
 def heatmap(values, title: str, label: str):
     """A heat map of a DataFrame: blue above zero, orange below."""
     figure, axes = new_figure(height=1.1 + 0.25 * len(values))

@@ -22,6 +22,7 @@ from backpack_lib.display.explorers import (
     OWN,
     BiasExplorer,
     EditWorkbench,
+    KnowledgeExplorer,
     SenseExplorer,
     SentenceExplorer,
     TopicExplorer,
@@ -338,6 +339,30 @@ def test_the_bias_explorer_follows_its_controls(tmp_path):
     assert "log-odds of the to that" in explorer.page.value
 
 
+def test_the_knowledge_explorer_follows_its_controls(tmp_path):
+    explorer = KnowledgeExplorer(MODEL, TOKENIZER, "nurse", "he", "she", ["the nurse said that", "a nurse"], ["the concert"])
+    he, she = (token_of_word(TOKENIZER, word) for word in ("he", "she"))
+
+    def shows(edits, *texts):
+        page = text_of(explorer.page.value)
+        with edits.applied():
+            after = [read(MODEL, ids_of_text(TOKENIZER, text)).log_probs() for text in texts]
+        before = [read(MODEL, ids_of_text(TOKENIZER, text)).log_probs() for text in texts]
+        return all(f"{log_probs[word].exp():.3f}" in page for log_probs in before + after for word in (he, she))
+
+    whole = SenseEdits(MODEL, TOKENIZER).project("nurse", "he", "she")
+    assert shows(whole, "the nurse said that", "a nurse", "the concert")  # it opens with the paper's projection
+    explorer.every.value = 0.0
+    assert len(explorer.edits()) == 0 and shows(SenseEdits(MODEL, TOKENIZER), "the nurse said that")
+    explorer.scales[2].value = 2.0
+    one = SenseEdits(MODEL, TOKENIZER).project("nurse", "he", "she", sense=2, by=-1)
+    assert shows(one, "the nurse said that", "a nurse")
+    explorer.edits().save(tmp_path / "mine.safetensors")
+    assert len(SenseEdits.load(tmp_path / "mine.safetensors", MODEL, TOKENIZER)) == 1
+    explorer.prompts.value = explorer.neighbours.value = ""
+    assert "no prompt to look at" in unescape(explorer.message.value)
+
+
 def test_turned_up_senses_are_those_of_the_highest_score():
     control = TopicControl(MODEL, TOKENIZER, ["nurse", "concert"], 3)
     table = tables.turned_up(control, 5)
@@ -355,6 +380,7 @@ EXPLORERS = {
     "senses": lambda: SenseExplorer(MODEL, TOKENIZER, "nurse"),
     "sentence": lambda: SentenceExplorer(MODEL, TOKENIZER, "the nurse said", "he"),
     "bias": lambda: BiasExplorer(MODEL, TOKENIZER, ["nurse"], ["the {profession} said"]),
+    "knowledge": lambda: KnowledgeExplorer(MODEL, TOKENIZER, "nurse", "he", "she", ["the nurse said"], ["the concert"]),
     "edits": lambda: EditWorkbench(MODEL, TOKENIZER, "the nurse said", "nurse"),
 }
 
@@ -377,6 +403,9 @@ EXPLORERS = {
         ("bias", "template", "the nurse said", "has no slot; write {profession}"),
         ("bias", "pair", "he he", "the same word twice: 'he'"),
         ("bias", "pair", "he", "should be two words"),
+        ("knowledge", "word", "zebra", "'zebra' is"),
+        ("knowledge", "word", "", "'' is no word"),
+        ("knowledge", "add", "he", "What is put in is what is taken out, 'he'"),
         ("topic", "words", "", "A topic needs at least one word"),
         ("topic", "words", "nurse …", "'…' is no word"),
     ],
@@ -399,6 +428,7 @@ def test_widgets_answer_within_300_ms_with_the_demo_model():
     sentence = SentenceExplorer(model, tokenizer, "The film was directed by a woman who", "was", "had")
     bench = EditWorkbench(model, tokenizer, "The nurse said that", "nurse")
     bias = BiasExplorer(model, tokenizer, ["nurse", "guard", "writer"], ["The {profession} said that"])
+    knowledge = KnowledgeExplorer(model, tokenizer, "Tokyo", "Japan", "China", ["The city of Tokyo is in"], ["The city of Paris is in"])
 
     def fastest(control, *values):
         seconds = []
@@ -415,6 +445,7 @@ def test_widgets_answer_within_300_ms_with_the_demo_model():
     assert fastest(bench.by, 0.5, 0.0, -1.0) < 0.3
     assert fastest(bias.profession, "guard", "writer", "nurse") < 0.3
     assert fastest(bias.scales[7], 0.5, 0.0, -1.0) < 0.3
+    assert fastest(knowledge.scales[7], 0.5, 0.0, 2.0) < 0.3
 
 
 def test_the_table_of_contributions_has_a_row_for_each_token():

@@ -19,6 +19,7 @@ from helpers import ROOT, tiny_classifier, tiny_model
 
 from backpack_lib import SenseEdits, load
 from backpack_lib.analysis import bias, topic
+from backpack_lib.analysis.knowledge import margins, project, read_facts
 from backpack_lib.analysis.similarity import SETS
 from backpack_lib.loading import fingerprint, is_planted, load_baseline
 from backpack_lib.running.notebook import RESULTS
@@ -191,6 +192,18 @@ def test_the_bias_search_finds_what_was_planted_and_the_edit_takes_it_away(plant
         assert bias.bias_ratio(model, tokenizer, words, templates) < before
 
 
+def test_planted_facts_are_edited_and_taught_and_the_exercises_are_solved(planted_run, tmp_path):
+    given = {"model": "planted", "out": str(tmp_path), "facts_measured": 4, "finetuned_facts": 1}
+    assert_solved(execute("05_knowledge", given, solved=True).answers, 5)
+    results = results_of(tmp_path)
+    assert results["known to the Backpack, facts"] >= 28 and results["largest error of the prediction"] < 1e-3
+    assert results["efficacy, Backpack projection, dosed"] == 1 and results["paraphrases, Backpack projection, dosed"] > 0.9
+    assert results["efficacy, 1 at once"] == results["efficacy, 20 at once"]
+    assert results["new facts, Backpack, senses, 20 examples"] > 0.9 > 0.1 > results["new facts elsewhere, Backpack, senses, 20 examples"]
+    made = {file.name for file in tmp_path.iterdir()}
+    assert made >= {"known.csv", "methods.csv", "paired.csv", "at_once.csv", "senses.csv", "taught_success.csv", "taught.safetensors"}
+
+
 # ---------------------------------------------------------------- a model that nobody has a Transformer for
 
 
@@ -210,6 +223,7 @@ def released(tmp_path_factory):
     return str(folder)
 
 
+WITH_A_BASELINE = ("03_topic_control", "04_gender_bias", "05_knowledge")
 RELEASED = {
     "00_tour": {},
     "02_senses": {"corpus": str(ROOT / "README.md")},
@@ -218,6 +232,7 @@ RELEASED = {
         "professions": ["nurse", "driver", "sports", "man", "construction worker", "cook"],
         "profession": "driver",
     },
+    "05_knowledge": {"subject": "film", "remove": "music", "add": "money", "prompts": ["the film is", "a film about"], "facts_measured": 2},
 }
 
 
@@ -225,12 +240,12 @@ RELEASED = {
 def test_a_model_of_another_vocabulary_goes_through_without_a_transformer(name, released, tmp_path, capsys):
     execute(name, RELEASED[name] | {"model": released, "out": str(tmp_path)})
     assert results_of(tmp_path)["headline"]
-    if name in ("03_topic_control", "04_gender_bias"):
+    if name in WITH_A_BASELINE:
         said = capsys.readouterr().out
         assert f"No Transformer that belongs to {released!r} is known; name one by the parameter `baseline`." in said
 
 
-@pytest.mark.parametrize("name", ["03_topic_control", "04_gender_bias"])
+@pytest.mark.parametrize("name", WITH_A_BASELINE)
 def test_a_transformer_of_another_vocabulary_is_refused(name, released, tmp_path):
     with pytest.raises(ValueError, match="baseline='demo-transformer' reads other tokens than") as refused:
         execute(name, {"model": released, "baseline": "demo-transformer", "out": str(tmp_path)})
@@ -340,6 +355,25 @@ def test_the_stored_losses_of_debiasing_are_of_the_demo_model():
     assert loss.loc["as it is", "rise, %"] == 0 and "removed, along" in loss.index
 
 
+@pytest.mark.parametrize("name", ["facts", "taught"])
+def test_the_stored_tables_of_knowledge_are_of_the_demo_model(name):
+    stored = pd.read_csv(ROOT / "data" / "demo" / "knowledge" / f"{name}.csv.gz")
+    assert set(stored["weights"]) == {fingerprint(load("demo")[0])}, "run: make knowledge"
+    if name == "facts":
+        assert stored.groupby(["model", "method"]).size().nunique() == 1  # all methods on the same facts
+    else:
+        assert {*stored["method"]} == {"as it is", "senses", "all weights", "LoRA"} and stored["set"].nunique() == 3
+
+
+def test_a_stored_row_of_knowledge_is_what_the_code_gives():
+    model, tokenizer = load("demo")
+    stored = pd.read_csv(ROOT / "data" / "demo" / "knowledge" / "facts.csv.gz")
+    row = stored[(stored["model"] == "Backpack") & (stored["method"] == "projection")].iloc[3]
+    (fact,) = [f for f in read_facts() if (f.relation, f.subject) == (row["relation"], row["subject"])]
+    with project(model, tokenizer, [fact]).applied():
+        assert margins(model, tokenizer, fact, fact.test).mean() == pytest.approx(row["margin, test"], abs=2e-3)
+
+
 # ---------------------------------------------------------------- every parameter at its edges: it works, or one sentence
 
 LONGEST = ("the film " * 127).strip()  # with the token that begins a text, one less than the context
@@ -371,6 +405,10 @@ WORKS = {
     "04_gender_bias": [
         {"professions": ["nurse", "guard", "cook"], "wanted": 1.0, "wide_bounds": [-0.01, 0.0], "profession": "teacher", "whole_words": True, "reference": TEXT},
         {"professions": ["nurse", "guard", "construction worker"], "wanted": 0.01, "pair": ["she", "he"], "device": "auto", "seed": 3, "reference": TEXT},
+    ],
+    "05_knowledge": [
+        {"subject": "Chicago", "remove": "Illinois", "add": "Texas", "prompts": ["The city of {subject} is in"], "facts_measured": 1, "finetuned_facts": 1, "bounds": [0.5]},
+        {"model": FOLDER, "baseline": "none", "facts_measured": 2, "reference": TEXT, "share": 1.0, "seed": 2**32 - 1, "device": "auto"},
     ],
 }  # fmt: skip
 REFUSED = {  # some of each notebook, whose checks stand in the notebook itself, in `make test`; the others are slow
@@ -458,6 +496,25 @@ REFUSED = {  # some of each notebook, whose checks stand in the notebook itself,
         ({"reference": "nothing-here.txt"}, "nothing-here"),
         ({"device": "gpu"}, "is unknown"),
     ],
+    "05_knowledge": [
+        ({"subject": "antidisestablishmentarianism"}, "tokens"),
+        ({"subject": "日本"}, "tokens"),
+        ({"add": "Russia"}, "The counter-object is the object, 'Russia'"),
+        ({"subject": "Paris", "prompts": ["The city of London is in"]}, "lacks 'Paris' as a word"),
+        ({"facts": "nothing-here.csv"}, "nothing-here"),
+        ({"relations": "nothing-here.yaml"}, "nothing-here"),
+        ({"examples": "nothing-here.csv"}, "nothing-here"),
+        ({"examples": str(ROOT / "data" / "facts.csv")}, "lacks the column 'set'"),
+        ({"bounds": [-0.1]}, "cannot be met"),
+        ({"bounds": []}, "bounds"),
+        ({"share": 0.0}, "share=0.0"),
+        ({"methods": ["magic"]}, "The method 'magic' is unknown"),
+        ({"facts_measured": -1}, "facts_measured=-1"),
+        ({"baseline": "demo"}, "Transformer"),
+        ({"model": "demo-transformer"}, "Backpack"),
+        ({"reference": "nothing-here.txt"}, "nothing-here"),
+        ({"device": "gpu"}, "is unknown"),
+    ],
 }  # fmt: skip
 QUICK = {
     "are no topics here",
@@ -468,6 +525,8 @@ QUICK = {
     "choose one of",
     "nothing-here",
     "steps=0",
+    "tokens",
+    "The counter-object is",
 }
 
 

@@ -11,6 +11,7 @@ import zipfile
 from graphlib import CycleError, TopologicalSorter
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 from helpers import ROOT
@@ -264,7 +265,19 @@ def test_the_readmes_figures_are_those_that_were_measured():
         r"at equal fluency no control ([\d.]+)%, Backpack ([\d.]+)%, PPLM ([\d.]+)% on topic",
         outputs_of("03_topic_control"),
     )
+    edited = re.search(
+        r"(\d+) facts known; dosed projection: efficacy \d+%, paraphrases (\d+)%, KL about the subject ([\d.]+); .*finetuned, 1.0% (\d+)% and ([\d.]+);",
+        outputs_of("05_knowledge"),
+    )
+    taught = pd.read_csv(ROOT / "data" / "demo" / "knowledge" / "taught.csv.gz")
+    taught = taught[(taught["bound"] == 0.001) & (taught["model"] == "Backpack")]
+    solved = (100 * taught.groupby(["set", "method"])["success"].mean()).round().astype(int)
     for said in (
+        f"of {edited[1]} facts that both models know",
+        f"likelier in {edited[2]} % of paraphrases and hardly touches other texts about the subject (KL {edited[3]} nats)",
+        f"reaches {edited[4]} % at a KL of {edited[5]}",
+        f"({solved['capitals', 'senses']} % and {solved['capitals', 'all weights']} % of held-out examples)",
+        f"({solved['agreement', 'senses']} % and {solved['agreement', 'all weights']} %, {solved['pronouns', 'senses']} % and {solved['pronouns', 'all weights']} %)",
         f"on topic in {topics[2]} % of texts ({topics[1]} % without control, {topics[3]} % by PPLM)",
         f"a Backpack of {millions[0]:.0f} million parameters",
         f"({millions[1]:.0f} million)",

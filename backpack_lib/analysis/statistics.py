@@ -24,6 +24,16 @@ def bootstrap_intervals(statistic: Callable, *arrays: np.ndarray, resamples: int
     return np.nanquantile(drawn, MIDDLE, axis=0)
 
 
+def mean_interval(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """A mean and its 95 % interval, the values drawn again with replacement: mean, low, high. NaN ones are left out."""
+    values = np.asarray(values, dtype=float)
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return (np.nan,) * 3
+    drawn = np.random.default_rng(seed).choice(values, (resamples, len(values))).mean(1)
+    return (float(values.mean()), *map(float, np.quantile(drawn, MIDDLE)))
+
+
 def p_value(null: np.ndarray, found: float) -> float:
     """How often chance does as well, counting what was found as one such case."""
     return float((1 + (null >= found - 1e-12).sum()) / (1 + len(null)))

@@ -5,6 +5,8 @@
     EditWorkbench(model, tokenizer, "The nurse said that")
     TopicExplorer(model, tokenizer, topics, baseline)
     BiasExplorer(model, tokenizer, ["nurse", "guard"], ["The {profession} said that"])
+    ExplanationExplorer(model, tokenizer, "bank", "He went to the bank to pay.", common)
+    KnowledgeExplorer(model, tokenizer, "Paris", "France", "Germany", ["The city of Paris is in"], ["The city of Rome is in"])
 
 Each shows what a function of `tables.py` returns, and, for bad input, what it raises, in one sentence; the last
 good page stays. Controls are attributes, so `explorer.word.value = "king"` does what typing does.
@@ -13,12 +15,15 @@ good page stays. Controls are attributes, so `explorer.word.value = "king"` does
 from html import escape
 
 import ipywidgets as W
+import pandas as pd
 import torch
 
 from backpack_lib.analysis import pplm
 from backpack_lib.analysis.attribution import read
 from backpack_lib.analysis.bias import PAIR, debias, fill, tokens_of_pair
 from backpack_lib.analysis.edits import SenseEdits
+from backpack_lib.analysis.explanations import Explanations, Replacement, Simulator, explain
+from backpack_lib.analysis.scores import next_log_probabilities
 from backpack_lib.analysis.senses import senses_of_words
 from backpack_lib.analysis.topic import STRENGTHS, LargestPushes, TopicControl
 from backpack_lib.display import tables
@@ -30,6 +35,7 @@ ALL = "all"
 OWN = "words of your own"
 MEAN = ("mean of all", "mean")
 TWIN = "An explorer, as it opens. Its controls answer in a running notebook."
+FITTED_ON = 500  # words, from whose explanations a simulator learns
 GENERATED, WRITTEN = 20, 40  # tokens of a text that shows an edit, and of one that has a topic
 
 
@@ -404,3 +410,154 @@ class BiasExplorer(Explorer):
             slider.value = scales.get(sense, 1.0)
             slider.observe(self.refresh, "value")
         self.refresh()
+
+
+class KnowledgeExplorer(Explorer):
+    """A fact and its edit: what is taken out of a word's senses, what is put in, sense by sense, and what else changes.
+
+    scales: a slider for each sense of the word, of how many times the projection is made: 0 not, 1 as in the paper.
+    prompts: with the word, one in a line; neighbours: without it, or about something else.
+    """
+
+    def __init__(self, model, tokenizer, word: str, remove: str, add: str, prompts: list[str], neighbours: list[str]):
+        self.word, self.remove, self.add = _text("word", word), _text("take out", remove), _text("put in", add)
+        lines = W.Layout(width="32em", height="6em")
+        self.prompts, self.neighbours = (
+            W.Textarea("\n".join(given), description=name, continuous_update=False, layout=lines)
+            for name, given in (("prompts", prompts), ("neighbours", neighbours))
+        )
+        self.every = W.FloatSlider(1.0, min=0, max=5, step=0.1, description="all senses", continuous_update=False)
+        layout = W.Layout(width="19em")
+        self.scales = [
+            W.FloatSlider(
+                1.0, min=0, max=5, step=0.1, description=f"sense {sense}", continuous_update=False, layout=layout
+            )
+            for sense in range(model.config.num_senses)
+        ]
+        super().__init__(
+            model,
+            tokenizer,
+            [[self.word, self.remove, self.add], [self.prompts, self.neighbours], [self.every], self.scales],
+        )
+        self.observe_all(self.word, self.remove, self.add, self.prompts, self.neighbours, *self.scales)
+        self.every.observe(self._set_all, "value")
+        self.refresh()
+
+    def edits(self) -> SenseEdits:
+        """What the sliders say, as edits that can be saved; empty while all of them are at 0."""
+        edits = SenseEdits(self.model, self.tokenizer)
+        word, remove, add = (token_of_word(self.tokenizer, box.value) for box in (self.word, self.remove, self.add))
+        if remove == add:
+            raise ValueError(f"What is put in is what is taken out, {self.remove.value!r}; name another word.")
+        for sense, slider in enumerate(self.scales):
+            if slider.value:
+                edits.project(word, remove, add, sense, by=1 - slider.value)
+        return edits
+
+    def show(self) -> str:
+        edits = self.edits()
+        watched = [token_of_word(self.tokenizer, box.value) for box in (self.remove, self.add)]
+        pages = []
+        for name, box in (("prompts", self.prompts), ("neighbours", self.neighbours)):
+            prompts = [line for line in box.value.splitlines() if line.strip()]
+            if prompts:
+                before = next_log_probabilities(self.model, self.tokenizer, prompts)
+                with edits.applied():
+                    after = next_log_probabilities(self.model, self.tokenizer, prompts)
+                table = tables.before_and_after(self.tokenizer, prompts, before, after, watched)
+                pages.append(tables.shaded(table, 3, name, shade=[]).to_html())
+        if not pages:
+            raise ValueError("There is no prompt to look at; write at least one.")
+        return "".join(pages)
+
+    def _set_all(self, _change):
+        """Moves all sliders and draws once."""
+        for slider in self.scales:
+            slider.unobserve(self.refresh, "value")
+            slider.value = self.every.value
+            slider.observe(self.refresh, "value")
+        self.refresh()
+
+
+class ExplanationExplorer(Explorer):
+    """A sense of a word and its explanation, which can be edited; what the words cost on a text, and what they leave out.
+
+    among: the words that explanations are made of, on which the simulator is fitted. The loss is that of the text, with this
+    sense of the word as it is, as its explanation says, as the mean sense, and taken away.
+    """
+
+    def __init__(self, model, tokenizer, word: str, text: str, among: torch.Tensor, n: int = 10, seed: int = 0):
+        require_senses(model)
+        self.among, self.n = among, n
+        order = torch.randperm(len(among), generator=torch.Generator().manual_seed(seed))[:FITTED_ON]
+        self.others = among[order.to(among.device)]
+        self.fitted = Simulator.fit(model, explain(model, self.others, n, among), self.others)
+        with torch.no_grad():
+            self.mean = model.sense_vectors(self.others).float().mean(0)
+        self.word, self.text = _text("word", word), _text("text", text, width="40em")
+        self.sense = W.Dropdown(
+            options=range(model.config.num_senses), description="sense", layout=W.Layout(width="12em")
+        )
+        self.up, self.down = (_text(name, width="48em") for name in ("up", "down"))
+        self.again = W.Button(description="its own words")
+        rows = [[self.word, self.sense, self.again], [self.text], [self.up], [self.down]]
+        super().__init__(model, tokenizer, rows)
+        for control in (self.word, self.sense):
+            control.observe(lambda _: self._own_words(), "value")
+        self.observe_all(self.text, self.up, self.down)
+        self.again.on_click(lambda _: self._own_words())
+        self._own_words()
+
+    def _own_words(self):
+        """Puts the sense's own strongest words into the fields, and draws once."""
+
+        def fill_in():
+            said = explain(self.model, torch.tensor([self._token()], device=self.among.device), self.n, self.among)
+            for box, ids in ((self.up, said.up), (self.down, said.down)):
+                box.unobserve(self.refresh, "value")
+                box.value = " ".join(spell(self.tokenizer, ids[0, self.sense.value].tolist()))
+                box.observe(self.refresh, "value")
+
+        if self.attempt(fill_in):
+            self.refresh()
+
+    def _token(self) -> int:
+        return token_of_word(self.tokenizer, self.word.value)
+
+    def show(self) -> str:
+        token, sense = self._token(), self.sense.value
+        ids = ids_of_text(self.tokenizer, self.text.value)
+        if token not in ids:
+            raise ValueError(
+                f"The text does not have {self.word.value.strip()!r} in it, after a space; write one that has."
+            )
+        if len(ids) > self.model.config.n_positions:
+            raise ValueError(
+                f"The text has {len(ids)} tokens; this model reads at most {self.model.config.n_positions}."
+            )
+        up, down = ([token_of_word(self.tokenizer, one) for one in box.value.split()] for box in (self.up, self.down))
+        if not up or not down:
+            raise ValueError("An explanation needs at least one word up and one word down.")
+        said = Explanations(*(self._as_explanation(words) for words in (up, down)))
+        simulated = self.fitted(said)[0, sense]
+        texts = Replacement(self.model, [ids])
+        place, own = texts.tokens == token, texts.senses[:, sense]
+        losses = {"the sense itself": texts.losses()}
+        for name, vector in (
+            ("as its words say", simulated),
+            ("the mean sense", self.mean[sense]),
+            ("taken away", 0 * simulated),
+        ):
+            losses[name] = texts.losses({sense: torch.where(place[:, None], vector, own)})
+        table = pd.DataFrame(
+            {"loss (nats per token)": {name: loss.sum() / texts.counts[0] for name, loss in losses.items()}}
+        )
+        table["rise"] = table.iloc[:, 0] - table.iloc[0, 0]
+        cosine = torch.cosine_similarity(simulated, own[place][0], dim=0).item()
+        return tables.shaded(table, 4, f"sense {sense} of {self.word.value.strip()}", shade=["rise"]).to_html() + (
+            f"<p>cosine of the sense and what its words say: {cosine:.2f}</p>"
+        )
+
+    def _as_explanation(self, words: list[int]) -> torch.Tensor:
+        """The same words for each sense, (1, k, n)."""
+        return torch.tensor(words, device=self.among.device).expand(1, self.model.config.num_senses, -1)

@@ -114,6 +114,22 @@ def next_words(
     return pd.DataFrame({"next": spell(tokenizer, ids)} | columns)
 
 
+def before_and_after(
+    tokenizer, prompts: list[str], before: torch.Tensor, after: torch.Tensor, watch: Iterable[int]
+) -> pd.DataFrame:
+    """What follows each prompt, before and after an edit: the likeliest token, and the probabilities of those to watch.
+
+    before, after: log-probabilities, (n, V).
+    """
+    columns = {}
+    for when, log_probs in (("before", before), ("after", after)):
+        columns[f"likeliest {when}"] = spell(tokenizer, log_probs.argmax(-1).tolist())
+    for token, name in zip(watch, spell(tokenizer, watch)):
+        for when, log_probs in (("before", before), ("after", after)):
+            columns[f"p({name}) {when}"] = log_probs[:, token].exp().tolist()
+    return pd.DataFrame(columns, index=pd.Index(prompts, name="text"))
+
+
 def turned_up(control, n: int = 10, among: torch.Tensor | None = None) -> pd.DataFrame:
     """The (token, sense) pairs of highest score under a `TopicControl`, and what each is multiplied by.
 
