@@ -8,6 +8,7 @@
 # make evaluate TEXT=valid.txt.xz LEXSIM=folder               measure them; BLIMP=folder, CORPUS=... for word2vec
 # make topic-control                                          measure how they are drawn to topics
 # make knowledge                                              edit all facts that they know, and teach them by all methods
+# make reading CORPUS='part-*.txt.xz' VALID=valid.txt.xz      train the small models of 06_reading, and measure its tables
 # make bench                                                  measure speed and memory; BENCH='--device cuda' on a GPU
 # make gender-bias TEXT=valid.txt.xz                          measure what turning their bias down costs on text
 
@@ -17,7 +18,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 # An index with another build of PyTorch, such as https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 
-.PHONY: run test test-all lab setup notebooks demo-model evaluate topic-control gender-bias knowledge bench clean
+.PHONY: run test test-all lab setup notebooks demo-model evaluate topic-control gender-bias knowledge reading bench clean
 
 run: setup
 	$(BIN)/python -m backpack_lib.running
@@ -75,6 +76,10 @@ knowledge: setup
 		-p methods '[senses, all weights, LoRA]' -p out runs/knowledge
 	mkdir -p data/demo/knowledge
 	cp runs/knowledge/facts.csv.gz runs/knowledge/taught.csv.gz data/demo/knowledge
+
+reading: setup
+	$(BIN)/python data/reading/models.py --corpus '$(CORPUS)' --valid '$(VALID)'
+	$(BIN)/python data/reading/make.py --corpus '$(CORPUS)' --valid '$(VALID)'
 
 bench: setup
 	$(BIN)/python data/benchmark/bench.py $(BENCH)

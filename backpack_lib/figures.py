@@ -198,8 +198,9 @@ def grouped_bars(values, title: str, xlabel: str):
     """Horizontal bars of a DataFrame: a group for each row, a bar for each column."""
     figure, axes = new_figure(height=1.2 + 0.34 * len(values))
     long = values.reset_index(drop=True).melt(ignore_index=False, var_name="column", value_name="value")
+    long = long.reset_index(names="row")
     colors = sns.color_palette("colorblind")[: len(values.columns)]
-    sns.barplot(long, y=long.index, x="value", hue="column", orient="h", ax=axes, palette=colors)
+    sns.barplot(long, y="row", x="value", hue="column", orient="h", ax=axes, palette=colors)
     axes.set_yticks(range(len(values)), values.index)
     axes.set(xlabel=xlabel, ylabel="")
     handles, names = axes.get_legend_handles_labels()

@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from backpack_lib import SenseEdits, attribute, figures, load
 from backpack_lib.analysis.attribution import read
+from backpack_lib.analysis.explanations import explain
 from backpack_lib.analysis.senses import pushes, sense_directions, senses_of_words
 from backpack_lib.analysis.topic import TopicControl
 from backpack_lib.display import tables
@@ -22,13 +23,14 @@ from backpack_lib.display.explorers import (
     OWN,
     BiasExplorer,
     EditWorkbench,
+    ExplanationExplorer,
     KnowledgeExplorer,
     SenseExplorer,
     SentenceExplorer,
     TopicExplorer,
 )
 from backpack_lib.text.tokenizers import train_tokenizer
-from backpack_lib.text.words import spell, spell_text, token_of_word
+from backpack_lib.text.words import readable, spell, spell_text, token_of_word
 from backpack_lib.text.writing import ids_of_text
 
 TOKENIZER = tiny_tokenizer()
@@ -339,6 +341,37 @@ def test_the_bias_explorer_follows_its_controls(tmp_path):
     assert "log-odds of the to that" in explorer.page.value
 
 
+def test_the_explanation_explorer_says_what_the_words_cost():
+    text = "near the nurse she said"
+    explorer = ExplanationExplorer(MODEL, TOKENIZER, "nurse", text, torch.arange(20, 200), n=4)
+    explorer.sense.value = 2
+    nurse = token_of_word(TOKENIZER, "nurse")
+    said = explain(MODEL, torch.tensor([nurse]), 4, torch.tensor(readable(TOKENIZER, range(20, 200))))
+    assert explorer.up.value.split() == spell(TOKENIZER, said.up[0, 2].tolist())
+
+    def loss(edits):
+        ids = torch.tensor([ids_of_text(TOKENIZER, text)])
+        with torch.no_grad(), edits.applied():
+            log_probs = MODEL(ids).logits[0, :-1].log_softmax(-1)
+        return -log_probs.gather(1, ids[0, 1:, None]).mean().item()
+
+    def rows():
+        return dict(re.findall(r"(the sense itself|as its words say|taken away)\s+([\d.]+)", text_of(explorer.page.value)))
+
+    simulated = explorer.fitted(said)[0, 2]
+    expected = {
+        "the sense itself": loss(SenseEdits(MODEL, TOKENIZER)),
+        "as its words say": loss(SenseEdits(MODEL, TOKENIZER).replace("nurse", 2, simulated)),
+        "taken away": loss(SenseEdits(MODEL, TOKENIZER).scale("nurse", 2, 0)),
+    }
+    assert {name: float(value) for name, value in rows().items()} == pytest.approx(expected, abs=1e-3)
+    before = rows()["as its words say"]
+    explorer.up.value = "he she"
+    assert rows()["as its words say"] != before
+    explorer.again.click()
+    assert rows()["as its words say"] == before
+
+
 def test_the_knowledge_explorer_follows_its_controls(tmp_path):
     explorer = KnowledgeExplorer(MODEL, TOKENIZER, "nurse", "he", "she", ["the nurse said that", "a nurse"], ["the concert"])
     he, she = (token_of_word(TOKENIZER, word) for word in ("he", "she"))
@@ -375,12 +408,14 @@ def test_turned_up_senses_are_those_of_the_highest_score():
     assert set(tables.turned_up(control, 5, few)["token"]) <= set(spell(TOKENIZER, few))
 
 
+COMMON = torch.arange(20, 200)
 EXPLORERS = {
     "topic": lambda: TopicExplorer(MODEL, TOKENIZER, TOPICS),
     "senses": lambda: SenseExplorer(MODEL, TOKENIZER, "nurse"),
     "sentence": lambda: SentenceExplorer(MODEL, TOKENIZER, "the nurse said", "he"),
     "bias": lambda: BiasExplorer(MODEL, TOKENIZER, ["nurse"], ["the {profession} said"]),
     "knowledge": lambda: KnowledgeExplorer(MODEL, TOKENIZER, "nurse", "he", "she", ["the nurse said"], ["the concert"]),
+    "explanation": lambda: ExplanationExplorer(MODEL, TOKENIZER, "nurse", "near the nurse she said", COMMON),
     "edits": lambda: EditWorkbench(MODEL, TOKENIZER, "the nurse said", "nurse"),
 }
 
@@ -406,6 +441,11 @@ EXPLORERS = {
         ("knowledge", "word", "zebra", "'zebra' is"),
         ("knowledge", "word", "", "'' is no word"),
         ("knowledge", "add", "he", "What is put in is what is taken out, 'he'"),
+        ("explanation", "word", "zebra", "'zebra' is"),
+        ("explanation", "text", "near the concert", "The text does not have 'nurse' in it"),
+        ("explanation", "text", "the nurse " * 30, "this model reads at most 24"),
+        ("explanation", "up", "", "needs at least one word up"),
+        ("explanation", "down", "he zebra", "'zebra' is"),
         ("topic", "words", "", "A topic needs at least one word"),
         ("topic", "words", "nurse …", "'…' is no word"),
     ],

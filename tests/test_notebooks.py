@@ -20,10 +20,13 @@ from helpers import ROOT, tiny_classifier, tiny_model
 from backpack_lib import SenseEdits, load
 from backpack_lib.analysis import bias, topic
 from backpack_lib.analysis.knowledge import margins, project, read_facts
+from backpack_lib.analysis.matching import compare_models
 from backpack_lib.analysis.similarity import SETS
+from backpack_lib.lessons.reading import professions_and_templates, small_models, stored_table, words_to_compare
 from backpack_lib.loading import fingerprint, is_planted, load_baseline
 from backpack_lib.running.notebook import RESULTS
 from backpack_lib.running.parameters import default_parameters
+from backpack_lib.studies.reading_study import gender_table
 from backpack_lib.studies.topic_study import at_equal_fluency, settings_table
 from backpack_lib.text import planted
 from backpack_lib.text.tokenizers import train_tokenizer
@@ -204,6 +207,18 @@ def test_planted_facts_are_edited_and_taught_and_the_exercises_are_solved(plante
     assert made >= {"known.csv", "methods.csv", "paired.csv", "at_once.csv", "senses.csv", "taught_success.csv", "taught.safetensors"}
 
 
+def test_planted_senses_are_read_and_the_exercises_are_solved(planted_run, tmp_path):
+    given = {"model": "planted", "out": str(tmp_path), "numbers": [1, 10, 30], "seeds": [0, 1], "counts_of_senses": [1], "steps": 150}
+    assert_solved(execute("06_reading", given, solved=True).answers, 5)
+    results = results_of(tmp_path)
+    assert results["all senses, said in words, 30 words"] > 0.8 > results["all senses, mean sense, 0 words"]
+    assert results["loss, counted bigrams"] > results["loss, model"]
+    assert results["place moves the weights most, share of texts"] > 0.6
+    assert results["matched, planted text"] > results["null (95 %), planted text"]
+    made = {file.name for file in tmp_path.iterdir()}
+    assert made >= {"explanations.csv", "by_sense.csv", "bigrams.csv", "seeds.csv", "senses_planted.csv", "choosing.csv"}
+
+
 # ---------------------------------------------------------------- a model that nobody has a Transformer for
 
 
@@ -223,7 +238,7 @@ def released(tmp_path_factory):
     return str(folder)
 
 
-WITH_A_BASELINE = ("03_topic_control", "04_gender_bias", "05_knowledge")
+WITH_A_BASELINE = ("03_topic_control", "04_gender_bias", "05_knowledge", "06_reading")
 RELEASED = {
     "00_tour": {},
     "02_senses": {"corpus": str(ROOT / "README.md")},
@@ -233,6 +248,7 @@ RELEASED = {
         "profession": "driver",
     },
     "05_knowledge": {"subject": "film", "remove": "music", "add": "money", "prompts": ["the film is", "a film about"], "facts_measured": 2},
+    "06_reading": {"word": "film", "text": "a film about the music", "numbers": [2, 5], "seeds": [0, 1], "counts_of_senses": [], "steps": 20},
 }
 
 
@@ -374,6 +390,23 @@ def test_a_stored_row_of_knowledge_is_what_the_code_gives():
         assert margins(model, tokenizer, fact, fact.test).mean() == pytest.approx(row["margin, test"], abs=2e-3)
 
 
+def test_the_stored_tables_of_reading_are_of_these_models():
+    demo = load("demo")[0]
+    for name in ("explanations", "bigrams_of_demo"):
+        assert set(stored_table(name)["weights"]) == {fingerprint(demo)}, "run: make reading"
+    models, tokenizer = small_models()
+    tokens, among = words_to_compare(tokenizer)
+    found = compare_models(models["seed-0"], models["seed-1"], tokens, among)
+    row = stored_table("seeds").query("what == 'senses' and one == 'seed-0' and other == 'seed-1'").iloc[0]
+    assert found["matched"] == pytest.approx(row["matched"], abs=2e-3)
+    gender = gender_table(models, tokenizer, *professions_and_templates(), {("seed-0", "seed-1"): found["partners"]}).iloc[0]
+    stored = stored_table("gender").query("one == 'seed-0' and other == 'seed-1'").iloc[0]
+    assert gender[["sense", "other sense", "partners"]].tolist() == stored[["sense", "other sense", "partners"]].tolist()
+    assert gender["share"] == pytest.approx(stored["share"], abs=2e-2)
+    trained = stored_table("bigrams_over_training")
+    assert trained["step"].is_monotonic_increasing and set(stored_table("senses")["senses"]) == {0, 1, 4, 16}
+
+
 # ---------------------------------------------------------------- every parameter at its edges: it works, or one sentence
 
 LONGEST = ("the film " * 127).strip()  # with the token that begins a text, one less than the context
@@ -409,6 +442,10 @@ WORKS = {
     "05_knowledge": [
         {"subject": "Chicago", "remove": "Illinois", "add": "Texas", "prompts": ["The city of {subject} is in"], "facts_measured": 1, "finetuned_facts": 1, "bounds": [0.5]},
         {"model": FOLDER, "baseline": "none", "facts_measured": 2, "reference": TEXT, "share": 1.0, "seed": 2**32 - 1, "device": "auto"},
+    ],
+    "06_reading": [
+        {"numbers": [1], "seeds": [0, 7], "counts_of_senses": [], "steps": 1, "word": "film", "text": "the film", "reference": TEXT, "simulator": "size", "seed": 2**32 - 1},
+        {"model": FOLDER, "baseline": "none", "numbers": [200], "seeds": [1, 0], "counts_of_senses": [64], "steps": 2, "device": "auto"},
     ],
 }  # fmt: skip
 REFUSED = {  # some of each notebook, whose checks stand in the notebook itself, in `make test`; the others are slow
@@ -513,6 +550,23 @@ REFUSED = {  # some of each notebook, whose checks stand in the notebook itself,
         ({"baseline": "demo"}, "Transformer"),
         ({"model": "demo-transformer"}, "Backpack"),
         ({"reference": "nothing-here.txt"}, "nothing-here"),
+        ({"device": "gpu"}, "is unknown"),
+    ],
+    "06_reading": [
+        ({"word": "antidisestablishmentarianism"}, "tokens"),
+        ({"word": "film", "text": "the king"}, "does not have 'film' in it"),
+        ({"numbers": []}, "numbers=[]"),
+        ({"numbers": [0]}, "numbers=[0]"),
+        ({"simulator": "magic"}, "simulator='magic' is unknown"),
+        ({"seeds": [0]}, "seeds=[0]"),
+        ({"seeds": [0, 0]}, "seeds=[0, 0]"),
+        ({"counts_of_senses": [65]}, "num_senses=65"),
+        ({"steps": 0}, "steps=0"),
+        ({"explanations": "nothing-here.csv"}, "nothing-here"),
+        ({"explanations": str(ROOT / "data" / "facts.csv")}, "lacks the column 'word'"),
+        ({"reference": "nothing-here.txt"}, "nothing-here"),
+        ({"baseline": "demo"}, "Transformer"),
+        ({"model": "demo-transformer"}, "Backpack"),
         ({"device": "gpu"}, "is unknown"),
     ],
 }  # fmt: skip

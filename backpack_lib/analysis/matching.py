@@ -55,8 +55,8 @@ def compare_models(one, other, tokens: torch.Tensor, among: torch.Tensor, seed: 
     a, b = (profiles(model, tokens, among) for model in (one, other))
     table = likeness(a, b)
     partners, matched = match(table)
-    null = match_null(a, b, seed=seed)
+    null = match_null(a, b, seed=seed) if table.size > 1 else np.array([np.nan])  # one sense has no other place
     return {
         "table": table, "partners": partners, "matched": matched, "random": float(table.mean()),
-        "null": float(np.quantile(null, 0.95)), "p": p_value(null, matched),
+        "null": float(np.quantile(null, 0.95)), "p": p_value(null, matched) if table.size > 1 else np.nan,
     }  # fmt: skip

@@ -28,7 +28,7 @@ from backpack_lib.analysis.senses import senses_of_words
 from backpack_lib.analysis.topic import STRENGTHS, LargestPushes, TopicControl
 from backpack_lib.display import tables
 from backpack_lib.model.kinds import require_senses
-from backpack_lib.text.words import spell, token_of_word, tokens_of_word
+from backpack_lib.text.words import readable, spell, token_of_word, tokens_of_word
 from backpack_lib.text.writing import continue_text, ids_of_text
 
 ALL = "all"
@@ -488,6 +488,7 @@ class ExplanationExplorer(Explorer):
 
     def __init__(self, model, tokenizer, word: str, text: str, among: torch.Tensor, n: int = 10, seed: int = 0):
         require_senses(model)
+        among = torch.tensor(readable(tokenizer, among.tolist()), device=model.device)
         self.among, self.n = among, n
         order = torch.randperm(len(among), generator=torch.Generator().manual_seed(seed))[:FITTED_ON]
         self.others = among[order.to(among.device)]

@@ -17,6 +17,7 @@ from backpack_lib.lessons.exercises import check_choice, check_function, check_n
 from backpack_lib.lessons.opening import PLANTED, Lesson
 from backpack_lib.loading import fingerprint, load
 from backpack_lib.model.kinds import has_senses
+from backpack_lib.studies.teaching_study import check_methods
 from backpack_lib.text import planted
 from backpack_lib.text.corpora import first_characters, open_corpus
 from backpack_lib.text.words import token_of_word, tokens_of_word
@@ -80,11 +81,14 @@ def open_material(
     )  # fmt: skip
 
 
-def check_settings(facts_measured: int, finetuned_facts: int, bounds: list[float], share: float):
+def check_settings(
+    facts_measured: int, finetuned_facts: int, methods: list[str], bounds: list[float], share: float
+):
     """Raises ValueError for settings that are out of range."""
     for name, number in (("facts_measured", facts_measured), ("finetuned_facts", finetuned_facts)):
         if number < 0:
             raise ValueError(f"{name}={number} is out of range; give a number of facts, or 0 for all.")
+    check_methods(methods)
     if not bounds:
         raise ValueError("bounds=[] holds no bound; give at least one, such as 0.001.")
     for eps in bounds:

@@ -16,7 +16,7 @@ from backpack_lib.lessons.results import Results, open_results
 from backpack_lib.loading import is_planted, load
 from backpack_lib.model.kinds import require_senses
 from backpack_lib.text import planted
-from backpack_lib.text.words import CONTINUES, spell, tokens_of_word
+from backpack_lib.text.words import readable, spell, tokens_of_word
 from backpack_lib.text.writing import ids_of_text
 
 PLANTED, ENGLISH = "planted", "english"
@@ -89,9 +89,8 @@ def likeliest_words(model, tokenizer, text: str, n: int = 2) -> list[str]:
     """The likeliest next words after a text, as far as they can be written."""
     log_probs, found = read(model, ids_of_text(tokenizer, text)).log_probs(), []
     for token in log_probs.argsort(descending=True).tolist():
-        (name,) = spell(tokenizer, [token])
-        if name.strip(CONTINUES + " ") and tokens_of_word(tokenizer, name) == [token]:
-            found.append(name)
+        if readable(tokenizer, [token]):
+            found += spell(tokenizer, [token])
         if len(found) == n:
             break
     return found

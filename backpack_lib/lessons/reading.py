@@ -1,5 +1,6 @@
 """What 06_reading alone needs: texts and words that suit a model, stored tables, explanations by people, and exercises."""
 
+import json
 import re
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from backpack_lib.studies.reading_study import bigram_table
 from backpack_lib.text import planted
 from backpack_lib.text.corpora import first_characters, open_corpus
 from backpack_lib.text.words import spell, token_of_word, tokens_of_word
-from backpack_lib.text.writing import continue_texts
+from backpack_lib.text.writing import continue_texts, ids_of_text
 from backpack_lib.training.config import TrainingConfig
 from backpack_lib.training.run import train
 
@@ -33,7 +34,7 @@ STORED = data_folder() / "reading"
 SMALL = ("seed-0", "seed-1", "seed-2")
 PLANTED_RUN = dict(
     corpus="planted", n_layer=2, n_head=4, n_embd=64, vocab_size=1200, block_size=64, batch_size=16, steps=300,
-    learning_rate=8e-3, warmup=30, eval_every=300, save_every=300, eval_blocks=64, precision="fp32",
+    learning_rate=8e-3, eval_every=300, save_every=300, eval_blocks=64, precision="fp32",
 )  # fmt: skip
 
 
@@ -70,9 +71,18 @@ def check_settings(numbers: list[int], simulator: str, seeds: list[int], counts_
         raise ValueError(f"simulator={simulator!r} is unknown; choose one of ridge, size.")
     if len(set(seeds)) < 2 or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={seeds} should be at least two different ones.")
-    for k in counts_of_senses:
-        TrainingConfig(**PLANTED_RUN | {"num_senses": k, "steps": steps}, out="")
-    TrainingConfig(**PLANTED_RUN | {"steps": steps}, out="")
+    for k in (*counts_of_senses, 8):
+        TrainingConfig(**PLANTED_RUN | _length(steps) | {"num_senses": k}, out="")
+
+
+def _length(steps: int) -> dict:
+    return {"steps": steps, "warmup": steps // 10}
+
+
+def check_example(lesson: Lesson):
+    """Raises ValueError for a word of several tokens, or a text that does not have it in it."""
+    if token_of_word(lesson.tokenizer, lesson.example.word) not in ids_of_text(lesson.tokenizer, lesson.example.text):
+        raise ValueError(f"The text {lesson.example.text!r} does not have {lesson.example.word!r} in it, after a space.")
 
 
 def people_explanations(source: str, lesson: Lesson) -> dict:
@@ -151,7 +161,7 @@ def train_planted(folder: Path, device: str, seeds=(0, 1, 2), senses=(1, 16), st
     runs |= {f"Transformer, seed {seed}": {"architecture": "transformer", "seed": seed} for seed in seeds[:2]}
     found = {}
     for name, changes in runs.items():
-        config = TrainingConfig(**PLANTED_RUN | {"steps": steps} | changes, out="", device=device)
+        config = TrainingConfig(**PLANTED_RUN | _length(steps) | changes, out="", device=device)
         config.out = str(folder / config.key())
         history = train(config)
         model, tokenizer = load(config.out + "/model", device=device)
@@ -184,12 +194,26 @@ def bigrams_of_model(lesson: Lesson, model: str, rows: list[list[int]]) -> tuple
     """Losses of a model's parts, beside counted bigrams where there is a text to count: planted, or stored (demo)."""
     stored = stored_for("bigrams_of_demo", model, lesson)
     if stored is not None:
-        return stored.set_index("model"), "held-out text by people (stored)"
+        return stored.set_index("of"), "held-out text by people (stored)"
     if lesson.kind == PLANTED:
         counted = Bigrams(counted_rows(lesson.tokenizer), lesson.model.config.vocab_size)
         return bigram_table({model: lesson.model}, rows, counted), "planted text"
     parts = losses_by_part(lesson.model, rows)
     return pd.DataFrame({model: {part: parts[part].mean() for part in PARTS}}).T, "the texts above"
+
+
+def settling_finding(losses: pd.Series, whole: pd.Series) -> str:
+    """One sentence: whether the last word's part stops to improve before the model does, over training steps."""
+    step = settles(losses)
+    if step >= losses.index.max():
+        return (
+            f"The last word's part improves to the end of training ({losses.iloc[-1]:.2f} nats), as the model does "
+            f"({whole.iloc[-1]:.2f})"
+        )
+    return (
+        f"By step {step} of {losses.index.max()}, the last word's part is within 0.02 nats of its best; the model gains "
+        f"{whole.loc[step] - whole.iloc[-1]:.2f} nats more after it"
+    )
 
 
 def settles(losses: pd.Series, within: float = 0.02) -> int:
@@ -210,6 +234,13 @@ def stored_for(name: str, model: str, lesson: Lesson) -> pd.DataFrame | None:
     if set(table.pop("weights")) != {fingerprint(lesson.model)}:
         raise ValueError("The stored tables are of other weights than the demo model's; run: make reading")
     return table
+
+
+def professions_and_templates() -> tuple[list[str], list[str]]:
+    """The professions, and all templates that end where a pronoun is likely."""
+    names = list(pd.read_csv(data_folder() / "professions.csv")["profession"])
+    prompts = json.loads((data_folder() / "prompts.json").read_text(encoding="utf-8"))["english"]
+    return names, prompts["fit"] + prompts["test"]
 
 
 def words_to_compare(tokenizer, words: int = 300, among: int = 1000) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,7 +18,7 @@ from backpack_lib.analysis.matching import compare_models
 from backpack_lib.analysis.roles import relation_auc
 from backpack_lib.analysis.scores import prompt_batches
 
-ZERO, MEAN, SAID = "taken away", "mean sense", "said in words"
+ZERO, MEAN, SAID, OTHER = "taken away", "mean sense", "said in words", "another word's words"
 OTHER_WORDS = 1000  # beside those of the texts, that simulators are fitted on
 FREQUENCY_BINS = (0, 100, 1000, 10_000, np.inf)  # of a token, in the counted text
 
@@ -35,6 +35,8 @@ def explanation_table(
     rows: texts as token ids. among: the words that explanations are made of. given: from (token, sense) to explanations by
     people, lists of tokens up and down, which take the place of those made here.
 
+    The null gives each word the longest explanation of another word.
+
     -> a row for each sense ("all": every sense at once), kind of replacement and n: loss in nats per token; worth, by how much
     taking the sense away raises it; share recovered with its 95 % interval over texts.
     """
@@ -49,7 +51,9 @@ def explanation_table(
     made = {
         (SAID, n): cross_fitted(model, said.first(n), texts.tokens, of_others.first(n), others, kind, seed) for n in ns
     }
-    made = {key: vectors for key, (vectors, _) in made.items()} | {(MEAN, 0): next(iter(made.values()))[1]}
+    mean = next(iter(made.values()))[1]
+    made = {key: vectors for key, (vectors, _) in made.items()}
+    made |= {(MEAN, 0): mean, (OTHER, most): made[SAID, most].roll(1, 0)}
     original, count = texts.losses(), sum(texts.counts)
     k = model.config.num_senses
     found = []

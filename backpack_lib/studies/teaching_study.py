@@ -10,6 +10,7 @@ bounds; the others are for measuring what general text loses.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,16 @@ KEYS = ["set", "model", "method", "bound"]
 ABOUT_TOKENS = 24
 
 
+def check_methods(methods):
+    """Raises ValueError if there is none, or one that is unknown."""
+    if not methods:
+        raise ValueError(f"methods=[] holds no method to teach with; choose from {', '.join(SETTINGS)}.")
+    if unknown := [method for method in methods if method not in SETTINGS]:
+        raise ValueError(f"The method {unknown[0]!r} is unknown; choose from {', '.join(SETTINGS)}.")
+    if LORA in methods and find_spec("peft") is None:
+        raise ValueError("LoRA needs the library peft, which is not installed; install the extra `lora`, or leave it out.")
+
+
 @dataclass
 class TeachingStudy:
     """What is taught, and how. models: "Backpack" and, if there is one, "Transformer", by name.
@@ -54,8 +65,7 @@ class TeachingStudy:
     seed: int = 0
 
     def __post_init__(self):
-        if unknown := [method for method in self.methods if method not in SETTINGS]:
-            raise ValueError(f"The method {unknown[0]!r} is unknown; choose from {', '.join(SETTINGS)}.")
+        check_methods(self.methods)
         rows = rows_of_texts(next(iter(self.models.values())), self.tokenizer, self.general)
         self.bounding, self.held_out = rows[::2], rows[1::2] or rows
         self.prints = {name: fingerprint(net) for name, net in self.models.items()}

@@ -69,6 +69,15 @@ def spell(tokenizer, ids) -> list[str]:
     return [tokenizer.convert_ids_to_tokens(int(i)) if i in special else _spell(tokenizer, int(i)) for i in ids]
 
 
+def readable(tokenizer, ids) -> list[int]:
+    """Those tokens that can be typed: `tokens_of_word` reads what `spell` shows of them back."""
+    kept = []
+    for i, name in zip(ids, spell(tokenizer, ids)):
+        if name.strip(CONTINUES + " ") and " " not in name and tokens_of_word(tokenizer, name) == [int(i)]:
+            kept.append(int(i))
+    return kept
+
+
 def spell_text(tokenizer, ids) -> list[str]:
     """The tokens of a text to show in their order; where a word begins without a space before it, "…" is left out."""
     names, before = spell(tokenizer, ids), ""

@@ -1,0 +1,142 @@
+"""Makes every stored table of 06_reading, from the demo model and from the small models that `models.py` trained.
+
+    python data/reading/make.py --corpus "corpus/simple-*.txt.xz" --valid corpus/simple-valid.txt.xz
+
+Ships `seed-0` to `seed-2` here, in half precision, and writes a CSV for each table.
+"""
+
+import argparse
+import shutil
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pandas as pd
+import torch
+from models import HERE, MODELS, SHIPPED
+
+from backpack_lib.analysis.bigrams import Bigrams
+from backpack_lib.analysis.finetuning import rows_of_texts
+from backpack_lib.analysis.roles import persons_and_pronouns, relations_of_text
+from backpack_lib.analysis.scores import bits_per_byte
+from backpack_lib.files import data_folder, exit_status, runs_folder, write_text
+from backpack_lib.lessons.opening import open_lesson
+from backpack_lib.lessons.reading import professions_and_templates, words_to_compare
+from backpack_lib.loading import fingerprint, load, no_progress_bar
+from backpack_lib.studies import reading_study as study
+from backpack_lib.text.corpora import first_characters, open_corpus
+
+VALID_CHARACTERS, COUNTED_CHARACTERS, ROLE_CHARACTERS, WORDS, AMONG = 40_000, 30_000_000, 3_000_000, 300, 1000
+DIGITS = 5
+
+
+def save(table: pd.DataFrame, name: str, **kwargs):
+    write_text(HERE / f"{name}.csv", table.round(DIGITS).to_csv(index=False, **kwargs))
+
+
+def valid_rows(model, tokenizer, valid: str) -> list[list[int]]:
+    """Held-out paragraphs, spread over the file, cut to what the model reads."""
+    texts = [text for text in open_corpus(valid).read() if len(text) > 200]
+    step = max(1, len(texts) // (VALID_CHARACTERS // 500))
+    return rows_of_texts(model, tokenizer, [text[:500] for text in texts[::step]])
+
+
+def bigrams_of(tokenizer, corpus: str) -> Bigrams:
+    """Bigrams counted on the first characters of the text that the models were trained on."""
+    texts = first_characters(open_corpus(corpus).read(), COUNTED_CHARACTERS)
+    end = tokenizer.eos_token_id
+    rows = ([end, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]] for text in texts)
+    return Bigrams(rows, len(tokenizer))
+
+
+def ship(runs: Path):
+    """Copies the seeds here, in half precision."""
+    for name in SHIPPED:
+        model, tokenizer = load(runs / name / "model")
+        shutil.rmtree(HERE / name, ignore_errors=True)
+        with no_progress_bar():
+            model.half().save_pretrained(HERE / name)
+        tokenizer.save_pretrained(HERE / name)
+        for file in (HERE / name).iterdir():
+            file.chmod(0o644)
+
+
+def tables_of_demo(valid: str):
+    """Explanations, on held-out text by people."""
+    lesson = open_lesson("06_reading")
+    rows = valid_rows(lesson.model, lesson.tokenizer, valid)
+    table = study.explanation_table(lesson.model, rows, lesson.common)
+    save(table.assign(weights=fingerprint(lesson.model)), "explanations")
+
+
+def tables_of_seeds(corpus: str, valid: str, runs: Path):
+    """Likeness, roles and gender across seeds; and Transformers."""
+    loaded = {name: load(HERE / name) for name in SHIPPED}
+    tokenizer = loaded[SHIPPED[0]][1]
+    backpacks = {name: model for name, (model, _) in loaded.items()}
+    tokens, among = words_to_compare(tokenizer)
+    table, partners = study.seeds_table(backpacks, tokens, among)
+    transformers = {n: load(runs / n / "model")[0] for n, c in MODELS.items() if c.get("architecture") == "transformer"}
+    others, _ = study.seeds_table(transformers, tokens, among)
+    save(pd.concat([table.assign(what="senses"), others.assign(what="Transformer's embeddings")]), "seeds")
+    pairs = relations_of_text(tokenizer, first_characters(open_corpus(valid).read(), ROLE_CHARACTERS))
+    roles = study.roles_table(backpacks, {name: some for name, some in pairs.items() if len(some)})
+    people = pd.read_csv(data_folder() / "professions.csv")["profession"]
+    true, false = persons_and_pronouns(tokenizer, people)
+    persons = study.roles_table(backpacks, {"pronoun of a person": true}, false_pairs={"pronoun of a person": false})
+    roles = pd.concat([roles, persons], ignore_index=True)
+    save(roles, "roles")
+    save(study.returning_roles(roles, partners), "returning")
+    save(study.gender_table(backpacks, tokenizer, *professions_and_templates(), partners), "gender")
+
+
+def tables_of_bigrams(corpus: str, valid: str, runs: Path):
+    """The bigram part over training, by frequency, and by sense, of the first small model; and of the demo model."""
+    small, tokenizer = load(HERE / "seed-0")
+    counted = bigrams_of(tokenizer, corpus)
+    rows = valid_rows(small, tokenizer, valid)
+    folders = sorted((runs / "seed-0").glob("model-*"))
+    models = ((int(folder.name.split("-")[1]), load(folder)[0]) for folder in folders)
+    tables = [study.bigram_table({step: model}, rows, counted) for step, model in models]
+    save(pd.concat(tables).rename_axis("step").reset_index(), "bigrams_over_training")
+    save(study.frequency_table(small, rows, counted).reset_index(), "bigrams_by_frequency")
+    tokens, among = words_to_compare(tokenizer)
+    save(study.correlation_table(small, counted, tokens, among).reset_index(), "bigrams_by_sense")
+    demo, its_tokenizer = load("demo")
+    its_counts = bigrams_of(its_tokenizer, corpus)
+    its_rows = valid_rows(demo, its_tokenizer, valid)
+    whole = study.bigram_table({"demo": demo}, its_rows, its_counts).rename_axis("of").reset_index()
+    save(whole.assign(weights=fingerprint(demo)), "bigrams_of_demo")
+
+
+def table_of_k(valid: str, runs: Path):
+    """Loss of the small models by their number of senses."""
+    texts = list(islice((text for text in open_corpus(valid).read() if len(text) > 200), 200))
+    rows = []
+    for name in ("senses-1", "senses-4", "seed-0", "transformer-0"):
+        model, tokenizer = load(runs / name / "model")
+        parameters = sum(p.numel() for p in model.parameters())
+        rows.append((name, getattr(model.config, "num_senses", 0), parameters, bits_per_byte(model, tokenizer, texts)))
+    save(pd.DataFrame(rows, columns=["model", "senses", "parameters", "bits per byte"]), "senses")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--corpus", required=True, help="the text that the models were trained on")
+    parser.add_argument("--valid", required=True, help="validation text")
+    parser.add_argument("--runs", type=Path, default=runs_folder() / "reading", help="where `models.py` kept its runs")
+    given = parser.parse_args()
+
+    def make():
+        torch.manual_seed(0)
+        ship(given.runs)
+        tables_of_demo(given.valid)
+        tables_of_seeds(given.corpus, given.valid, given.runs)
+        tables_of_bigrams(given.corpus, given.valid, given.runs)
+        table_of_k(given.valid, given.runs)
+
+    return exit_status(make)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
