@@ -356,7 +356,9 @@ def test_the_explanation_explorer_says_what_the_words_cost():
         return -log_probs.gather(1, ids[0, 1:, None]).mean().item()
 
     def rows():
-        return dict(re.findall(r"(the sense itself|as its words say|taken away)\s+([\d.]+)", text_of(explorer.page.value)))
+        return dict(
+            re.findall(r"(the sense itself|as its words say|taken away)\s+([\d.]+)", text_of(explorer.page.value))
+        )
 
     simulated = explorer.fitted(said)[0, 2]
     expected = {
@@ -373,7 +375,9 @@ def test_the_explanation_explorer_says_what_the_words_cost():
 
 
 def test_the_knowledge_explorer_follows_its_controls(tmp_path):
-    explorer = KnowledgeExplorer(MODEL, TOKENIZER, "nurse", "he", "she", ["the nurse said that", "a nurse"], ["the concert"])
+    explorer = KnowledgeExplorer(
+        MODEL, TOKENIZER, "nurse", "he", "she", ["the nurse said that", "a nurse"], ["the concert"]
+    )
     he, she = (token_of_word(TOKENIZER, word) for word in ("he", "she"))
 
     def shows(edits, *texts):
@@ -468,7 +472,9 @@ def test_widgets_answer_within_300_ms_with_the_demo_model():
     sentence = SentenceExplorer(model, tokenizer, "The film was directed by a woman who", "was", "had")
     bench = EditWorkbench(model, tokenizer, "The nurse said that", "nurse")
     bias = BiasExplorer(model, tokenizer, ["nurse", "guard", "writer"], ["The {profession} said that"])
-    knowledge = KnowledgeExplorer(model, tokenizer, "Tokyo", "Japan", "China", ["The city of Tokyo is in"], ["The city of Paris is in"])
+    knowledge = KnowledgeExplorer(
+        model, tokenizer, "Tokyo", "Japan", "China", ["The city of Tokyo is in"], ["The city of Paris is in"]
+    )
 
     def fastest(control, *values):
         seconds = []

@@ -200,15 +200,38 @@ def test_planted_facts_are_edited_and_taught_and_the_exercises_are_solved(plante
     assert_solved(execute("05_knowledge", given, solved=True).answers, 5)
     results = results_of(tmp_path)
     assert results["known to the Backpack, facts"] >= 28 and results["largest error of the prediction"] < 1e-3
-    assert results["efficacy, Backpack projection, dosed"] == 1 and results["paraphrases, Backpack projection, dosed"] > 0.9
+    assert (
+        results["efficacy, Backpack projection, dosed"] == 1
+        and results["paraphrases, Backpack projection, dosed"] > 0.9
+    )
     assert results["efficacy, 1 at once"] == results["efficacy, 20 at once"]
-    assert results["new facts, Backpack, senses, 20 examples"] > 0.9 > 0.1 > results["new facts elsewhere, Backpack, senses, 20 examples"]
+    assert (
+        results["new facts, Backpack, senses, 20 examples"]
+        > 0.9
+        > 0.1
+        > results["new facts elsewhere, Backpack, senses, 20 examples"]
+    )
     made = {file.name for file in tmp_path.iterdir()}
-    assert made >= {"known.csv", "methods.csv", "paired.csv", "at_once.csv", "senses.csv", "taught_success.csv", "taught.safetensors"}
+    assert made >= {
+        "known.csv",
+        "methods.csv",
+        "paired.csv",
+        "at_once.csv",
+        "senses.csv",
+        "taught_success.csv",
+        "taught.safetensors",
+    }
 
 
 def test_planted_senses_are_read_and_the_exercises_are_solved(planted_run, tmp_path):
-    given = {"model": "planted", "out": str(tmp_path), "numbers": [1, 10, 30], "seeds": [0, 1], "counts_of_senses": [1], "steps": 150}
+    given = {
+        "model": "planted",
+        "out": str(tmp_path),
+        "numbers": [1, 10, 30],
+        "seeds": [0, 1],
+        "counts_of_senses": [1],
+        "steps": 150,
+    }
     assert_solved(execute("06_reading", given, solved=True).answers, 5)
     results = results_of(tmp_path)
     assert results["all senses, said in words, 30 words"] > 0.8 > results["all senses, mean sense, 0 words"]
@@ -216,7 +239,14 @@ def test_planted_senses_are_read_and_the_exercises_are_solved(planted_run, tmp_p
     assert results["place moves the weights most, share of texts"] > 0.6
     assert results["matched, planted text"] > results["null (95 %), planted text"]
     made = {file.name for file in tmp_path.iterdir()}
-    assert made >= {"explanations.csv", "by_sense.csv", "bigrams.csv", "seeds.csv", "senses_planted.csv", "choosing.csv"}
+    assert made >= {
+        "explanations.csv",
+        "by_sense.csv",
+        "bigrams.csv",
+        "seeds.csv",
+        "senses_planted.csv",
+        "choosing.csv",
+    }
 
 
 # ---------------------------------------------------------------- a model that nobody has a Transformer for
@@ -247,8 +277,21 @@ RELEASED = {
         "professions": ["nurse", "driver", "sports", "man", "construction worker", "cook"],
         "profession": "driver",
     },
-    "05_knowledge": {"subject": "film", "remove": "music", "add": "money", "prompts": ["the film is", "a film about"], "facts_measured": 2},
-    "06_reading": {"word": "film", "text": "a film about the music", "numbers": [2, 5], "seeds": [0, 1], "counts_of_senses": [], "steps": 20},
+    "05_knowledge": {
+        "subject": "film",
+        "remove": "music",
+        "add": "money",
+        "prompts": ["the film is", "a film about"],
+        "facts_measured": 2,
+    },
+    "06_reading": {
+        "word": "film",
+        "text": "a film about the music",
+        "numbers": [2, 5],
+        "seeds": [0, 1],
+        "counts_of_senses": [],
+        "steps": 20,
+    },
 }
 
 
@@ -399,9 +442,13 @@ def test_the_stored_tables_of_reading_are_of_these_models():
     found = compare_models(models["seed-0"], models["seed-1"], tokens, among)
     row = stored_table("seeds").query("what == 'senses' and one == 'seed-0' and other == 'seed-1'").iloc[0]
     assert found["matched"] == pytest.approx(row["matched"], abs=2e-3)
-    gender = gender_table(models, tokenizer, *professions_and_templates(), {("seed-0", "seed-1"): found["partners"]}).iloc[0]
+    gender = gender_table(
+        models, tokenizer, *professions_and_templates(), {("seed-0", "seed-1"): found["partners"]}
+    ).iloc[0]
     stored = stored_table("gender").query("one == 'seed-0' and other == 'seed-1'").iloc[0]
-    assert gender[["sense", "other sense", "partners"]].tolist() == stored[["sense", "other sense", "partners"]].tolist()
+    assert (
+        gender[["sense", "other sense", "partners"]].tolist() == stored[["sense", "other sense", "partners"]].tolist()
+    )
     assert gender["share"] == pytest.approx(stored["share"], abs=2e-2)
     trained = stored_table("bigrams_over_training")
     assert trained["step"].is_monotonic_increasing and set(stored_table("senses")["senses"]) == {0, 1, 4, 16}
@@ -444,7 +491,7 @@ WORKS = {
         {"model": FOLDER, "baseline": "none", "facts_measured": 2, "reference": TEXT, "share": 1.0, "seed": 2**32 - 1, "device": "auto"},
     ],
     "06_reading": [
-        {"numbers": [1], "seeds": [0, 7], "counts_of_senses": [], "steps": 1, "word": "film", "text": "the film", "reference": TEXT, "simulator": "size", "seed": 2**32 - 1},
+        {"numbers": [1], "seeds": [0, 7], "counts_of_senses": [], "steps": 1, "word": "film", "text": "the film was", "reference": TEXT, "simulator": "size", "seed": 2**32 - 1},
         {"model": FOLDER, "baseline": "none", "numbers": [200], "seeds": [1, 0], "counts_of_senses": [64], "steps": 2, "device": "auto"},
     ],
 }  # fmt: skip
@@ -554,7 +601,7 @@ REFUSED = {  # some of each notebook, whose checks stand in the notebook itself,
     ],
     "06_reading": [
         ({"word": "antidisestablishmentarianism"}, "tokens"),
-        ({"word": "film", "text": "the king"}, "does not have 'film' in it"),
+        ({"word": "film", "text": "the film"}, "does not have 'film' in it"),
         ({"numbers": []}, "numbers=[]"),
         ({"numbers": [0]}, "numbers=[0]"),
         ({"simulator": "magic"}, "simulator='magic' is unknown"),

@@ -528,9 +528,10 @@ class ExplanationExplorer(Explorer):
     def show(self) -> str:
         token, sense = self._token(), self.sense.value
         ids = ids_of_text(self.tokenizer, self.text.value)
-        if token not in ids:
+        if token not in ids[:-1]:
             raise ValueError(
-                f"The text does not have {self.word.value.strip()!r} in it, after a space; write one that has."
+                f"The text does not have {self.word.value.strip()!r} in it, after a space and before its end; "
+                "write one that has."
             )
         if len(ids) > self.model.config.n_positions:
             raise ValueError(

@@ -81,9 +81,7 @@ def open_material(
     )  # fmt: skip
 
 
-def check_settings(
-    facts_measured: int, finetuned_facts: int, methods: list[str], bounds: list[float], share: float
-):
+def check_settings(facts_measured: int, finetuned_facts: int, methods: list[str], bounds: list[float], share: float):
     """Raises ValueError for settings that are out of range."""
     for name, number in (("facts_measured", facts_measured), ("finetuned_facts", finetuned_facts)):
         if number < 0:
@@ -280,10 +278,10 @@ def _ways(net, tok, examples: Examples, background: list, eps: float):
 # ---------------------------------------------------------------- tables that are stored
 
 
-def stored(name: str, model: str, lesson: Lesson) -> pd.DataFrame | None:
+def stored(name: str, model: str, lesson: Lesson, bounds=()) -> pd.DataFrame | None:
     """The rows of a study on all facts or with all methods, measured by `make knowledge`, if they are of this model.
 
-    name: "facts" or "taught".
+    name: "facts" or "taught"; of the latter only if it was measured at all of the bounds.
     """
     file = data_folder() / STORED / f"{name}.csv.gz"
     if model != "demo" or not file.is_file():
@@ -291,6 +289,8 @@ def stored(name: str, model: str, lesson: Lesson) -> pd.DataFrame | None:
     rows = pd.read_csv(file)
     if set(rows.pop("weights")) != {fingerprint(lesson.model)}:
         raise ValueError("The stored tables are of other weights than the demo model's; run: make knowledge")
+    if bounds and not set(bounds) <= set(rows["bound"]):
+        return None
     return rows.fillna({"setting": ""}) if "setting" in rows else rows
 
 

@@ -81,8 +81,13 @@ def _length(steps: int) -> dict:
 
 def check_example(lesson: Lesson):
     """Raises ValueError for a word of several tokens, or a text that does not have it in it."""
-    if token_of_word(lesson.tokenizer, lesson.example.word) not in ids_of_text(lesson.tokenizer, lesson.example.text):
-        raise ValueError(f"The text {lesson.example.text!r} does not have {lesson.example.word!r} in it, after a space.")
+    if (
+        token_of_word(lesson.tokenizer, lesson.example.word)
+        not in ids_of_text(lesson.tokenizer, lesson.example.text)[:-1]
+    ):
+        raise ValueError(
+            f"The text {lesson.example.text!r} does not have {lesson.example.word!r} in it, after a space and before its end."
+        )
 
 
 def people_explanations(source: str, lesson: Lesson) -> dict:

@@ -43,7 +43,9 @@ def check_methods(methods):
     if unknown := [method for method in methods if method not in SETTINGS]:
         raise ValueError(f"The method {unknown[0]!r} is unknown; choose from {', '.join(SETTINGS)}.")
     if LORA in methods and find_spec("peft") is None:
-        raise ValueError("LoRA needs the library peft, which is not installed; install the extra `lora`, or leave it out.")
+        raise ValueError(
+            "LoRA needs the library peft, which is not installed; install the extra `lora`, or leave it out."
+        )
 
 
 @dataclass
