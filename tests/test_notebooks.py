@@ -234,7 +234,7 @@ def test_planted_senses_are_read_and_the_exercises_are_solved(planted_run, tmp_p
     }
     assert_solved(execute("06_reading", given, solved=True).answers, 5)
     results = results_of(tmp_path)
-    assert results["all senses, said in words, 30 words"] > 0.8 > results["all senses, mean sense, 0 words"]
+    assert results["all senses, said in words, 30 words"] > 0.5 > results["all senses, mean sense, 0 words"]
     assert results["loss, counted bigrams"] > results["loss, model"]
     assert results["place moves the weights most, share of texts"] > 0.6
     assert results["matched, planted text"] > results["null (95 %), planted text"]

@@ -276,10 +276,11 @@ def test_the_readmes_figures_are_those_that_were_measured():
     whole = reading["explanations"].query("sense == 'all'").set_index(["replaced by", "words"])["share"]
     senses, embeddings = (some.mean(numeric_only=True) for _, some in reading["seeds"].groupby(reading["seeds"]["what"] != "senses"))
     assert not reading["gender"]["partners"].any()
+    exchanged = 100 * whole["another word's words", 100]
     for said in (
         f"a mean correlation of {senses['matched']:.2f} ({senses['null (95 %)']:.2f} by chance)",
         f"agree far better, {embeddings['matched']:.2f}",
-        f"keep {100 * whole['said in words', 10]:.0f} % of their worth ({100 * whole['mean sense', 0]:.0f} % by a mean sense, {100 * whole["another word's words", 100]:.0f} % by another word's",
+        f"keep {100 * whole['said in words', 10]:.0f} % of their worth ({100 * whole['mean sense', 0]:.0f} % by a mean sense, {exchanged:.0f} % by another word's words)",
         f"of {edited[1]} facts that both models know",
         f"likelier in {edited[2]} % of paraphrases and hardly touches other texts about the subject (KL {edited[3]} nats)",
         f"reaches {edited[4]} % at a KL of {edited[5]}",
