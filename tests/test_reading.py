@@ -13,10 +13,13 @@ from backpack_lib import load
 from backpack_lib.analysis import explanations as ex
 from backpack_lib.analysis.bigrams import DISCOUNT, Bigrams, bigram_correlations, losses_by_part
 from backpack_lib.analysis.matching import compare_models, likeness, match, match_null, profiles
+from backpack_lib.analysis.roles import relations_of_text
+from backpack_lib.analysis.scores import bits_per_byte
 from backpack_lib.lessons import reading
 from backpack_lib.model.hooks import hooked
 from backpack_lib.studies import reading_study
 from backpack_lib.text import planted
+from backpack_lib.text.corpora import first_characters, open_corpus
 from backpack_lib.text.words import token_of_word
 from backpack_lib.text.writing import ids_of_text
 
@@ -342,3 +345,39 @@ def test_the_finding_on_training_is_true_of_what_it_shows(last, said):
     losses, whole = (pd.Series(values, index=[10, 20, 30]) for values in ([4.0, 3.2, last], [4.0, 3.0, 2.5]))
     finding = reading.settling_finding(losses, whole)
     assert finding.lower().startswith(said.lower()) or said in finding
+
+
+@pytest.mark.slow
+def test_a_row_of_each_stored_table_is_what_the_code_gives(shared, monkeypatch):
+    monkeypatch.syspath_prepend(str(reading.STORED))
+    import make
+
+    valid, corpus = (str(shared / "corpus" / name) for name in ("simple-valid.txt.xz", "simple-[0-3].txt.xz"))
+    stored = {file.stem: pd.read_csv(file) for file in reading.STORED.glob("*.csv")}
+    lesson = make.open_lesson("06_reading")
+    rows = make.valid_rows(lesson.model, lesson.tokenizer, valid)
+    found = reading_study.explanation_table(lesson.model, rows, lesson.common, (10,), alone=[6])
+    for sense in ("6", "all"):
+        of = [t.query(f"sense == '{sense}' and words == 10")["share"].iloc[0] for t in (found, stored["explanations"])]
+        assert of[0] == pytest.approx(of[1], abs=5e-3)
+    model, tokenizer = load(str(reading.STORED / "seed-0"))
+    rows, counted = make.valid_rows(model, tokenizer, valid), make.bigrams_of(tokenizer, corpus)
+    last = reading_study.bigram_table({800: model}, rows, counted).iloc[0]
+    for name, value in stored["bigrams_over_training"].iloc[-1].drop("step").items():
+        assert last[name] == pytest.approx(value, abs=1e-2), name
+    by_frequency = reading_study.frequency_table(model, rows, counted).iloc[-1]
+    assert by_frequency["counted bigrams"] == pytest.approx(
+        stored["bigrams_by_frequency"].iloc[-1]["counted bigrams"], abs=1e-3
+    )
+    tokens, among = reading.words_to_compare(tokenizer)
+    by_sense = reading_study.correlation_table(model, counted, tokens, among)["own bigrams"]
+    np.testing.assert_allclose(by_sense, stored["bigrams_by_sense"]["own bigrams"], atol=5e-3)
+    texts = first_characters(open_corpus(valid).read(), make.ROLE_CHARACTERS)
+    pairs = {"itself": relations_of_text(tokenizer, texts)["itself"]}
+    roles = reading_study.roles_table({"seed-0": model}, pairs)["auc"]
+    of_seed = stored["roles"].query("model == 'seed-0' and relation == 'itself'")["auc"]
+    np.testing.assert_allclose(roles, of_seed, atol=5e-3)
+    texts = [text for text in open_corpus(valid).read() if len(text) > 200][:200]
+    assert bits_per_byte(model, tokenizer, texts) == pytest.approx(
+        stored["senses"].query("model == 'seed-0'")["bits per byte"].iloc[0], abs=3e-3
+    )

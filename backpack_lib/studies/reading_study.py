@@ -28,12 +28,12 @@ FREQUENCY_BINS = (0, 100, 1000, 10_000, np.inf)  # of a token, in the counted te
 
 def explanation_table(
     model, rows: list[list[int]], among: torch.Tensor, ns: Iterable[int] = (1, 3, 10, 30, 100), kind: str = "ridge",
-    given=None, seed: int = 0,
+    given=None, seed: int = 0, alone: Iterable[int] | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """The share of a sense's worth that explanations of n words recover, and the mean sense: each sense alone, then all.
 
     rows: texts as token ids. among: the words that explanations are made of. given: from (token, sense) to explanations by
-    people, lists of tokens up and down, which take the place of those made here.
+    people, lists of tokens up and down, which take the place of those made here. alone: the senses to replace one by one; None: all.
 
     The null gives each word the longest explanation of another word.
 
@@ -57,7 +57,8 @@ def explanation_table(
     original, count = texts.losses(), sum(texts.counts)
     k = model.config.num_senses
     found = []
-    for name, senses in tqdm([*((str(l), [l]) for l in range(k)), ("all", range(k))], desc="senses", leave=False):
+    singles = range(k) if alone is None else alone
+    for name, senses in tqdm([*((str(l), [l]) for l in singles), ("all", range(k))], desc="senses", leave=False):
         zero = texts.losses(texts.zero(senses))
         found.append((name, ZERO, 0, zero.sum() / count, (zero - original).sum() / count, 0.0, 0.0, 0.0))
         for (what, n), vectors in made.items():
