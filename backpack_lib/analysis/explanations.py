@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from backpack_lib.analysis.finetuning import batches
+from backpack_lib.analysis.statistics import MIDDLE
 from backpack_lib.model.kinds import require_senses, used_tokens
 
 TOKENS_AT_ONCE = 64
@@ -202,5 +203,5 @@ def recovered_with_interval(
     rng, n = np.random.default_rng(seed), len(zero)
     rows = rng.integers(n, size=(resamples, n))
     drawn = (zero - replaced)[rows].sum(1) / (zero - original)[rows].sum(1)
-    low, high = np.quantile(drawn, (0.025, 0.975))
+    low, high = np.quantile(drawn, MIDDLE)
     return recovered(zero, replaced, original), float(low), float(high)

@@ -69,6 +69,14 @@ class Explorer(W.VBox):
         for control in controls:
             control.observe(self.refresh, "value")
 
+    def set_and_draw(self, values: dict):
+        """Sets several observed controls, and draws once."""
+        for control, value in values.items():
+            control.unobserve(self.refresh, "value")
+            control.value = value
+            control.observe(self.refresh, "value")
+        self.refresh()
+
     def draw(self):
         self.page.value = f"<div style='line-height: 1.4; overflow-x: auto'>{self.show()}</div>"
 
@@ -404,12 +412,7 @@ class BiasExplorer(Explorer):
         )
 
     def _set(self, scales: dict[int, float]):
-        """Moves all sliders and draws once."""
-        for sense, slider in enumerate(self.scales):
-            slider.unobserve(self.refresh, "value")
-            slider.value = scales.get(sense, 1.0)
-            slider.observe(self.refresh, "value")
-        self.refresh()
+        self.set_and_draw({slider: scales.get(sense, 1.0) for sense, slider in enumerate(self.scales)})
 
 
 class KnowledgeExplorer(Explorer):
@@ -471,12 +474,7 @@ class KnowledgeExplorer(Explorer):
         return "".join(pages)
 
     def _set_all(self, _change):
-        """Moves all sliders and draws once."""
-        for slider in self.scales:
-            slider.unobserve(self.refresh, "value")
-            slider.value = self.every.value
-            slider.observe(self.refresh, "value")
-        self.refresh()
+        self.set_and_draw(dict.fromkeys(self.scales, self.every.value))
 
 
 class ExplanationExplorer(Explorer):
@@ -510,17 +508,16 @@ class ExplanationExplorer(Explorer):
         self._own_words()
 
     def _own_words(self):
-        """Puts the sense's own strongest words into the fields, and draws once."""
+        """Puts the sense's own strongest words into the fields."""
+        own = {}
 
-        def fill_in():
+        def find():
             said = explain(self.model, torch.tensor([self._token()], device=self.among.device), self.n, self.among)
             for box, ids in ((self.up, said.up), (self.down, said.down)):
-                box.unobserve(self.refresh, "value")
-                box.value = " ".join(spell(self.tokenizer, ids[0, self.sense.value].tolist()))
-                box.observe(self.refresh, "value")
+                own[box] = " ".join(spell(self.tokenizer, ids[0, self.sense.value].tolist()))
 
-        if self.attempt(fill_in):
-            self.refresh()
+        if self.attempt(find):
+            self.set_and_draw(own)
 
     def _token(self) -> int:
         return token_of_word(self.tokenizer, self.word.value)

@@ -20,13 +20,14 @@ from tqdm.auto import tqdm
 from backpack_lib.analysis.bias import fewest
 from backpack_lib.analysis.finetuning import Examples, bounded_share, changed, finetune, general_loss, rows_of_texts
 from backpack_lib.analysis.knowledge import (
-    WANTED, Fact, dose, project, projected_inputs, search_strength, sense_effects, tokens_of_fact,
+    WANTED, Fact, dose, margins, project, projected_inputs, search_strength, sense_effects, tokens_of_fact,
 )  # fmt: skip
 from backpack_lib.analysis.scores import log_probabilities, next_log_probabilities
 from backpack_lib.analysis.statistics import mean_interval
 from backpack_lib.files import cached_json
 from backpack_lib.loading import fingerprint
 from backpack_lib.model.kinds import has_senses
+from backpack_lib.studies.own_texts import written_by_each
 from backpack_lib.studies.text_quality import repetition
 from backpack_lib.text.writing import continue_texts
 
@@ -169,15 +170,10 @@ class KnowledgeStudy:
         return [row for row in self.rows_of_general if subject not in row] or self.rows_of_general
 
     def _texts_with(self, fact: Fact) -> list[str]:
-        """Texts about the subject, written by each of the models as it is, so that none is judged on its own alone."""
-        what = {"models": self.prints, "about": fact.about or fact.edit, "sampling": self.sampling, "seed": self.seed}
-
-        def make():
-            return [
-                t for net in self.models.values() for t in self._write(net, list(fact.about or fact.edit), ABOUT_TOKENS)
-            ]
-
-        return cached_json(Path(self.folder) / "texts", what, make)
+        """Texts about the subject; they are first asked for before any edit."""
+        about = fact.about or fact.edit
+        of = (self.models, self.prints, self.tokenizer, about, ABOUT_TOKENS)
+        return written_by_each(*of, self.folder, self.sampling, self.seed)
 
     def _write(self, net, prompts: list[str], tokens: int) -> list[str]:
         return continue_texts(net, self.tokenizer, prompts, tokens, self.seed, **self.sampling or {})
@@ -237,9 +233,7 @@ def at_once(model, tokenizer, facts: list[Fact], numbers=(1, 5, 20), seed: int =
             group = [facts[n] for n in order[start : start + number]]
             with project(model, tokenizer, group).applied():
                 for fact in group:
-                    _, object_, counter = tokens_of_fact(tokenizer, fact)
-                    found = next_log_probabilities(model, tokenizer, [*fact.edit, *fact.test])
-                    margin = (found[:, counter] - found[:, object_]).cpu().double().numpy()
+                    margin = margins(model, tokenizer, fact, fact.edit + fact.test)
                     edit, test = margin[: len(fact.edit)], margin[len(fact.edit) :]
                     rows.append((number, str(fact), _mean(edit > 0), _mean(test > 0), _mean(edit)))
     return pd.DataFrame(rows, columns=["edits at once", "fact", "efficacy", "paraphrases", "margin"])

@@ -24,7 +24,7 @@ from backpack_lib.analysis.statistics import mean_interval
 from backpack_lib.files import cached_json
 from backpack_lib.loading import fingerprint
 from backpack_lib.model.kinds import has_senses
-from backpack_lib.text.writing import continue_texts
+from backpack_lib.studies.own_texts import written_by_each
 
 AS_IT_IS, SENSES, ALL, LORA = "as it is", "senses", "all weights", "LoRA"
 SETTINGS = {  # tried for each method
@@ -146,20 +146,11 @@ class TeachingStudy:
         )
 
     def _texts_with(self, name: str) -> list[str]:
-        """Texts with the words of a set in which something else is said, written by each of the models as it is."""
+        """Texts with the words of a set in which something else is said."""
         table = self.sets[(self.sets["set"] == name) & (self.sets["use"] == "about")]
         prompts = list(table["prompt"]) or [""]
-        what = {"models": self.prints, "about": prompts, "sampling": self.sampling, "seed": self.seed}
-
-        def make():
-            settings = self.sampling or {}
-            written = [
-                continue_texts(net, self.tokenizer, prompts, ABOUT_TOKENS, self.seed, **settings)
-                for net in self.models.values()
-            ]
-            return sum(written, [])
-
-        return cached_json(Path(self.folder) / "texts", what, make)
+        of = (self.models, self.prints, self.tokenizer, prompts, ABOUT_TOKENS)
+        return written_by_each(*of, self.folder, self.sampling, self.seed)
 
 
 # ---------------------------------------------------------------- what the rows show

@@ -5,7 +5,6 @@
 Ships `seed-0` to `seed-2` here, in half precision, and writes a CSV for each table.
 """
 
-import argparse
 import shutil
 import sys
 from itertools import islice
@@ -13,25 +12,25 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from models import HERE, MODELS, SHIPPED
+from models import HERE, MODELS, SHIPPED, arguments
 
 from backpack_lib.analysis.bigrams import Bigrams
 from backpack_lib.analysis.finetuning import rows_of_texts
 from backpack_lib.analysis.roles import persons_and_pronouns, relations_of_text
 from backpack_lib.analysis.scores import bits_per_byte
-from backpack_lib.files import data_folder, exit_status, runs_folder, write_text
+from backpack_lib.files import data_folder, exit_status, write_text
 from backpack_lib.lessons.opening import open_lesson
 from backpack_lib.lessons.reading import professions_and_templates, words_to_compare
 from backpack_lib.loading import fingerprint, load, no_progress_bar
 from backpack_lib.studies import reading_study as study
 from backpack_lib.text.corpora import first_characters, open_corpus
 
-VALID_CHARACTERS, COUNTED_CHARACTERS, ROLE_CHARACTERS, WORDS, AMONG = 40_000, 30_000_000, 3_000_000, 300, 1000
+VALID_CHARACTERS, COUNTED_CHARACTERS, ROLE_CHARACTERS = 40_000, 30_000_000, 3_000_000
 DIGITS = 5
 
 
-def save(table: pd.DataFrame, name: str, **kwargs):
-    write_text(HERE / f"{name}.csv", table.round(DIGITS).to_csv(index=False, **kwargs))
+def save(table: pd.DataFrame, name: str):
+    write_text(HERE / f"{name}.csv", table.round(DIGITS).to_csv(index=False))
 
 
 def valid_rows(model, tokenizer, valid: str) -> list[list[int]]:
@@ -69,7 +68,7 @@ def tables_of_demo(valid: str):
     save(table.assign(weights=fingerprint(lesson.model)), "explanations")
 
 
-def tables_of_seeds(corpus: str, valid: str, runs: Path):
+def tables_of_seeds(valid: str, runs: Path):
     """Likeness, roles and gender across seeds; and Transformers."""
     loaded = {name: load(HERE / name) for name in SHIPPED}
     tokenizer = loaded[SHIPPED[0]][1]
@@ -80,7 +79,7 @@ def tables_of_seeds(corpus: str, valid: str, runs: Path):
     others, _ = study.seeds_table(transformers, tokens, among)
     save(pd.concat([table.assign(what="senses"), others.assign(what="Transformer's embeddings")]), "seeds")
     pairs = relations_of_text(tokenizer, first_characters(open_corpus(valid).read(), ROLE_CHARACTERS))
-    roles = study.roles_table(backpacks, {name: some for name, some in pairs.items() if len(some)})
+    roles = study.roles_table(backpacks, pairs)
     people = pd.read_csv(data_folder() / "professions.csv")["profession"]
     true, false = persons_and_pronouns(tokenizer, people)
     persons = study.roles_table(backpacks, {"pronoun of a person": true}, false_pairs={"pronoun of a person": false})
@@ -121,17 +120,13 @@ def table_of_k(valid: str, runs: Path):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--corpus", required=True, help="the text that the models were trained on")
-    parser.add_argument("--valid", required=True, help="validation text")
-    parser.add_argument("--runs", type=Path, default=runs_folder() / "reading", help="where `models.py` kept its runs")
-    given = parser.parse_args()
+    given = arguments(__doc__.splitlines()[0])
 
     def make():
         torch.manual_seed(0)
         ship(given.runs)
         tables_of_demo(given.valid)
-        tables_of_seeds(given.corpus, given.valid, given.runs)
+        tables_of_seeds(given.valid, given.runs)
         tables_of_bigrams(given.corpus, given.valid, given.runs)
         table_of_k(given.valid, given.runs)
 

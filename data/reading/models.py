@@ -59,12 +59,17 @@ def train_all(corpus: str, valid: str, runs: Path):
         print(f"{name}: {history['valid_loss'].iloc[-1]:.3f} nats")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(description: str) -> argparse.Namespace:
+    """What is given on the command line, of this script and of `make.py`."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--corpus", required=True, help="training text: paths or globs, commas between them")
     parser.add_argument("--valid", required=True, help="validation text")
     parser.add_argument("--runs", type=Path, default=runs_folder() / "reading", help="where the runs are kept")
-    given = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    given = arguments(__doc__.splitlines()[0])
     return exit_status(lambda: train_all(given.corpus, given.valid, given.runs))
 
 
