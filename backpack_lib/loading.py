@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import shutil
+import tempfile
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -185,6 +188,23 @@ def pick_device(name: str = "auto") -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"device={name!r} needs an Apple GPU, and there is none here; choose 'cpu' or 'auto'.")
     return device
+
+
+def export(run: Path, target: Path, also: Iterable[str] = ()):
+    """Copies a finished run's model in half precision, its tokenizer, and other files of the run by name.
+
+    Each file is there whole or not.
+    """
+    model, tokenizer = load(run / "model")
+    with tempfile.TemporaryDirectory(dir=target.parent) as building, no_progress_bar():
+        model.half().save_pretrained(building)
+        tokenizer.save_pretrained(building)
+        for name in also:
+            shutil.copy(run / name, building)
+        target.mkdir(exist_ok=True)
+        for file in Path(building).iterdir():
+            file.chmod(0o644)  # weights and temporary files are written for the owner alone
+            file.replace(target / file.name)
 
 
 def fingerprint(model) -> str:

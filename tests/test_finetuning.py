@@ -8,19 +8,13 @@ import pytest
 import torch
 from helpers import tiny_model, tiny_tokenizer
 
-from backpack_lib import SenseEdits, load
+from backpack_lib import SenseEdits
 from backpack_lib.analysis import finetuning as ft
 from backpack_lib.lessons.knowledge import MOVED, new_facts, planted_sets, topic_mass
 from backpack_lib.studies import teaching_study
 from backpack_lib.studies.teaching_study import TeachingStudy, paired, success_table
 from backpack_lib.text import planted
 from backpack_lib.text.writing import ids_of_text
-
-
-@pytest.fixture(scope="module")
-def models():
-    (backpack, tokenizer), (transformer, _) = load("planted"), load("planted-transformer")
-    return backpack, transformer, tokenizer
 
 
 @pytest.fixture(scope="module")

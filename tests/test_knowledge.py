@@ -5,7 +5,6 @@ import pandas as pd
 import pytest
 import torch
 
-from backpack_lib import load
 from backpack_lib.analysis import knowledge
 from backpack_lib.analysis.knowledge import Fact, dose, known, margins, project, projected_inputs, read_facts, usable
 from backpack_lib.files import data_folder
@@ -14,12 +13,6 @@ from backpack_lib.studies import knowledge_study
 from backpack_lib.studies.knowledge_study import AS_IT_IS, DOSED, KnowledgeStudy, at_once, methods_table, paired
 from backpack_lib.text import planted
 from backpack_lib.text.writing import ids_of_text
-
-
-@pytest.fixture(scope="module")
-def models():
-    (backpack, tokenizer), (transformer, _) = load("planted"), load("planted-transformer")
-    return backpack, transformer, tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from scipy.sparse import coo_array
 from scipy.stats import rankdata
 
-from backpack_lib.analysis.finetuning import batches
+from backpack_lib.analysis.scores import batches
 from backpack_lib.model.kinds import require_senses
 
 DISCOUNT = 0.75  # taken off each counted pair and given to the backing-off

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from backpack_lib.analysis.finetuning import batches
+from backpack_lib.analysis.scores import batches
 from backpack_lib.analysis.statistics import MIDDLE
 from backpack_lib.model.kinds import require_senses, used_tokens
 

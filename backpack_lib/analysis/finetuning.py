@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from backpack_lib.analysis.edits import SenseEdits
-from backpack_lib.analysis.scores import next_log_probabilities, parts, prompt_batches
+from backpack_lib.analysis.scores import batches, next_log_probabilities, prompt_batches
 from backpack_lib.files import data_folder, first_line
 from backpack_lib.model.kinds import require_senses
 from backpack_lib.text.words import tokens_of_word
@@ -31,7 +31,6 @@ COLUMNS = ["set", "kind", "use", "prompt", "target", "contrast"]
 KINDS = ("say", "prefer", "balance")
 BALANCED = math.log(1.5)  # nats; two words are as likely as each other if their log-odds stay within this
 CHOSEN, BACKGROUND_WEIGHT = 8, 1000.0  # (token, sense) pairs for each example, and how much the background counts
-ROWS_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -162,12 +161,6 @@ def walk_back(loss_at: Callable[[float], float], start: float, eps: float, steps
         middle = (low + high) / 2
         low, high = (middle, high) if loss_at(middle) <= bound else (low, middle)
     return low
-
-
-def batches(model, rows: list[list[int]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for part in parts(sorted(rows, key=len), ROWS_AT_ONCE):
-        ids, mask = pad_rows(part, 0)
-        yield ids.to(model.device), mask.to(model.device)
 
 
 # ---------------------------------------------------------------- senses

@@ -12,7 +12,7 @@ from backpack_lib.files import first_line
 from backpack_lib.hub import reaching_hub
 from backpack_lib.text.writing import ids_of_text, pad_rows
 
-WINDOWS_AT_ONCE, SENTENCES_AT_ONCE, PROMPTS_AT_ONCE = 8, 128, 64
+WINDOWS_AT_ONCE, ROWS_AT_ONCE, SENTENCES_AT_ONCE, PROMPTS_AT_ONCE = 8, 8, 128, 64
 
 
 @torch.inference_mode()
@@ -77,6 +77,13 @@ def prompt_batches(model, tokenizer, prompts: list[str]) -> Iterator[tuple[torch
     for part in parts(prompts, PROMPTS_AT_ONCE):
         ids, mask = pad_rows([ids_of_text(tokenizer, prompt) for prompt in part], tokenizer.eos_token_id)
         yield ids.to(model.device), mask.to(model.device), mask.sum(1) - 1
+
+
+def batches(model, rows: list[list[int]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Rows of token ids, the shortest first, `ROWS_AT_ONCE` at a time: their ids and mask, (B, T), on the model's device."""
+    for part in parts(sorted(rows, key=len), ROWS_AT_ONCE):
+        ids, mask = pad_rows(part, 0)
+        yield ids.to(model.device), mask.to(model.device)
 
 
 def blimp_accuracy(model, tokenizer, pairs: pd.DataFrame) -> pd.Series:

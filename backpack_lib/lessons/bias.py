@@ -15,7 +15,7 @@ from backpack_lib.analysis.edits import SenseEdits
 from backpack_lib.analysis.scores import bits_per_byte, next_log_probabilities
 from backpack_lib.files import data_folder
 from backpack_lib.lessons.exercises import check_choice, check_function, check_number
-from backpack_lib.lessons.opening import PLANTED, Lesson
+from backpack_lib.lessons.opening import PLANTED, Lesson, check_stored
 from backpack_lib.loading import fingerprint
 from backpack_lib.studies.bias_study import change_of
 from backpack_lib.text import planted
@@ -206,8 +206,7 @@ def stored_losses(model: str, lesson: Lesson) -> pd.DataFrame | None:
     if model != "demo":
         return None
     stored = pd.read_csv(data_folder() / "demo" / "gender_bias" / "loss.csv", index_col=0)
-    if set(stored["model"]) != {fingerprint(lesson.model)}:
-        raise ValueError("The stored losses are of other weights than the demo model's; run: make gender-bias TEXT=...")
+    check_stored(stored["model"], lesson, "make gender-bias TEXT=...")
     return stored
 
 

@@ -14,7 +14,7 @@ from backpack_lib.analysis.knowledge import Fact, known, read_facts, tokens_of_f
 from backpack_lib.analysis.scores import next_log_probabilities
 from backpack_lib.files import data_folder
 from backpack_lib.lessons.exercises import check_choice, check_function, check_number
-from backpack_lib.lessons.opening import PLANTED, Lesson
+from backpack_lib.lessons.opening import PLANTED, Lesson, check_stored
 from backpack_lib.loading import fingerprint, load
 from backpack_lib.model.kinds import has_senses
 from backpack_lib.studies.teaching_study import check_methods
@@ -287,8 +287,7 @@ def stored(name: str, model: str, lesson: Lesson, bounds=()) -> pd.DataFrame | N
     if model != "demo" or not file.is_file():
         return None
     rows = pd.read_csv(file)
-    if set(rows.pop("weights")) != {fingerprint(lesson.model)}:
-        raise ValueError("The stored tables are of other weights than the demo model's; run: make knowledge")
+    check_stored(rows.pop("weights"), lesson, "make knowledge")
     if bounds and not set(bounds) <= set(rows["bound"]):
         return None
     return rows.fillna({"setting": ""}) if "setting" in rows else rows

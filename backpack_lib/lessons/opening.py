@@ -13,7 +13,7 @@ import torch
 from backpack_lib.analysis.attribution import read
 from backpack_lib.files import data_folder
 from backpack_lib.lessons.results import Results, open_results
-from backpack_lib.loading import is_planted, load
+from backpack_lib.loading import fingerprint, is_planted, load
 from backpack_lib.model.kinds import require_senses
 from backpack_lib.text import planted
 from backpack_lib.text.words import readable, spell, tokens_of_word
@@ -83,6 +83,12 @@ def open_lesson(name: str, model: str = "demo", out: str = "", device: str = "cp
         kind=kind,
         example=SimpleNamespace(**example),
     )
+
+
+def check_stored(weights, lesson: Lesson, command: str):
+    """Raises ValueError if what is stored was measured on other weights than the lesson's. command: measures it again."""
+    if set(weights) != {fingerprint(lesson.model)}:
+        raise ValueError(f"What is stored is of other weights than the demo model's; run: {command}")
 
 
 def likeliest_words(model, tokenizer, text: str, n: int = 2) -> list[str]:

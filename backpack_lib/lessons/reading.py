@@ -15,8 +15,8 @@ from backpack_lib.analysis.matching import match
 from backpack_lib.analysis.senses import pushed_most
 from backpack_lib.files import data_folder, first_line
 from backpack_lib.lessons.exercises import check_choice, check_function, check_number
-from backpack_lib.lessons.opening import PLANTED, Lesson
-from backpack_lib.loading import fingerprint, load
+from backpack_lib.lessons.opening import PLANTED, Lesson, check_stored
+from backpack_lib.loading import load
 from backpack_lib.model.kinds import check_sense
 from backpack_lib.studies.reading_study import bigram_table
 from backpack_lib.text import planted
@@ -236,8 +236,7 @@ def stored_for(name: str, model: str, lesson: Lesson) -> pd.DataFrame | None:
     if model != "demo":
         return None
     table = stored_table(name)
-    if set(table.pop("weights")) != {fingerprint(lesson.model)}:
-        raise ValueError("The stored tables are of other weights than the demo model's; run: make reading")
+    check_stored(table.pop("weights"), lesson, "make reading")
     return table
 
 

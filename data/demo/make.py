@@ -13,7 +13,6 @@ import math
 import re
 import shutil
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,7 +24,7 @@ from accelerate.utils import set_seed
 
 from backpack_lib.analysis.similarity import read_sets
 from backpack_lib.files import exit_status, runs_folder
-from backpack_lib.loading import load, no_progress_bar
+from backpack_lib.loading import export, no_progress_bar
 from backpack_lib.text.corpora import TOKENIZER_CHARACTERS, Blocks, first_characters, open_corpus, prepare
 from backpack_lib.training.build import make_model
 from backpack_lib.training.config import ARCHITECTURES, TrainingConfig
@@ -123,19 +122,6 @@ def write_start(folder: Path, config: TrainingConfig, blocks: Blocks, vectors: t
     building.rename(folder)
 
 
-def export(run: Path, target: Path):
-    """Copies a finished run's model in half precision, its tokenizer and its history. Each file is there whole or not."""
-    model, tokenizer = load(run / "model")
-    with tempfile.TemporaryDirectory(dir=target.parent) as building, no_progress_bar():
-        model.half().save_pretrained(building)
-        tokenizer.save_pretrained(building)
-        shutil.copy(run / "history.csv", building)
-        target.mkdir(exist_ok=True)
-        for file in Path(building).iterdir():
-            file.chmod(0o644)  # weights and temporary files are written for the owner alone
-            file.replace(target / file.name)
-
-
 def make_demo(corpus: str, valid: str | None, runs: Path, device: str, lexsim: str | None = None):
     """Trains both models, or goes on with them, and exports each once it is done."""
     settings = recipe(device)
@@ -153,7 +139,7 @@ def make_demo(corpus: str, valid: str | None, runs: Path, device: str, lexsim: s
                 write_start(first, config, blocks, vectors)
             config.init_from = str(first)
         history = train(config, blocks)
-        export(out, HERE / architecture)
+        export(out, HERE / architecture, also=["history.csv"])
         bits = history["valid_loss"].iloc[-1] / math.log(2) / blocks.bytes_per_token
         print(f"{architecture}: {bits:.3f} bits per byte after {history['tokens'].iloc[-1] / 1e6:.1f} million tokens")
 

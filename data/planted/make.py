@@ -7,14 +7,13 @@ Writes `seeds.csv`, a row for each model and seed, and `backpack/` and `transfor
 """
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
 import pandas as pd
 
 from backpack_lib.files import exit_status, runs_folder, write_text
-from backpack_lib.loading import load, no_progress_bar
+from backpack_lib.loading import export, load
 from backpack_lib.text.corpora import PLANTED
 from backpack_lib.training.config import TrainingConfig
 from backpack_lib.training.run import train
@@ -43,18 +42,6 @@ def train_one(name: str, seed: int, runs: Path) -> tuple[dict, Path]:
     return {"model": name, "parameters": parameters, "seed": seed} | last[["valid_loss", "floor"]].to_dict(), out
 
 
-def ship(out: Path, architecture: str):
-    """Copies a run's model here in half precision."""
-    model, tokenizer = load(out / "model")
-    target = HERE / architecture
-    shutil.rmtree(target, ignore_errors=True)
-    with no_progress_bar():
-        model.half().save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    for file in target.iterdir():
-        file.chmod(0o644)
-
-
 def make_planted(runs: Path):
     rows = []
     for seed in SEEDS:
@@ -62,7 +49,7 @@ def make_planted(runs: Path):
             row, out = train_one(name, seed, runs)
             rows.append(row)
             if seed == SEEDS[0] and "n_embd" not in changes:
-                ship(out, changes["architecture"])
+                export(out, HERE / changes["architecture"])
     write_text(HERE / "seeds.csv", pd.DataFrame(rows).round(5).to_csv(index=False))
     write_text(HERE / "settings.json", json.dumps({"corpus": PLANTED}) + "\n")
 

@@ -5,7 +5,6 @@
 Ships `seed-0` to `seed-2` here, in half precision, and writes a CSV for each table.
 """
 
-import shutil
 import sys
 from itertools import islice
 from pathlib import Path
@@ -21,7 +20,7 @@ from backpack_lib.analysis.scores import bits_per_byte
 from backpack_lib.files import data_folder, exit_status, write_text
 from backpack_lib.lessons.opening import open_lesson
 from backpack_lib.lessons.reading import professions_and_templates, words_to_compare
-from backpack_lib.loading import fingerprint, load, no_progress_bar
+from backpack_lib.loading import export, fingerprint, load
 from backpack_lib.studies import reading_study as study
 from backpack_lib.text.corpora import first_characters, open_corpus
 
@@ -46,18 +45,6 @@ def bigrams_of(tokenizer, corpus: str) -> Bigrams:
     end = tokenizer.eos_token_id
     rows = ([end, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]] for text in texts)
     return Bigrams(rows, len(tokenizer))
-
-
-def ship(runs: Path):
-    """Copies the seeds here, in half precision."""
-    for name in SHIPPED:
-        model, tokenizer = load(runs / name / "model")
-        shutil.rmtree(HERE / name, ignore_errors=True)
-        with no_progress_bar():
-            model.half().save_pretrained(HERE / name)
-        tokenizer.save_pretrained(HERE / name)
-        for file in (HERE / name).iterdir():
-            file.chmod(0o644)
 
 
 def tables_of_demo(valid: str):
@@ -124,7 +111,8 @@ def main() -> int:
 
     def make():
         torch.manual_seed(0)
-        ship(given.runs)
+        for name in SHIPPED:
+            export(given.runs / name, HERE / name)
         tables_of_demo(given.valid)
         tables_of_seeds(given.valid, given.runs)
         tables_of_bigrams(given.corpus, given.valid, given.runs)
