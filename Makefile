@@ -8,7 +8,7 @@
 # make evaluate TEXT=valid.txt.xz LEXSIM=folder               measure them; BLIMP=folder, CORPUS=... for word2vec
 # make topic-control                                          measure how they are drawn to topics
 # make knowledge                                              edit all facts that they know, and teach them by all methods
-# make reading CORPUS='part-*.txt.xz' VALID=valid.txt.xz      train the small models of 06_reading, and measure its tables
+# make reading CORPUS='part-*.txt.xz' VALID=valid.txt.xz LEXSIM=folder   train the small models of 06_reading, and measure its tables
 # make bench                                                  measure speed and memory; BENCH='--device cuda' on a GPU
 # make gender-bias TEXT=valid.txt.xz                          measure what turning their bias down costs on text
 
@@ -79,7 +79,7 @@ knowledge: setup
 
 reading: setup
 	$(BIN)/python data/reading/models.py --corpus '$(CORPUS)' --valid '$(VALID)'
-	$(BIN)/python data/reading/make.py --corpus '$(CORPUS)' --valid '$(VALID)'
+	$(BIN)/python data/reading/make.py --corpus '$(CORPUS)' --valid '$(VALID)' --lexsim '$(LEXSIM)'
 
 bench: setup
 	$(BIN)/python data/benchmark/bench.py $(BENCH)

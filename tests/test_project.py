@@ -272,9 +272,13 @@ def test_the_readmes_figures_are_those_that_were_measured():
     taught = pd.read_csv(ROOT / "data" / "demo" / "knowledge" / "taught.csv.gz")
     taught = taught[(taught["bound"] == 0.001) & (taught["model"] == "Backpack")]
     solved = (100 * taught.groupby(["set", "method"])["success"].mean()).round().astype(int)
-    reading = {name: pd.read_csv(ROOT / "data" / "reading" / f"{name}.csv") for name in ("seeds", "gender", "explanations")}
+    reading = {
+        name: pd.read_csv(ROOT / "data" / "reading" / f"{name}.csv") for name in ("seeds", "gender", "explanations")
+    }
     whole = reading["explanations"].query("sense == 'all'").set_index(["replaced by", "words"])["share"]
-    senses, embeddings = (some.mean(numeric_only=True) for _, some in reading["seeds"].groupby(reading["seeds"]["what"] != "senses"))
+    senses, embeddings = (
+        some.mean(numeric_only=True) for _, some in reading["seeds"].groupby(reading["seeds"]["what"] != "senses")
+    )
     assert not reading["gender"]["partners"].any()
     exchanged = 100 * whole["another word's words", 100]
     for said in (

@@ -11,6 +11,7 @@ from scipy.stats import spearmanr
 
 from backpack_lib import load
 from backpack_lib.analysis import explanations as ex
+from backpack_lib.analysis import similarity
 from backpack_lib.analysis.bigrams import DISCOUNT, Bigrams, bigram_correlations, losses_by_part
 from backpack_lib.analysis.matching import compare_models, likeness, match, match_null, profiles
 from backpack_lib.analysis.roles import relations_of_text
@@ -378,6 +379,8 @@ def test_a_row_of_each_stored_table_is_what_the_code_gives(shared, monkeypatch):
     of_seed = stored["roles"].query("model == 'seed-0' and relation == 'itself'")["auc"]
     np.testing.assert_allclose(roles, of_seed, atol=5e-3)
     texts = [text for text in open_corpus(valid).read() if len(text) > 200][:200]
-    assert bits_per_byte(model, tokenizer, texts) == pytest.approx(
-        stored["senses"].query("model == 'seed-0'")["bits per byte"].iloc[0], abs=3e-3
-    )
+    by_k = stored["senses"].set_index("model").loc["seed-0"]
+    assert bits_per_byte(model, tokenizer, texts) == pytest.approx(by_k["bits per byte"], abs=3e-3)
+    sets = similarity.read_sets(shared / "lexsim")
+    held_out = similarity.held_out_table(similarity.of_model(model, tokenizer), sets)
+    assert held_out["rho"].mean() == pytest.approx(by_k["similarity"], abs=5e-3)

@@ -1,6 +1,6 @@
 """Makes every stored table of 06_reading, from the demo model and from the small models that `models.py` trained.
 
-    python data/reading/make.py --corpus "corpus/simple-*.txt.xz" --valid corpus/simple-valid.txt.xz
+    python data/reading/make.py --corpus "corpus/simple-*.txt.xz" --valid corpus/simple-valid.txt.xz --lexsim lexsim
 
 Ships `seed-0` to `seed-2` here, in half precision, and writes a CSV for each table.
 """
@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from models import HERE, MODELS, SHIPPED, arguments
 
+from backpack_lib.analysis import similarity
 from backpack_lib.analysis.bigrams import Bigrams
 from backpack_lib.analysis.finetuning import rows_of_texts
 from backpack_lib.analysis.roles import persons_and_pronouns, relations_of_text
@@ -95,19 +96,39 @@ def tables_of_bigrams(corpus: str, valid: str, runs: Path):
     save(whole.assign(weights=fingerprint(demo)), "bigrams_of_demo")
 
 
-def table_of_k(valid: str, runs: Path):
-    """Loss of the small models by their number of senses."""
+def similarity_by_k(loaded: dict, lexsim: str) -> pd.DataFrame:
+    """How well each model's senses agree with people on word similarity: held-out rho, mean over the sets.
+
+    Beside it, how much better the first model does, on the same pairs (with its 95 % interval).
+    """
+    sets = similarity.read_sets(lexsim)
+    methods = {name: similarity.of_model(model, tokenizer) for name, (model, tokenizer) in loaded.items()}
+    table = pd.DataFrame(
+        {"similarity": {n: similarity.held_out_table(m, sets)["rho"].mean() for n, m in methods.items()}}
+    )
+    better = similarity.paired_differences(methods, sets).xs("mean", level="set")
+    first = next(iter(methods))
+    return table.join(better.rename(columns={"difference": f"{first} better by"}))
+
+
+def table_of_k(valid: str, runs: Path, lexsim: str):
+    """Loss and word similarity of the small models by their number of senses."""
     texts = list(islice((text for text in open_corpus(valid).read() if len(text) > 200), 200))
-    rows = []
-    for name in ("senses-1", "senses-4", "seed-0", "transformer-0"):
-        model, tokenizer = load(runs / name / "model")
-        parameters = sum(p.numel() for p in model.parameters())
-        rows.append((name, getattr(model.config, "num_senses", 0), parameters, bits_per_byte(model, tokenizer, texts)))
-    save(pd.DataFrame(rows, columns=["model", "senses", "parameters", "bits per byte"]), "senses")
+    loaded = {name: load(runs / name / "model") for name in ("seed-0", "senses-4", "senses-1", "transformer-0")}
+    rows = {
+        name: {
+            "senses": getattr(model.config, "num_senses", 0),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "bits per byte": bits_per_byte(model, tokenizer, texts),
+        }
+        for name, (model, tokenizer) in loaded.items()
+    }
+    table = pd.DataFrame.from_dict(rows, orient="index").join(similarity_by_k(loaded, lexsim))
+    save(table.rename_axis("model").reset_index(), "senses")
 
 
 def main() -> int:
-    given = arguments(__doc__.splitlines()[0])
+    given = arguments(__doc__.splitlines()[0], lexsim="folder or URL of the word similarity sets")
 
     def make():
         torch.manual_seed(0)
@@ -116,7 +137,7 @@ def main() -> int:
         tables_of_demo(given.valid)
         tables_of_seeds(given.valid, given.runs)
         tables_of_bigrams(given.corpus, given.valid, given.runs)
-        table_of_k(given.valid, given.runs)
+        table_of_k(given.valid, given.runs, given.lexsim)
 
     return exit_status(make)
 
