@@ -235,6 +235,97 @@ def test_a_grid_that_is_stopped_says_what_is_left_and_goes_on(suite, tmp_path):
     assert len(pd.read_csv(folder / "table.csv")) == 4
 
 
+KILL_THE_WORKER = """
+import os, pathlib, signal, time
+killed = pathlib.Path(out).parent / f'killed-{steps}'
+if steps == 2 or (steps == 1 and not killed.exists()):
+    killed.touch()
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_costs_its_run_only_which_is_tried_once_more(suite, tmp_path, capfd):
+    suite("01_first", KILL_THE_WORKER, WRITE)
+    assert main(["01_first", "--grid", "steps=1,2,3,4,5", "--processes", "2"]) == 1
+    err = capfd.readouterr().err
+    assert "steps=2: FAILED: its process was killed, and again when it was tried once more" in err
+    assert "Traceback" not in err
+    assert sorted(pd.read_csv(tmp_path / "runs" / "01_first-grid" / "table.csv")["steps"]) == [1, 3, 4, 5]
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """The address file of a scheduler with two workers, each a process as it would be on another machine."""
+    file, env = tmp_path / "scheduler.json", os.environ | {"PYTHONPATH": str(ROOT)}
+    started = []
+
+    def start(what, *flags):
+        command = [sys.executable, "-m", f"distributed.cli.dask_{what}", "--no-dashboard", "--scheduler-file", file]
+        with open(tmp_path / f"{len(started)}.log", "w") as log:
+            started.append(subprocess.Popen([*command, *flags], cwd=tmp_path, env=env, stderr=log, stdout=log))
+
+    start("scheduler", "--host", "127.0.0.1", "--port", "0")
+    for _ in range(2):
+        start("worker", "--nthreads", "1", "--no-nanny", "--local-directory", str(tmp_path))
+    yield file
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+def test_a_grid_on_a_cluster_survives_a_machine_that_is_lost(suite, cluster, tmp_path, capfd):
+    suite("01_first", KILL_THE_WORKER, WRITE.replace("'headline'", "'worker': os.getppid(), 'headline'"))
+    for _ in range(600):
+        if cluster.is_file():
+            break
+        time.sleep(0.1)
+    assert main(["01_first", "--grid", "steps=1,3,4,5", "--scheduler", str(cluster)]) == 0
+    made = pd.read_csv(tmp_path / "runs" / "01_first-grid" / "table.csv")
+    assert list(made["steps"]) == [1, 3, 4, 5] and made["worker"].nunique() <= 2
+
+
+def test_a_scheduler_that_does_not_answer_is_named(suite, capfd, monkeypatch):
+    monkeypatch.setattr("backpack_lib.running.cluster.SECONDS_TO_ANSWER", 1)
+    assert main(["01_first", "--grid", "steps=1,2", "--scheduler", "tcp://127.0.0.1:9"]) == 2
+    err = capfd.readouterr().err.splitlines()[-1]
+    assert err.startswith("error: No scheduler of dask's answers at 'tcp://127.0.0.1:9'; start one by `dask scheduler`")
+
+
+def test_runs_of_a_cluster_need_a_disk_that_all_share_and_the_same_notebook(suite, tmp_path):
+    grid = Grid("01_first", {}, ["steps=1,2"])
+    point = {"steps": 1}
+
+    class Done:  # a future of a run that ended well, elsewhere
+        def result(self):
+            return Outcome("01_first", 0.1, "fine", tmp_path, failed=False)
+
+    assert "which has to lie on a disk that all share" in grid.outcome_of(Done(), point).result
+    suite("01_first", "pass", WRITE)
+    with pytest.raises(ValueError, match="01_first has other code on this machine than where the grid was begun"):
+        grid.run_point(point, [])
+
+
+def test_each_run_of_a_grid_has_a_gpu_to_itself(suite, tmp_path, monkeypatch):
+    suite("01_first", "device = 'auto'")  # makes it a run that may use one
+    notebook = nbformat.read(tmp_path / "notebooks" / "01_first.ipynb", 4)
+    notebook.cells[1].source += "\ndevice = 'auto'"
+    start = "import os, time; began = time.time(); time.sleep(1); seen = os.environ.get('CUDA_VISIBLE_DEVICES')"
+    end = WRITE.replace("'headline'", "'gpu': seen, 'began': began, 'ended': time.time(), 'headline'")
+    notebook.cells[-1:] = [nbformat.v4.new_code_cell(start), nbformat.v4.new_code_cell(end)]
+    nbformat.write(notebook, tmp_path / "notebooks" / "01_first.ipynb")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    outcomes = Grid("01_first", {}, ["steps=1,2,3,4"]).run()
+    assert not any(outcome.failed for outcome in outcomes)
+    made = pd.read_csv(tmp_path / "runs" / "01_first-grid" / "table.csv").sort_values("began")
+    assert set(made["gpu"]) == {3, 5}
+    for _, of_one in made.groupby("gpu"):
+        assert (of_one["began"].iloc[1:].to_numpy() >= of_one["ended"].iloc[:-1].to_numpy()).all()
+    Grid("01_first", {"device": "cpu"}, ["steps=1"]).run()
+
+
 # ---------------------------------------------------------------- folders
 
 

@@ -28,7 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="NAME=V1,V2",
         help="run once for each value; several: for each pair",
     )
-    parser.add_argument("--processes", type=int, default=0, help="of a grid, at a time; 0: as many as the cores allow")
+    parser.add_argument("--processes", type=int, default=0, help="of a grid, at a time; 0: one a GPU, or one a core")
+    parser.add_argument("--scheduler", default="", help="of a dask cluster to run a grid on: tcp://..., or its file")
     options = parser.parse_args(arguments)
     try:
         use_writable_home()
@@ -65,7 +66,7 @@ def _run_grid(options) -> int:
         raise ValueError(f"A grid is of one notebook; name one of {', '.join(ordered_notebooks())}.")
     name = Path(options.notebooks[0]).stem
     grid = Grid(name, _parameters_for(name, options), options.grid)
-    outcomes = grid.run(options.processes)
+    outcomes = grid.run(options.processes, options.scheduler)
     print(grid.table()[[*grid.axes, "minutes", "headline"]].to_string(index=False))
     print(f"All numbers: {grid.file}")
     return int(any(outcome.failed for outcome in outcomes))

@@ -2,27 +2,26 @@
 
 Each run has a folder of its own below `out`. One that is finished is not run again, as long as its parameters and
 the notebook's code are the same; so a grid that was stopped, or killed, goes on when the same line is typed again.
+Where the runs take place, here or on a cluster, is the matter of `cluster.py`.
 """
 
 import hashlib
 import json
-import multiprocessing
-import os
 import re
-import signal
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from itertools import product
 from pathlib import Path
 
+from dask.distributed import KilledWorker
+from tqdm import tqdm
+
 from backpack_lib.files import locked_folder, runs_folder, written_whole
+from backpack_lib.running.cluster import claim_gpu, workers
 from backpack_lib.running.notebook import RESULTS, Outcome, run_notebook
 from backpack_lib.running.parameters import check_parameters, code_of, default_parameters, read_values, source_of
 
 FINISHED = "finished.json"  # what a run was of, written once it has ended well
-MOST = 8  # processes, unless more are asked for: each is a kernel with a model
 
 
 class Grid:
@@ -36,10 +35,10 @@ class Grid:
     def __init__(self, name: str, given: dict, axes: list[str]):
         source = source_of(name)
         self.name, self.defaults = name, default_parameters(source)
-        self.code = hashlib.sha256(json.dumps([cell["source"] for cell in code_of(source)]).encode()).hexdigest()[:16]
+        self.code = _digest_of_code(source)
         self.axes = self._read(axes, given)
         self.given = {key: value for key, value in given.items() if key != "out"}
-        self.folder = Path(given.get("out") or runs_folder() / f"{name}-grid")
+        self.folder = Path(given.get("out") or runs_folder() / f"{name}-grid").absolute()
         self.file = self.folder / "table.csv"
 
     def _read(self, axes: list[str], given: dict) -> dict[str, list]:
@@ -79,13 +78,14 @@ class Grid:
         file = self.folder_of(point) / FINISHED
         return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["identity"] == self.identity(point)
 
-    def run(self, processes: int = 0) -> list[Outcome]:
+    def run(self, processes: int = 0, scheduler: str = "") -> list[Outcome]:
         """Runs what is not finished yet, and returns what became of it. A run that fails does not stop the others.
 
-        Raises ValueError if another grid is in the same folder; KeyboardInterrupt says what is left to do.
-        """
-        from tqdm import tqdm
+        processes, scheduler: see `cluster.workers`.
 
+        Raises ValueError if another grid is in the same folder, or if there is no such scheduler; KeyboardInterrupt
+        says what is left to do.
+        """
         if processes < 0:
             raise ValueError(f"processes={processes} should be at least 1, or 0 for as many as the cores allow.")
         with locked_folder(self.folder):
@@ -93,28 +93,37 @@ class Grid:
             left = [point for point in points if not self.is_finished(point)]
             self.write_table()
             outcomes = []
-            bar = tqdm(total=len(points), initial=len(points) - len(left), desc=self.name, unit="run")
-            with bar, workers(processes, len(left)) as pool:
-                running = {pool.submit(self.run_point, point): point for point in left}
+            with (
+                workers(processes, len(left), scheduler, self.may_use_gpus()) as hired,
+                tqdm(total=len(points), initial=len(points) - len(left), desc=self.name, unit="run") as bar,
+            ):
                 try:
-                    for done in as_completed(running):
-                        outcomes.append(self.outcome_of(done, running[done]))
+                    for point, done in hired.each(self.run_point, left):
+                        outcomes.append(self.outcome_of(done, point))
                         bar.update()
                         if outcomes[-1].failed:
-                            bar.write(f"{self.folder_of(running[done]).name}: {outcomes[-1].result}", file=sys.stderr)
+                            bar.write(f"{self.folder_of(point).name}: {outcomes[-1].result}", file=sys.stderr)
                         self.write_table()
                 except KeyboardInterrupt:
-                    for process in multiprocessing.active_children():
-                        process.terminate()  # and with it its kernel
-                    pool.shutdown(cancel_futures=True)
                     finished = sum(map(self.is_finished, points))
                     raise KeyboardInterrupt(
                         f"Stopped with {finished} of {len(points)} runs finished; the same line goes on with the others."
                     ) from None
         return outcomes
 
-    def run_point(self, point: dict) -> Outcome:
-        """Runs the notebook once, and notes it if it ended well."""
+    def may_use_gpus(self) -> bool:
+        """Whether any of the runs asks for a GPU, or takes one where there is one."""
+        devices = self.axes.get("device") or [self.given.get("device", self.defaults.get("device", "cpu"))]
+        return any(device != "cpu" for device in devices)
+
+    def run_point(self, point: dict, gpus: list[str]) -> Outcome:
+        """Runs the notebook once, wherever this is called, and notes it if it ended well.
+
+        Raises ValueError if the notebook is another one here than where the grid was begun.
+        """
+        if _digest_of_code(source_of(self.name)) != self.code:
+            raise ValueError(f"{self.name} has other code on this machine than where the grid was begun.")
+        claim_gpu(gpus)
         folder = self.folder_of(point)
         (folder / FINISHED).unlink(missing_ok=True)
         outcome = run_notebook(self.name, self.given | point | {"out": str(folder)}, progress_bar=False)
@@ -124,11 +133,18 @@ class Grid:
         return outcome
 
     def outcome_of(self, done, point: dict) -> Outcome:
+        """What became of a run, from its future."""
         try:
-            return done.result()
-        except (ValueError, OSError, BrokenProcessPool) as error:
-            message = "its process was killed" if isinstance(error, BrokenProcessPool) else str(error)
-            return Outcome(self.name, 0.0, f"FAILED: {message}", self.folder_of(point), failed=True)
+            outcome = done.result()
+        except KilledWorker:
+            message = "its process was killed, and again when it was tried once more"
+        except Exception as error:  # of the run, whatever it is: the others go on
+            message = str(error) or type(error).__name__
+        else:
+            if outcome.failed or self.is_finished(point):
+                return outcome
+            message = f"it ended, but left nothing in {str(self.folder)!r}, which has to lie on a disk that all share"
+        return Outcome(self.name, 0.0, f"FAILED: {message}", self.folder_of(point), failed=True)
 
     def table(self):
         """One row a finished run: the grid's parameters, minutes, and the numbers of its results, as a DataFrame."""
@@ -149,15 +165,5 @@ class Grid:
             self.table().to_csv(building, index=False)
 
 
-def workers(processes: int, runs: int) -> ProcessPoolExecutor:
-    """Processes that share the cores among them."""
-    cores = os.cpu_count() or 1
-    count = max(1, min(processes or min(cores, MOST), runs))
-    threads = max(1, cores // count)
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(threads,))
-
-
-def _begin(threads: int):
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # kernels inherit it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the process that waits for them all
+def _digest_of_code(source: Path) -> str:
+    return hashlib.sha256(json.dumps([cell["source"] for cell in code_of(source)]).encode()).hexdigest()[:16]
