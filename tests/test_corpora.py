@@ -260,7 +260,7 @@ def test_a_stream_gives_the_training_documents_and_resumes_where_it_was(hub):
 
     def take(batches, n):
         steps = batches.steps_from(0)
-        return [next(steps)[0].tolist() for _ in range(n)]
+        return [next(steps)[0].input_ids.tolist() for _ in range(n)]
 
     whole = take(StreamedBatches(blocks.train, 4, 1), 12)
     first = StreamedBatches(blocks.train, 4, 1)

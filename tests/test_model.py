@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, p
 
 from backpack_lib import BackpackConfig, BackpackLMHeadModel
 from backpack_lib.model import mixing
+from backpack_lib.training.batches import make_batch
 from backpack_lib.training.loss import LanguageModelLoss
 
 
@@ -385,8 +386,9 @@ def test_compiled_training_meets_few_sizes(monkeypatch):
     loss, compiled = LanguageModelLoss(model), torch.compile(LanguageModelLoss(model), backend=counter)
     for n_distinct in (20, 18, 22, 17):
         ids = torch.arange(64).remainder(n_distinct).view(4, 16)
-        torch.testing.assert_close(compiled(ids), loss(ids))
-        compiled(ids).backward()
+        batch = make_batch([{"input_ids": row} for row in ids], padded=True)
+        torch.testing.assert_close(compiled(*batch), loss(ids))
+        compiled(*batch).backward()
     assert counter.frame_count == 1
 
 

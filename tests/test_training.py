@@ -13,14 +13,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, random_ids
 from transformers import GPT2LMHeadModel
 
 from backpack_lib import BackpackLMHeadModel, TrainingConfig, load, train
 from backpack_lib.files import locked_folder
 from backpack_lib.text import planted
 from backpack_lib.training import loss as loss_module
-from backpack_lib.training.batches import ShuffledBatches
+from backpack_lib.training.batches import ShuffledBatches, make_batch
 from backpack_lib.training.build import make_model, make_optimizers
 from backpack_lib.training.checkpoints import RunFolder
 from backpack_lib.training.loss import LanguageModelLoss
@@ -243,13 +243,13 @@ class Rows:
     def __len__(self):
         return self.n
 
-    def __getitem__(self, numbers):
-        return {"input_ids": torch.tensor(numbers)[:, None].expand(-1, 4)}
+    def __getitem__(self, number):
+        return {"input_ids": torch.full((4,), number)}
 
 
 def rows_of(batches, first, steps):
     taken = batches.steps_from(first)
-    return [torch.cat([batch[:, 0] for batch in next(taken)]).tolist() for _ in range(steps)]
+    return [torch.cat([batch.input_ids[:, 0] for batch in next(taken)]).tolist() for _ in range(steps)]
 
 
 def test_every_pass_sees_every_row_once_in_a_new_order():
@@ -266,6 +266,27 @@ def test_a_run_can_begin_at_any_step():
         return ShuffledBatches(Rows(10), batch_size=3, accumulate=1, seed=0)
 
     assert rows_of(make(), 0, 20)[7:] == rows_of(make(), 7, 13)
+
+
+def test_workers_change_neither_the_rows_nor_their_order():
+    def make(workers):
+        return ShuffledBatches(Rows(30), batch_size=3, accumulate=2, seed=0, num_workers=workers)
+
+    assert rows_of(make(2), 4, 10) == rows_of(make(0), 4, 10)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_batch_says_which_distinct_tokens_stand_where(padded):
+    ids = random_ids(3, 8, vocab_size=12)
+    batch = make_batch([{"input_ids": row} for row in ids], padded)
+    assert batch.tokens[batch.inverse].equal(ids) and batch.input_ids.equal(ids)
+    assert set(batch.tokens.tolist()) == set(ids.flatten().tolist())
+    assert len(batch.tokens) == (12 if padded else len(ids.unique()))
+
+
+def test_workers_change_nothing_in_a_run(tiny):
+    alone, helped = (train(replace(tiny, out=f"{tiny.out}-{n}", workers=n, steps=6)) for n in (0, 2))
+    pd.testing.assert_frame_equal(alone[RESULTS], helped[RESULTS])
 
 
 def test_processes_share_the_rows_of_a_step():
@@ -468,9 +489,9 @@ def test_changed_text_is_not_mixed_into_a_run(tiny, monkeypatch, tmp_path):
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_checkpoint(tiny, monkeypatch):
     forward, calls = LanguageModelLoss.forward, []
 
-    def broken(self, input_ids):
+    def broken(self, *batch):
         calls.append(1)
-        return forward(self, input_ids) * (float("nan") if len(calls) == 7 else 1.0)
+        return forward(self, *batch) * (float("nan") if len(calls) == 7 else 1.0)
 
     monkeypatch.setattr(LanguageModelLoss, "forward", broken)
     with pytest.raises(FloatingPointError, match="The loss of step 7 is nan.*checkpoint-00000006"):

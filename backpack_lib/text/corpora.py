@@ -418,13 +418,16 @@ def _load_blocks(folder: Path, corpus: Corpus, block_size: int, valid_fraction: 
 
 def stream_blocks(stream, tokenizer, block_size: int, valid_fraction: float):
     """Blocks of a stream's training documents, made as they are asked for; what is left of every 1000 is dropped."""
+    settings = {"tokenizer": tokenizer, "block_size": block_size, "valid_fraction": valid_fraction}
+    return stream.map(
+        _to_blocks, batched=True, batch_size=1000, remove_columns=stream.column_names, fn_kwargs=settings
+    )
 
-    def to_blocks(rows: dict) -> dict:
-        texts = [text for text in rows["text"] if text.strip() and not is_validation(text, valid_fraction)]
-        blocks = list(pack(tokenize(texts, tokenizer), block_size))
-        return {"input_ids": [block.astype(np.int64) for part in blocks for block in part]}
 
-    return stream.map(to_blocks, batched=True, batch_size=1000, remove_columns=stream.column_names)
+def _to_blocks(rows: dict, tokenizer, block_size: int, valid_fraction: float) -> dict:
+    texts = [text for text in rows["text"] if text.strip() and not is_validation(text, valid_fraction)]
+    blocks = pack(tokenize(texts, tokenizer), block_size)
+    return {"input_ids": [block.astype(np.int64) for part in blocks for block in part]}
 
 
 def planted_floor(tokenizer, valid_texts: Iterable[str]) -> float:

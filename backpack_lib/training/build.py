@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import warnings
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -14,8 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, get_scheduler
 
 from backpack_lib.loading import load_model, load_tokenizer_of, pick_device
 from backpack_lib.model.backpack import BackpackConfig, BackpackLMHeadModel
-from backpack_lib.training.batches import ShuffledBatches, StreamedBatches
-from backpack_lib.training.config import PRECISIONS, SCHEDULES, TrainingConfig
+from backpack_lib.training.batches import ShuffledBatches, StreamedBatches, make_batch
+from backpack_lib.training.config import AUTO, PRECISIONS, SCHEDULES, TrainingConfig
 
 HIDDEN_MATRIX = re.compile(r"\.(attn|mlp)\.c_\w+\.weight$|final_mlp\.c_fc\.weight$|sense_weight_net")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -144,7 +145,14 @@ def make_scheduler(optimizer, config: TrainingConfig):
 
 
 def make_batches(config: TrainingConfig, blocks, accelerator: Accelerator):
-    rank = {"process": accelerator.process_index, "processes": accelerator.num_processes}
+    on_gpu = accelerator.device.type == "cuda"
+    settings = {
+        "process": accelerator.process_index,
+        "processes": accelerator.num_processes,
+        "num_workers": (2 if on_gpu else 0) if config.workers == AUTO else config.workers,
+        "pin_memory": on_gpu,
+        "collate_fn": partial(make_batch, padded=config.compile),
+    }
     if hasattr(blocks.train, "__len__"):
-        return ShuffledBatches(blocks.train, config.batch_size, config.accumulate, config.seed, **rank)
-    return StreamedBatches(blocks.train, config.batch_size, config.accumulate, **rank)
+        return ShuffledBatches(blocks.train, config.batch_size, config.accumulate, config.seed, **settings)
+    return StreamedBatches(blocks.train, config.batch_size, config.accumulate, **settings)

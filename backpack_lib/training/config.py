@@ -28,7 +28,8 @@ AT_LEAST_ONE = (
     *("steps", "eval_every", "save_every", "eval_blocks"),
 )
 # What may change between a run's start and its resumption without changing its result.
-HOW_NOT_WHAT = ("out", "device", "compile", "save_every", "keep_models")
+HOW_NOT_WHAT = ("out", "device", "compile", "save_every", "keep_models", "workers")
+AUTO = -1
 
 
 def option(default, help: str):
@@ -69,6 +70,7 @@ class TrainingConfig:
     precision: str = option("auto", "'fp32', 'bf16' or 'fp16'; 'auto': bf16 on a GPU that has it, else fp32")
     device: str = option("auto", "'cpu', 'cuda' or 'mps'; 'auto': a CUDA GPU where there is one, else the CPU")
     compile: bool = option(False, "use torch.compile")
+    workers: int = option(AUTO, "processes that prepare batches ahead (of a stream always 1); -1: 2 for a GPU, else 0")
     seed: int = option(0, "of the weights, the order of the data and dropout")
     eval_every: int = option(100, "steps between evaluations")
     save_every: int = option(500, "steps between checkpoints")
@@ -89,6 +91,8 @@ class TrainingConfig:
         for name in AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is out of range; it must be at least 1.")
+        if self.workers < AUTO:
+            raise ValueError(f"workers={self.workers} is out of range; it must be at least 0, or {AUTO}.")
         if self.block_size < 2:
             raise ValueError(f"block_size={self.block_size} is too short; a token needs one before it: at least 2.")
         for name in ("learning_rate", "clip"):

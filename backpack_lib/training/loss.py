@@ -7,25 +7,27 @@ loss is a mean, its gradient is known as soon as the logits are, so nothing is c
 import torch
 from torch import nn
 
-from backpack_lib.model.backpack import BackpackLMHeadModel, distinct_tokens
+from backpack_lib.model.backpack import BackpackLMHeadModel
 
 # Logits held at once. On a CPU they should stay in its cache; a GPU wants large products.
 LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**28}
 
 
 class LanguageModelLoss(nn.Module):
-    """Mean nats per token of a model from `train` on some sequences: (B, T) -> scalar; equals its own `loss`."""
+    """Mean nats per token of a model from `train` on some sequences: (B, T) -> scalar; equals its own `loss`.
+
+    tokens, inverse: the distinct tokens of `input_ids`, if they are known; see `distinct_tokens`.
+    """
 
     def __init__(self, model):
         super().__init__()
         self.model = model
         self._no_split_modules = model._no_split_modules  # asked for if the model is divided among processes
 
-    def forward(self, input_ids):
+    def forward(self, input_ids, tokens=None, inverse=None):
         given = {}
-        if isinstance(self.model, BackpackLMHeadModel):
-            # Found here, at the start, so that all that follows can be compiled in one piece.
-            given["distinct"] = distinct_tokens(input_ids, padded=torch.compiler.is_compiling())
+        if isinstance(self.model, BackpackLMHeadModel) and tokens is not None:
+            given["distinct"] = tokens, inverse
         hidden = self.model.base_model(input_ids, use_cache=False, **given).last_hidden_state[:, :-1]
         return linear_cross_entropy(hidden.flatten(0, 1), self.model.lm_head.weight, input_ids[:, 1:].flatten())
 

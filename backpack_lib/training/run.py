@@ -23,11 +23,13 @@ import os
 import signal
 import threading
 import time
+from itertools import islice
 
 import torch
 from accelerate.utils import set_seed
 
 from backpack_lib.files import locked_folder
+from backpack_lib.training.batches import Batch, make_batch
 from backpack_lib.training.build import (
     keep_freed_memory,
     make_accelerator,
@@ -99,10 +101,8 @@ class Run:
     def to_the_end(self):
         config, clock = self.config, Clock(self.tokens())
         with Interrupts() as interrupts, make_progress(self, self.accelerator.is_main_process) as progress:
-            for batch in self.batches.steps_from(self.step):
-                if self.step == config.steps:
-                    break
-                self.train_one_step(batch)
+            for step in islice(self.batches.steps_from(self.step), config.steps - self.step):
+                self.train_one_step(step)
                 last = self.step == config.steps
                 evaluating, saving = (last or self.step % n == 0 for n in (config.eval_every, config.save_every))
                 stopping = self.any_process(interrupts.seen)
@@ -123,15 +123,15 @@ class Run:
                     )
         self.finish()
 
-    def train_one_step(self, batch: list[torch.Tensor]):
-        """One optimiser step on `accumulate` batches (batch_size, T)."""
+    def train_one_step(self, step: list[Batch]):
+        """One optimiser step on `accumulate` batches. Nothing in it has a GPU waited for."""
         self.loss.train()
         total = 0.0
-        for number, rows in enumerate(batch, start=1):
+        for number, batch in enumerate(step, start=1):
             # Gradients of several processes are averaged once, with the last batch.
-            together = contextlib.nullcontext() if number == len(batch) else self.accelerator.no_sync(self.loss)
+            together = contextlib.nullcontext() if number == len(step) else self.accelerator.no_sync(self.loss)
             with together:
-                loss = self.loss(self.on_device(rows)) / len(batch)
+                loss = self.loss(*batch.to(self.accelerator.device)) / len(step)
                 self.accelerator.backward(loss)
             total = total + loss.detach()
         self.accelerator.clip_grad_norm_(self.loss.parameters(), self.config.clip)
@@ -141,9 +141,6 @@ class Run:
             optimizer.zero_grad()
         self.unread.append(total)
         self.step += 1
-
-    def on_device(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows.to(self.accelerator.device, non_blocking=True)
 
     @torch.no_grad()
     def evaluate(self) -> float:
@@ -157,8 +154,9 @@ class Run:
         for start in range(0, most, self.config.batch_size):
             numbers = list(mine[start : start + self.config.batch_size])
             # A process that has none left goes along: a model that is divided among processes works in all or in none.
-            rows = self.blocks.valid[numbers or [0]]["input_ids"]
-            total[0] += self.loss(self.on_device(rows)) * len(numbers)
+            rows = self.blocks.valid.select(numbers or [0])
+            batch = make_batch(rows, padded=self.config.compile)
+            total[0] += self.loss(*batch.to(self.accelerator.device)) * len(numbers)
             total[1] += len(numbers)
         nats, count = self.accelerator.reduce(total, "sum").tolist()
         return nats / count
