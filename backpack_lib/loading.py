@@ -16,7 +16,7 @@ from transformers.utils import logging
 from backpack_lib.files import data_folder, first_line, runs_folder
 from backpack_lib.hub import reaching_hub
 from backpack_lib.model.backpack import GPT2_TOKENS, BackpackLMHeadModel, from_released_format
-from backpack_lib.model.kinds import require_transformer
+from backpack_lib.model.kinds import require_transformer, suppress_unused_rows
 from backpack_lib.text.corpora import PLANTED
 from backpack_lib.text.tokenizers import load_tokenizer
 
@@ -41,8 +41,9 @@ def load(name, device: str | torch.device = "cpu", dtype: torch.dtype = torch.fl
     """
     device = pick_device(device)
     model, tokenizer = load_model(name, dtype).to(device), load_tokenizer_of(name)
-    if isinstance(model, BackpackLMHeadModel) and model.config.vocab_size > len(tokenizer):
+    if model.config.vocab_size > len(tokenizer):
         model.config.used_vocab_size = len(tokenizer)
+        suppress_unused_rows(model)
     return model, tokenizer
 
 

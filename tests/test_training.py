@@ -1,5 +1,6 @@
 """Training promises: the same result however often it is interrupted, and nothing half-written."""
 
+import multiprocessing
 import os
 import re
 import signal
@@ -14,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers import ROOT, random_ids
-from transformers import GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from backpack_lib import BackpackLMHeadModel, TrainingConfig, load, train
 from backpack_lib.files import locked_folder
@@ -381,7 +382,8 @@ def test_killed_at_any_moment_it_ends_with_the_same_weights(tiny):
 
 
 @pytest.mark.slow
-def test_an_interrupt_saves_and_stops_and_the_run_goes_on(tiny, monkeypatch):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_interrupt_saves_and_stops_and_the_run_goes_on(tiny, monkeypatch, workers):
     whole = replace(tiny, out=tiny.out + "-whole")
     train(whole)
 
@@ -389,13 +391,14 @@ def test_an_interrupt_saves_and_stops_and_the_run_goes_on(tiny, monkeypatch):
 
     def interrupted_step(self, batch):
         step(self, batch)
-        if self.step == 5:
-            os.kill(os.getpid(), signal.SIGINT)
+        if self.step == 5:  # a terminal interrupts the workers as well, which go on
+            for process in (*multiprocessing.active_children(), multiprocessing.current_process()):
+                os.kill(process.pid, signal.SIGINT)
 
     monkeypatch.setattr(Run, "train_one_step", interrupted_step)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt, match="Stopped after step 5, which is saved"):
-        train(tiny)
+        train(replace(tiny, workers=workers))
     assert signal.getsignal(signal.SIGINT) is before
     assert [name for name in os.listdir(tiny.out) if name.startswith("checkpoint")] == ["checkpoint-00000005"]
     monkeypatch.undo()
@@ -626,3 +629,23 @@ def test_load_knows_which_rows_of_the_vocabulary_are_tokens(tiny):
     model.resize_token_embeddings(len(tokenizer) + 9)
     model.save_pretrained(folder)
     assert load(folder)[0].config.used_vocab_size == len(tokenizer)
+
+
+@pytest.mark.parametrize("architecture", ["backpack", "transformer"])
+def test_a_large_vocabulary_has_rows_for_a_gpu_which_are_never_generated(tiny, architecture, monkeypatch):
+    monkeypatch.setattr("backpack_lib.training.build.LARGE_VOCABULARY", 1)
+    train(replace(tiny, architecture=architecture))
+    model, tokenizer = load(f"{tiny.out}/model")
+    used = len(tokenizer)
+    assert used % 64 and model.config.vocab_size == -(-used // 64) * 64 and model.config.used_vocab_size == used
+    for net in (model, AutoModelForCausalLM.from_pretrained(f"{tiny.out}/model")):
+        with torch.no_grad():
+            net.get_output_embeddings().weight[used:] *= 1000  # so that they would be chosen
+        ids = torch.tensor([[tokenizer.eos_token_id, 5, 6]] * 16)
+        assert net.generate(ids, do_sample=True, max_new_tokens=8, eos_token_id=None).max() < used
+
+
+def test_a_small_vocabulary_has_a_row_a_token(tiny):
+    train(tiny)
+    model, tokenizer = load(f"{tiny.out}/model")
+    assert model.config.vocab_size == len(tokenizer)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, set_seed
 
-from backpack_lib.model.kinds import require_transformer
+from backpack_lib.model.kinds import require_transformer, used_tokens
 from backpack_lib.text.words import tokens_of_word
 from backpack_lib.text.writing import prompts_of_texts
 
@@ -67,8 +67,8 @@ def generate(
         logits, plain = _read(model, last, mask, plain)
         past, norms = perturbed(model, last, mask, past, bag, logits.softmax(-1), norms, settings)
         steered, past = _read(model, last, mask, past)
-        token = torch.multinomial(mixed(steered, logits, settings.gm_scale, settings.temperature), 1)
-        token[done] = tokenizer.eos_token_id
+        chances = mixed(steered, logits, settings.gm_scale, settings.temperature)[:, used_tokens(model)]
+        token = torch.multinomial(chances, 1).masked_fill(done[:, None], tokenizer.eos_token_id)
         done |= token[:, 0] == tokenizer.eos_token_id
         ids, mask = torch.cat([ids, token], 1), torch.cat([mask, torch.ones_like(token)], 1)
         if done.all():

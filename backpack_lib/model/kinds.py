@@ -37,3 +37,10 @@ def is_index(number, size: int) -> bool:
 def used_tokens(model) -> torch.Tensor:
     """The ids of the vocabulary's rows that stand for a token."""
     return torch.arange(getattr(model.config, "used_vocab_size", None) or model.config.vocab_size, device=model.device)
+
+
+def suppress_unused_rows(model):
+    """Has `generate()` never pick a row of the vocabulary that stands for no token, which a Backpack does by itself."""
+    used, rows = getattr(model.config, "used_vocab_size", None), model.config.vocab_size
+    if not has_senses(model) and used not in (None, rows):
+        model.generation_config.suppress_tokens = list(range(used, rows))

@@ -15,10 +15,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, get_scheduler
 
 from backpack_lib.loading import load_model, load_tokenizer_of, pick_device
 from backpack_lib.model.backpack import BackpackConfig, BackpackLMHeadModel
+from backpack_lib.model.kinds import suppress_unused_rows
 from backpack_lib.training.batches import ShuffledBatches, StreamedBatches, make_batch
 from backpack_lib.training.config import AUTO, PRECISIONS, SCHEDULES, TrainingConfig
 
 HIDDEN_MATRIX = re.compile(r"\.(attn|mlp)\.c_\w+\.weight$|final_mlp\.c_fc\.weight$|sense_weight_net")
+# Rows of a large vocabulary are a multiple of this, as a GPU's products want them; a small one would gain nothing.
+VOCABULARY_MULTIPLE, LARGE_VOCABULARY = 64, 10_000
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -94,7 +97,8 @@ def make_model(config: TrainingConfig, tokenizer):
             )
         return model
     trunk = dict(
-        vocab_size=len(tokenizer),
+        vocab_size=padded_vocabulary(len(tokenizer)),
+        used_vocab_size=len(tokenizer),
         n_positions=config.block_size,
         n_embd=config.n_embd,
         n_layer=config.n_layer,
@@ -108,7 +112,13 @@ def make_model(config: TrainingConfig, tokenizer):
     else:
         model = GPT2LMHeadModel(GPT2Config(**trunk))
     model.generation_config.pad_token_id = tokenizer.eos_token_id
+    suppress_unused_rows(model)
     return model
+
+
+def padded_vocabulary(tokens: int) -> int:
+    """How many rows the embeddings of so many tokens have."""
+    return tokens if tokens < LARGE_VOCABULARY else -(-tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def make_optimizers(model, config: TrainingConfig, device: torch.device) -> list[torch.optim.Optimizer]:
