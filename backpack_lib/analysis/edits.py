@@ -17,7 +17,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
 
@@ -58,23 +58,38 @@ class Edit:
 
     def __call__(self, token_ids: torch.Tensor, senses: torch.Tensor) -> torch.Tensor:
         """Edited sense vectors of tokens. (n,), (n, k, d) -> (n, k, d)"""
-        rows = torch.arange(len(token_ids), device=senses.device)
-        if self.tokens is not None:
-            rows = rows[torch.isin(token_ids, self.tokens.to(token_ids.device))]
-            if not len(rows):
-                return senses
-        columns = torch.arange(senses.shape[1]) if self.senses is None else self.senses
-        index = rows[:, None], columns.to(senses.device)
-        old = senses[index]
+        if self.tokens is None:
+            return self._of_all(token_ids, senses)
+        here = _is_among(token_ids, self.tokens)
+        if senses.device.type != "cpu":  # it would have to be waited for, to know how many there are
+            return torch.where(here[:, None, None], self._of_all(token_ids, senses), senses)
+        rows = here.nonzero()[:, 0]
+        return senses.index_put((rows,), self._of_all(token_ids[rows], senses[rows])) if len(rows) else senses
+
+    def _of_all(self, token_ids: torch.Tensor, senses: torch.Tensor) -> torch.Tensor:
+        """The same, as if the edit were for all tokens."""
+        old = senses if self.senses is None else senses[:, self.senses]
         new = self.by * old
         if self.factors is not None:
-            factors = self.factors.to(senses.device)[token_ids[rows][:, None], index[1]]
-            new = new * factors.to(old)[..., None]
+            factors = self.factors[token_ids]
+            new = new * (factors if self.senses is None else factors[:, self.senses]).to(old)[..., None]
         if self.read is not None:
             new = new + (old @ self.read.to(old))[..., None] * self.write.to(old)
         if self.plus is not None:
             new = new + self.plus.to(old)
-        return senses.index_put(index, new)
+        return new if self.senses is None else senses.index_copy(1, self.senses, new.to(senses))
+
+    def on(self, device: torch.device) -> "Edit":
+        """The same edit, its tensors on a device."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+
+
+def _is_among(token_ids: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Which of some tokens are among others, (n,); unlike `torch.isin`, this never has a GPU waited for."""
+    tokens = tokens.sort().values
+    place = torch.searchsorted(tokens, token_ids).clamp(max=len(tokens) - 1)
+    return tokens[place] == token_ids
 
 
 class SenseEdits:
@@ -185,7 +200,7 @@ class SenseEdits:
         model = self.model if model is None else model
         if model is not self.model:
             check_fit(model, probe(self.model))
-        edits = tuple(self._edits)  # as they are now
+        edits = tuple(edit.on(model.device) for edit in self._edits)  # as they are now
 
         def patch(token_ids, senses):
             for edit in edits:

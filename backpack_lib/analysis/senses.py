@@ -34,9 +34,8 @@ def senses_of_words(model, tokenizer, words: list[str], multi_token: str | int =
 
 def vectors_of_tokens(model, token_ids: torch.Tensor) -> torch.Tensor:
     """Sense vectors of tokens, (n, k, d); of a Transformer, its input embeddings, (n, 1, d)."""
-    if has_senses(model):
-        return model.sense_vectors(token_ids)
-    return model.get_input_embeddings()(token_ids)[:, None]
+    token_ids = token_ids.to(model.device)
+    return model.sense_vectors(token_ids) if has_senses(model) else model.get_input_embeddings()(token_ids)[:, None]
 
 
 @torch.no_grad()

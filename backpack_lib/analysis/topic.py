@@ -46,13 +46,14 @@ class LargestPushes:
         self.values = torch.ones(size, device=model.device)
         self.known = torch.ones(size[0], dtype=torch.bool, device=model.device)
         self.known[used_tokens(model)] = False
+        self.complete = False  # whether all of them are known
         self.listed, self.sampled = (_evenly(used_tokens(model), n) for n in (LISTED, SAMPLED))
         if model.device.type != "cpu":  # there all of them take a moment, and asking which are known would take longer
-            self(used_tokens(model))
+            self.find_all()
 
-    @property
-    def complete(self) -> bool:
-        return bool(self.known.all())
+    def find_all(self):
+        self(used_tokens(self.model))
+        self.complete = True
 
     @cached_property
     @torch.no_grad()
@@ -63,6 +64,8 @@ class LargestPushes:
     @torch.no_grad()
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """(n,) -> (n, k)"""
+        if self.complete:
+            return self.values[ids]
         new = ids[~self.known[ids]].unique()
         E = self.model.get_output_embeddings().weight[used_tokens(self.model)]
         for part in new.split(TOKENS_AT_ONCE):
@@ -101,10 +104,11 @@ class TopicControl:
         self.direction = topic_direction(model, tokenizer, self.words, multi_token)
         self.largest = LargestPushes(model) if largest is None else largest
         self._scores = torch.zeros_like(self.largest.values)
-        self._known = torch.zeros_like(self.largest.known)
+        self._known, self._complete = torch.zeros_like(self.largest.known), False
         tokens = used_tokens(model)
         if self.largest.complete or len(tokens) <= SAMPLED:
             self.thresholds = torch.quantile(self.scores_of(tokens), self._scores.new_tensor(QUANTILES))
+            self._complete = True
         else:
             self.thresholds = estimated_quantiles(self)
 
@@ -117,6 +121,8 @@ class TopicControl:
     @torch.no_grad()
     def scores_of(self, ids: torch.Tensor) -> torch.Tensor:
         """How far each sense of some tokens pushes the topic, as a share of its largest push. (n,) -> (n, k)"""
+        if self._complete:
+            return self._scores[ids]
         for part in ids[~self._known[ids]].unique().split(TOKENS_AT_ONCE):
             self._scores[part] = own_senses(self.model, part).float() @ self.direction / self.largest(part)
             self._known[part] = True
@@ -127,7 +133,7 @@ class TopicControl:
         scores = self.scores_of(ids)
         factors = torch.full_like(scores, self.deltas[-1])
         for threshold, delta in zip(self.thresholds.flip(0), self.deltas[-2::-1]):  # the highest last
-            factors[scores > threshold] = delta
+            factors = torch.where(scores > threshold, delta, factors)
         return factors
 
     @property
@@ -208,7 +214,7 @@ def topic_direction(model, tokenizer, words: list[str], multi_token: str = "firs
 def largest_pushes(model) -> LargestPushes:
     """The largest push of each sense of all tokens. Takes V k V d multiplications; minutes at the released size."""
     found = LargestPushes(model)
-    found(used_tokens(model))
+    found.find_all()
     return found
 
 

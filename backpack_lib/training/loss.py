@@ -7,13 +7,36 @@ torch's own `F.linear_cross_entropy` does the same. In 2.13 it gives the loss of
 nats at 2,040 x 16,000 logits, under every one of its options (this one: .0002), and is no faster on a CPU.
 """
 
+from contextlib import contextmanager
+
 import torch
 from torch import nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from backpack_lib.model.backpack import BackpackLMHeadModel
 
 # Logits held at once. On a CPU they should stay in its cache; a GPU wants large products.
 LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**28}
+
+# Attention for which transformers makes no mask, since it knows of no function that would.
+WHOLE_ROWS = "causal over whole rows"
+AttentionInterface.register(WHOLE_ROWS, sdpa_attention_forward)
+
+
+@contextmanager
+def whole_rows(model):
+    """The model without padding: its attention is causal, and nothing else.
+
+    Otherwise transformers looks at each forward pass whether several texts share a row, for which a GPU has to be waited
+    for; and compiled it masks as if they did, so that no fast kernel for causal attention can be taken.
+    """
+    config, before = model.config, model.config._attn_implementation
+    config._attn_implementation = WHOLE_ROWS
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 class LanguageModelLoss(nn.Module):
@@ -31,7 +54,8 @@ class LanguageModelLoss(nn.Module):
         given = {}
         if isinstance(self.model, BackpackLMHeadModel) and tokens is not None:
             given["distinct"] = tokens, inverse
-        hidden = self.model.base_model(input_ids, use_cache=False, **given).last_hidden_state[:, :-1]
+        with whole_rows(self.model):
+            hidden = self.model.base_model(input_ids, use_cache=False, **given).last_hidden_state[:, :-1]
         return linear_cross_entropy(hidden.flatten(0, 1), self.model.lm_head.weight, input_ids[:, 1:].flatten())
 
 
