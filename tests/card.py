@@ -52,6 +52,9 @@ class OnCard(torch.Tensor):
     def tolist(self):
         return self.cpu().tolist()
 
+    def __format__(self, how):
+        return format(self.cpu(), how)
+
     def __repr__(self):
         return f"OnCard({self.held})"
 

@@ -237,6 +237,15 @@ def test_a_transformers_scales_are_fitted_by_running_it():
         assert bias.bias_ratio(TRANSFORMER, TOKENIZER, ["nurse"], TEMPLATES) <= min(tried.values()) + 1e-6
 
 
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (-1.0, 3.0)])
+def test_scales_between_those_that_are_tried_are_interpolated_well(bounds, models, monkeypatch):
+    _, transformer, tokenizer = models
+    words, templates = ["nurse", "doctor", "guard", "baker"], ["At the farm, the {profession} hopes that"]
+    found = fit_scales(transformer, tokenizer, words, templates, bounds=bounds)
+    monkeypatch.setattr(bias, "TRIED", bias.GRID)
+    pd.testing.assert_series_equal(found, fit_scales(transformer, tokenizer, words, templates, bounds=bounds))
+
+
 def test_nullspace_takes_the_direction_out_of_the_professions_inputs_only():
     prompt = torch.tensor([ids_of_text(TOKENIZER, "the nurse says that")])
     E = TRANSFORMER.get_input_embeddings().weight.detach()

@@ -123,12 +123,13 @@ def test_the_nearest_words_are_nearest(model, monkeypatch):
     monkeypatch.setattr(senses, "TOKENS_AT_ONCE", 64)
     table = model.sense_vectors(torch.arange(model.config.vocab_size)).detach()
     directions = senses.sense_directions(model)
-    torch.testing.assert_close(directions, F.normalize(table, dim=-1).transpose(0, 1))
+    assert directions.dtype == torch.half
+    torch.testing.assert_close(directions.float(), F.normalize(table, dim=-1).transpose(0, 1), atol=1e-4, rtol=1e-3)
     ids, cosines = senses.neighbours(directions, table[12], n=5)
     for sense in range(4):
         slow = [F.cosine_similarity(table[12, sense], row, dim=0).item() for row in table[:, sense]]
-        assert ids[sense].tolist() == sorted(range(len(slow)), key=slow.__getitem__, reverse=True)[:5]
-        assert cosines[sense].tolist() == pytest.approx(sorted(slow, reverse=True)[:5], abs=1e-5)
+        assert [slow[token] for token in ids[sense]] == pytest.approx(sorted(slow, reverse=True)[:5], abs=2e-4)
+        assert cosines[sense].tolist() == pytest.approx(sorted(slow, reverse=True)[:5], abs=2e-4)
     assert (ids[:, 0] == 12).all()
 
 
@@ -144,7 +145,7 @@ def test_likeness_of_senses_is_the_mean_cosine_over_words(model):
     for a in range(4):
         for b in range(4):
             expected = F.cosine_similarity(table[:, a], table[:, b], dim=-1).mean().item()
-            assert found[a, b].item() == pytest.approx(expected, abs=1e-5)
+            assert found[a, b].item() == pytest.approx(expected, abs=2e-4)
 
 
 def test_centred_likeness_does_not_see_what_all_words_share():

@@ -104,7 +104,9 @@ def test_scores_of_few_tokens_are_those_of_all_and_are_not_touched_by_edits():
 
 
 @pytest.mark.slow
-def test_quantiles_from_a_sample_are_those_of_all_tokens():
+@pytest.mark.parametrize("large", [topic.LARGE, 0], ids=["as it is", "as a large model"])
+def test_quantiles_from_a_sample_are_those_of_all_tokens(large, monkeypatch):
+    monkeypatch.setattr(topic, "LARGE", large)
     model, tokenizer = load("demo")
     largest = topic.largest_pushes(model)
     for entry in json.loads((data_folder() / "topics.json").read_text()):
@@ -112,6 +114,22 @@ def test_quantiles_from_a_sample_are_those_of_all_tokens():
         scores = TopicControl(model, tokenizer, entry["steer"], largest=largest).scores
         for threshold, quantile in zip(sampled.thresholds, topic.QUANTILES):
             assert (scores <= threshold).float().mean().item() == pytest.approx(quantile, abs=0.002), entry["name"]
+
+
+def test_the_largest_pushes_of_all_tokens_are_kept_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setenv("BACKPACK_CACHE", str(tmp_path))
+    model = tiny_model(vocab_size=V, num_senses=2)
+    plain = topic.largest_pushes(model)
+    assert plain.complete and not list(tmp_path.iterdir())  # at once, and so not worth it
+    monkeypatch.setattr(topic, "WORTH_KEEPING", 0)
+    made = topic.largest_pushes(model)
+    assert len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(topic, "own_senses", None)
+    again = topic.largest_pushes(model)
+    assert made.values.equal(again.values) and again.complete and made.values.equal(plain.values)
+    monkeypatch.undo()
+    other = tiny_model(seed=1, vocab_size=V, num_senses=2)
+    assert not topic.largest_pushes(other).values.equal(made.values)
 
 
 # ---------------------------------------------------------------- generation

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
+from scipy.interpolate import CubicSpline
 
 from backpack_lib.analysis.edits import SenseEdits
 from backpack_lib.analysis.scores import next_log_probabilities, prompt_batches
@@ -28,7 +29,8 @@ from backpack_lib.text.words import known_tokens_of_word, spell, token_of_word
 
 SLOT = "{profession}"
 PAIR = ("he", "she")
-GRID = 41  # scales tried between the bounds
+GRID = 41  # scales between the bounds
+TRIED, APART = 11, 0.2  # at how many of them at least, and how far apart at most, a Transformer is run
 
 
 # ---------------------------------------------------------------- measuring
@@ -391,7 +393,8 @@ def fit_scales(
     """The scale of each profession at which its mean ratio over the templates is least, or one scale for all.
 
     For a Backpack what is scaled are `senses`, and the ratio at each scale is known without running the model again;
-    for a Transformer it is what `nullspace` takes away. Of scales that do equally well, the one nearest to 1 is taken.
+    for a Transformer it is what `nullspace` takes away, and the log-odds between the scales that are tried, which are
+    smooth, are interpolated. Of scales that do equally well, the one nearest to 1 is taken.
 
     Raises ValueError as `log_odds` does, for bounds that hold no number, and for a Backpack without senses to scale.
     """
@@ -408,10 +411,12 @@ def fit_scales(
         odds_at = [split.scaled(senses, scale) for scale in grid]
     else:
         prompts, tokens, odds_at = fill(tokenizer, professions, templates), tokens_of_pair(tokenizer, pair), []
-        for scale in grid:
+        tried = np.linspace(low, high, max(TRIED, math.ceil((high - low) / APART) + 1))
+        for scale in tried:
             with nullspace(model, tokenizer, professions, scale, pair):
                 odds = log_odds_after(model, tokenizer, prompts, tokens)
             odds_at.append(odds.reshape(len(professions), len(templates)))
+        odds_at = CubicSpline(tried, odds_at)(grid)
     ratios = np.exp(np.abs(np.array(odds_at))).mean(-1)  # (scales, P)
     best = np.full(len(professions), ratios.mean(1).argmin()) if shared else ratios.argmin(0)
     return pd.Series(grid[best], index=pd.Index(professions, name="profession"), name="scale")

@@ -40,7 +40,9 @@ class Explanations:
 
     def features(self, E: torch.Tensor) -> torch.Tensor:
         """What a simulator sees: the mean embedding of the words up, and of those down, (tokens, k, 2 d)."""
-        return torch.cat([E[self.up].mean(-2), E[self.down].mean(-2)], -1)
+        words = (self.up.flatten(0, 1), self.down.flatten(0, 1))
+        means = [F.embedding_bag(of, E, mode="mean").view(*self.up.shape[:2], -1) for of in words]
+        return torch.cat(means, -1)
 
     def rows(self, numbers) -> "Explanations":
         """Those of some of the tokens."""

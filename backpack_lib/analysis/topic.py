@@ -15,8 +15,12 @@ from copy import copy
 from functools import cached_property
 
 import torch
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
 
 from backpack_lib.analysis.edits import SenseEdits
+from backpack_lib.files import cache_folder, written_whole
+from backpack_lib.loading import fingerprint
 from backpack_lib.model.hooks import hooked
 from backpack_lib.model.kinds import require_senses, used_tokens
 from backpack_lib.text.words import known_tokens_of_word
@@ -27,6 +31,8 @@ QUANTILES = (0.95, 0.80, 0.60)
 STRENGTHS = {0: (1.0, 1.0, 1.0, 1.0), 1: (1.5, 1.5, 1.3, 1.0), 2: (2.2, 2.2, 1.5, 1.0), 3: (3.3, 3.3, 3.0, 1.0)}
 TOKENS_AT_ONCE, LISTED_AT_ONCE = 32, 2048
 SAMPLED, LISTED = 2000, 16_000  # tokens whose scores, and whose numerators, say where the quantiles lie
+LARGE = 2**28  # numbers in all senses of a vocabulary; the released model's are 618 million
+WORTH_KEEPING = 2**39  # multiplications, some seconds of two cores
 READINESS = 6.0  # a sense that has said nothing yet is sigmoid(6) = 99.8 % on
 GREATEST_RELEASE = 7.5  # the rate of release is the greatest delta divided by this, as in the paper's code
 GROWTH = 100  # positions over which a factor grows by as much as it is
@@ -57,9 +63,23 @@ class LargestPushes:
 
     @cached_property
     @torch.no_grad()
-    def senses(self) -> torch.Tensor:
-        """Sense vectors of the listed tokens, in half precision, (n, k, d)."""
-        return torch.cat([own_senses(self.model, ids).half() for ids in self.listed.split(LISTED_AT_ONCE)])
+    def sample(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sense vectors of the sampled tokens, (n, k, d), and their largest pushes, (n, k)."""
+        senses = torch.cat([own_senses(self.model, ids).float() for ids in self.sampled.split(LISTED_AT_ONCE)])
+        if not in_bf16(self.model):
+            return senses, self(self.sampled)
+        E = self.model.get_output_embeddings().weight[used_tokens(self.model)].bfloat16()
+        rows = senses.flatten(0, 1).bfloat16().split(LISTED_AT_ONCE)
+        return senses, torch.cat([(part @ E.T).amax(-1) for part in rows]).view(senses.shape[:2]).float()
+
+    @cached_property
+    @torch.no_grad()
+    def list(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sense vectors of the listed tokens, in half precision, (n, k, d), and their lengths, (n, k)."""
+        faster = torch.autocast(self.model.device.type, torch.bfloat16, enabled=in_bf16(self.model))
+        with faster:
+            parts = [own_senses(self.model, ids) for ids in self.listed.split(LISTED_AT_ONCE)]
+        return torch.cat([part.half() for part in parts]), torch.cat([part.float().norm(dim=-1) for part in parts])
 
     @torch.no_grad()
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
@@ -212,9 +232,22 @@ def topic_direction(model, tokenizer, words: list[str], multi_token: str = "firs
 
 
 def largest_pushes(model) -> LargestPushes:
-    """The largest push of each sense of all tokens. Takes V k V d multiplications; minutes at the released size."""
-    found = LargestPushes(model)
-    found.find_all()
+    """The largest push of each sense of all tokens, V k V d multiplications: minutes at the released size, with a bar.
+
+    Those of a model that takes long are kept in the cache folder by its weights' fingerprint.
+    """
+    found, tokens = LargestPushes(model), used_tokens(model)
+    if found.complete or len(tokens) ** 2 * found.values.shape[1] * model.config.n_embd < WORTH_KEEPING:
+        found.find_all()
+        return found
+    file = cache_folder() / f"largest-pushes-{fingerprint(model)}.safetensors"
+    if not file.is_file():
+        for part in tqdm(tokens.split(LISTED_AT_ONCE), desc="largest pushes", leave=False):
+            found(part)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(file) as building:
+            save_file({"largest pushes": found.values.cpu()}, building)
+    found.values, found.complete = load_file(file)["largest pushes"].to(model.device), True
     return found
 
 
@@ -226,14 +259,12 @@ def estimated_quantiles(control: TopicControl) -> torch.Tensor:
     and the sense's length, and the share of scores up to a threshold is that of the guesses, corrected by how far
     guesses and scores differ in a sample. On the demo model's topics the level of a quantile is off by .0006.
     """
-    largest, sampled = control.largest, control.largest.sampled
-    scores = control.scores_of(sampled)
-    senses = own_senses(control.model, sampled).float()
-    length = senses.norm(dim=-1)
-    rate = (largest(sampled) / length).mean(0)
-    in_sample = (senses @ control.direction) / (length * rate)
-    parts = [part.float() for part in largest.senses.split(LISTED_AT_ONCE)]
-    in_list = torch.cat([(part @ control.direction) / (part.norm(dim=-1) * rate) for part in parts])
+    (senses, most), (listed, lengths) = control.largest.sample, control.largest.list
+    pushed, length = senses @ control.direction, senses.norm(dim=-1)
+    scores, rate = pushed / most, (most / length).mean(0)
+    in_sample = pushed / (length * rate)
+    parts = zip(listed.split(LISTED_AT_ONCE), lengths.split(LISTED_AT_ONCE))
+    in_list = torch.cat([(part.float() @ control.direction) / (length * rate) for part, length in parts])
 
     thresholds = scores.flatten().sort().values
     levels = share_up_to(thresholds, in_list) + share_up_to(thresholds, scores) - share_up_to(thresholds, in_sample)
@@ -245,6 +276,12 @@ def estimated_quantiles(control: TopicControl) -> torch.Tensor:
 def share_up_to(thresholds: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """The share of the values that do not exceed each threshold."""
     return torch.searchsorted(values.flatten().sort().values, thresholds, right=True) / values.numel()
+
+
+def in_bf16(model) -> bool:
+    """Whether what is only estimated is computed in bf16: of a large model, by a CPU that does it faster than in float32."""
+    size = model.config.vocab_size * model.config.num_senses * model.config.n_embd
+    return model.device.type == "cpu" and size > LARGE and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _evenly(ids: torch.Tensor, n: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from backpack_lib.analysis import pplm
 from backpack_lib.analysis.statistics import p_value
-from backpack_lib.analysis.topic import TopicControl, deltas_of, released
+from backpack_lib.analysis.topic import TopicControl, deltas_of, largest_pushes, released
 from backpack_lib.files import data_folder
 from backpack_lib.lessons.exercises import check_choice, check_function, check_number
 from backpack_lib.lessons.opening import PLANTED, Lesson
@@ -63,6 +63,7 @@ def open_study(
     lesson: Lesson, model: str, baseline: str = "", topics: list[str] = (), words: str = "", strength: int = 2,
     strengths: list[int] = (), pplm_steps: list[float] = (), samples: int = 16, tokens: int = 50, trials: int = 6,
     prompt: str = "", judge: str = WORDS, reference: str = "", seed: int = 0,
+    exact: bool = False,
 ) -> tuple[TopicStudy, dict]:  # fmt: skip
     """The study that a notebook's parameters describe, and the topic of its examples.
 
@@ -97,7 +98,7 @@ def open_study(
     study = TopicStudy(
         lesson.model, transformer, lesson.tokenizer, [known[name] for name in wanted], judge_of,
         beginnings(lesson, prompt, seed), lesson.folder, tuple(sorted({strength, *strengths})), tuple(pplm_steps),
-        samples, min(tokens, room), trials, seed, judge,
+        samples, min(tokens, room), trials, seed, judge, largest_pushes(lesson.model) if exact else None,
     )  # fmt: skip
     return study, known[lesson.example.topic] | ({"steer": words.split()} if words.split() else {})
 
@@ -189,7 +190,7 @@ def check_narrow_control(answer, study: TopicStudy, steer: list[str]) -> str:
         return f"Not yet: it should steer toward {', '.join(steer)}."
     if answer.annealing:
         return "Not yet: this one anneals."
-    ids = study.largest.sampled
+    ids = study.largest.sampled[::10]
     high, found = answer.scores_of(ids) > answer.thresholds[0], answer.factors_of(ids)
     if not (found[high] == 4).all():
         return "Not yet: the senses above the highest threshold should be multiplied by 4."
