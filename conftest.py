@@ -40,7 +40,7 @@ hypothesis.settings.register_profile("drawn", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("same")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shared():
     if not SHARED.is_dir():
         pytest.skip(f"reference files are not on this machine ({SHARED})")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import tiny_model
 
+from backpack_lib.analysis import scores
 from backpack_lib.analysis.scores import bits_per_byte, blimp_accuracy, log_probabilities, read_blimp
 from backpack_lib.text import planted
 from backpack_lib.text.tokenizers import train_tokenizer
@@ -98,3 +99,17 @@ def test_evaluation_builds_no_cache(model, tokenizer, monkeypatch):
     monkeypatch.setattr("backpack_lib.model.backpack.DynamicCache", None)  # whoever makes one fails
     assert bits_per_byte(model, tokenizer, ["The nurse says."]) > 0
     assert len(log_probabilities(model, tokenizer, ["The nurse says.", "The concert."])) == 2
+
+
+@pytest.mark.parametrize("room", [5, 12, 40, 1000])
+def test_as_many_texts_are_read_at_once_as_fit_the_memory(model, tokenizer, room, monkeypatch):
+    rows, short = [list(range(n)) for n in (3, 3, 9, 1, 1, 1, 20, 2)], [text[:40] for text in TEXTS[:6]]
+    expected = log_probabilities(model, tokenizer, short)
+    monkeypatch.setitem(scores.MEMORY, "cpu", room * 400 * 4)
+    parts = list(scores.fitting(model, rows))
+    assert sum(parts, []) == rows
+    for part, following in zip(parts, [*parts[1:], None]):
+        assert len(part) == 1 or len(part) * max(map(len, part)) <= room
+        if following is not None:  # one more would not have fitted
+            assert (len(part) + 1) * max(map(len, [*part, following[0]])) > room
+    torch.testing.assert_close(log_probabilities(model, tokenizer, short), expected)

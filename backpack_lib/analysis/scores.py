@@ -1,7 +1,7 @@
 """How well a model knows a language: bits per byte, and BLiMP's minimal pairs (Warstadt et al., 2020)."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +12,9 @@ from backpack_lib.files import first_line
 from backpack_lib.hub import reaching_hub
 from backpack_lib.text.writing import ids_of_text, pad_rows
 
-WINDOWS_AT_ONCE, ROWS_AT_ONCE, SENTENCES_AT_ONCE, PROMPTS_AT_ONCE = 8, 8, 128, 64
+# Bytes that the logits of the texts which are read at once may take, in float32.
+MEMORY = {"cpu": 2**28, "cuda": 2**33}
+PROMPTS_AT_ONCE = 64  # of which only the last token's logits are made
 
 
 @torch.inference_mode()
@@ -30,7 +32,7 @@ def bits_per_byte(model, tokenizer, texts: Iterable[str]) -> float:
     if not n_bytes:
         raise ValueError("There is no text to measure; give at least one that is not empty.")
     windows.sort(key=lambda window: len(window[0]))
-    for part in parts(windows, WINDOWS_AT_ONCE):
+    for part in fitting(model, windows, lambda window: len(window[0])):
         ids, mask = pad_rows([ids for ids, _ in part], tokenizer.eos_token_id)
         logits = model(ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
         for row, (tokens, first) in zip(logits, part):
@@ -52,8 +54,8 @@ def _windows(ids: list[int], size: int) -> Iterator[tuple[list[int], int]]:
 def log_probabilities(model, tokenizer, sentences: list[str]) -> torch.Tensor:
     """Log-probability of each sentence, the sum over its tokens, (n,)."""
     found = []
-    for part in parts(sentences, SENTENCES_AT_ONCE):
-        ids, mask = pad_rows([ids_of_text(tokenizer, sentence) for sentence in part], tokenizer.eos_token_id)
+    for part in fitting(model, [ids_of_text(tokenizer, sentence) for sentence in sentences]):
+        ids, mask = pad_rows(part, tokenizer.eos_token_id)
         ids, mask = ids.to(model.device), mask.to(model.device)
         logits = model(ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
         nats = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
@@ -80,8 +82,8 @@ def prompt_batches(model, tokenizer, prompts: list[str]) -> Iterator[tuple[torch
 
 
 def batches(model, rows: list[list[int]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Rows of token ids, the shortest first, `ROWS_AT_ONCE` at a time: their ids and mask, (B, T), on the model's device."""
-    for part in parts(sorted(rows, key=len), ROWS_AT_ONCE):
+    """Rows of token ids, the shortest first, as many as fit: their ids and mask, (B, T), on the model's device."""
+    for part in fitting(model, sorted(rows, key=len)):
         ids, mask = pad_rows(part, 0)
         yield ids.to(model.device), mask.to(model.device)
 
@@ -109,6 +111,24 @@ def read_blimp(source: str) -> pd.DataFrame:
         raise ValueError(
             f"{source!r} is no folder, and BLiMP could not be loaded by that name: {first_line(error)}"
         ) from error
+
+
+def fitting(model, items: list, length: Callable = len) -> Iterator[list]:
+    """Texts in their order, as many at once as have logits that fit `MEMORY` when they are padded to the longest.
+
+    length: the tokens of a text.
+    """
+    memory = MEMORY.get(model.device.type, MEMORY["cpu"])
+    room = memory // (model.config.vocab_size * torch.float32.itemsize)  # tokens
+    part, longest = [], 0
+    for item in items:
+        longest = max(longest, length(item))
+        if part and (len(part) + 1) * longest > room:
+            yield part
+            part, longest = [], length(item)
+        part.append(item)
+    if part:
+        yield part
 
 
 def parts(items: list, size: int) -> Iterator[list]:
