@@ -52,6 +52,11 @@ class OnCard(torch.Tensor):
     def tolist(self):
         return self.cpu().tolist()
 
+    def __deepcopy__(self, known):
+        copied = OnCard(self.held.detach().clone())
+        copied = torch.nn.Parameter(copied, self.requires_grad) if isinstance(self, torch.nn.Parameter) else copied
+        return known.setdefault(id(self), copied)
+
     def __format__(self, how):
         return format(self.cpu(), how)
 
@@ -105,6 +110,8 @@ class Card(TorchDispatchMode):
         self.around.enter_context(patch.object(torch.cuda, "_lazy_init"))
         # In inference mode operations would come whole that are made of others.
         self.around.enter_context(patch.multiple(torch.inference_mode, __enter__=_begin_no_grad, __exit__=_end_no_grad))
+        self.around.enter_context(patch.object(torch.cuda, "is_available", lambda: True))
+        self.around.enter_context(patch.object(torch.nn.Module, "to", self._module_to))
         self.around.enter_context(_Functions())
         return super().__enter__()
 
@@ -112,20 +119,30 @@ class Card(TorchDispatchMode):
         super().__exit__(*error)
         self.around.close()
 
+    @property
+    def _module_to(self):
+        to = torch.nn.Module.to
+
+        def moved(module, *where, **named):
+            asked = next((w for w in where if isinstance(w, str | torch.device)), "cpu")
+            return self.move(module) if torch.device(asked).type == "cuda" else to(module, *where, **named)
+
+        return moved
+
     def move(self, what):
         """A tensor or a model of the CPU, on the card. (The model itself, whose shared weights stay shared.)"""
         if isinstance(what, torch.Tensor):
-            return OnCard(what)
+            return what if isinstance(what, OnCard) else OnCard(what)
         moved = {}
         for module in what.modules():
             for name, parameter in module._parameters.items():
-                if parameter is not None:
+                if parameter is not None and not isinstance(parameter, OnCard):
                     if id(parameter) not in moved:
                         made = torch.nn.Parameter(OnCard(parameter.data), parameter.requires_grad)
                         moved[id(parameter)] = parameter, made
                     module._parameters[name] = moved[id(parameter)][1]
             for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else OnCard(buffer)
+                module._buffers[name] = buffer if buffer is None or isinstance(buffer, OnCard) else OnCard(buffer)
         return what
 
     def __torch_dispatch__(self, function, types, arguments=(), named=None):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from card import CUDA, Card, OnCard
+from executing import execute, results_of
 from helpers import random_ids
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves
@@ -294,6 +295,23 @@ def test_a_device_that_is_forgotten_is_found(models, planted, monkeypatch):
     monkeypatch.setattr(module, planted, wrong)
     with Card() as card, pytest.raises(RuntimeError, match="on the same device, but found cuda:0 and cpu in .*, from "):
         in_parts(card.move(copy.deepcopy(models[0])), None, models[2])
+
+
+SHORT_RUNS = {
+    "00_tour": {},
+    "03_topic_control": {"topics": ["music"], "samples": 2, "tokens": 6, "trials": 1, "strengths": [], "pplm_steps": [0.1]},
+    "04_gender_bias": {"professions": ["nurse", "doctor", "guard", "baker", "cook", "judge"], "profession": "nurse"},
+    "05_knowledge": {"facts_measured": 2, "finetuned_facts": 1, "methods": ["senses", "all weights", "LoRA"]},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHORT_RUNS)
+def test_notebooks_go_through_on_the_card(name, tmp_path):
+    with Card():
+        made = execute(name, SHORT_RUNS[name] | {"model": "planted", "device": "cuda", "out": str(tmp_path)}, solved=True)
+    assert made.space["backpack"].device == CUDA and results_of(tmp_path)["headline"]
+    assert not [answer for answer in made.answers if str(answer).startswith("Not yet")]
 
 
 # ---------------------------------------------------------------- waiting
