@@ -25,6 +25,7 @@ from backpack_lib.analysis import (
 from backpack_lib.analysis.attribution import read
 from backpack_lib.analysis.topic import TopicControl, largest_pushes
 from backpack_lib.model import backpack as module
+from backpack_lib.model import mixing
 from backpack_lib.text.writing import continue_texts
 from backpack_lib.training.batches import make_batch
 from backpack_lib.training.build import make_optimizers, make_scheduler
@@ -295,6 +296,22 @@ def test_a_device_that_is_forgotten_is_found(models, planted, monkeypatch):
     monkeypatch.setattr(module, planted, wrong)
     with Card() as card, pytest.raises(RuntimeError, match="on the same device, but found cuda:0 and cpu in .*, from "):
         in_parts(card.move(copy.deepcopy(models[0])), None, models[2])
+
+
+def test_the_sum_in_blocks_mixes_no_devices(models, monkeypatch):
+    forward, backward = mixing.in_blocks, mixing.gradients_in_blocks
+    queries, keys = (torch.randn(2, 3, 9, 4) for _ in range(2))
+    table, inverse = torch.randn(5, 3, 8), random_ids(2, 9, vocab_size=5)
+    allowed, d_mixed = torch.ones(2, 9, 9, dtype=torch.bool).tril(), torch.randn(2, 9, 8)
+    monkeypatch.setitem(mixing.POSITIONS_AT_ONCE, "cuda", 4)
+    expected = forward(queries, keys, table, inverse, allowed), backward(d_mixed, queries, keys, table, inverse, allowed)
+    with Card() as card:
+        queries, keys, table, inverse, allowed, d_mixed = map(
+            card.move, (queries, keys, table, inverse, allowed, d_mixed)
+        )
+        found = forward(queries, keys, table, inverse, allowed), backward(d_mixed, queries, keys, table, inverse, allowed)
+    assert not card.waits
+    np.testing.assert_allclose(numbers(found), numbers(expected), atol=1e-5)
 
 
 SHORT_RUNS = {

@@ -139,13 +139,12 @@ def test_sum_over_senses_makes_no_large_intermediate():
 
 def test_mixing_makes_neither_all_weights_nor_all_senses(monkeypatch):
     """Of the tensors of k x T x T and k x T x d numbers there is never more than a part, backward neither."""
-    monkeypatch.setattr(mixing, "SMALL", 0)
     B, k, T, d, n = 2, 8, 96, 64, 10
-    queries, keys = (torch.rand(B, k, T, d // k, requires_grad=True) for _ in range(2))
-    table, place = torch.rand(n, k, d, requires_grad=True), torch.randint(n, (B, T))
+    queries, keys = (torch.rand(B, k, T, d // k) for _ in range(2))
+    table, place, allowed = torch.rand(n, k, d), torch.randint(n, (B, T)), torch.ones(B, T, T, dtype=torch.bool).tril()
     with Sizes() as sizes:
-        mixed = mixing.mix_senses(queries, keys, table, place, torch.ones(T, T, dtype=torch.bool).tril())
-        mixed.sum().backward()
+        mixed = mixing.in_blocks(queries, keys, table, place, allowed)
+        mixing.gradients_in_blocks(torch.ones_like(mixed), queries, keys, table, place, allowed)
     assert max(sizes.seen) < B * k * T * min(T, d) / 4
 
 
@@ -373,6 +372,27 @@ def test_compiled_model_gives_the_same_loss_and_gradients():
     loss.backward()
     torch.testing.assert_close(loss, plain)
     torch.testing.assert_close(model.backpack.sense_network.final_mlp.c_proj.weight.grad, expected)
+
+
+@pytest.mark.slow
+def test_compiled_the_senses_are_summed_block_by_block_in_one_piece(monkeypatch):
+    """No weights of all positions come back, and nothing is left to run outside of what is compiled."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(mixing, "SMALL", 0)
+    monkeypatch.setitem(mixing.POSITIONS_AT_ONCE, "cpu", 5)
+    model, called = tiny_model(), []
+    blocks_of = mixing._blocks
+    monkeypatch.setattr(mixing, "_blocks", lambda inverse: called.append(1) or blocks_of(inverse))
+    batch = make_batch([{"input_ids": row} for row in random_ids(3, 12)], padded=True)
+    loss = LanguageModelLoss(model)
+    gradients = []
+    for run in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+        model.zero_grad()
+        called.clear()
+        run(*batch).backward()
+        assert called
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.slow
