@@ -11,7 +11,7 @@ What is notable:
 - `patches` may change senses as they are computed, and `weight_hooks` the weights, which is how `SenseEdits` and
   topic control work.
 - The sense layer is one more attention layer whose values are sense vectors, so it lives in
-  transformers' cache as layer number `n_layer` (`caching.py`), and `generate()` works unchanged.
+  transformers' cache as layer number `n_layer` (`cache.py`), and `generate()` works unchanged.
 - Parameter names are those of the released checkpoint (stanfordnlp/backpack-gpt2), which
   therefore loads without remote code.
 
