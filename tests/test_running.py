@@ -308,6 +308,7 @@ def test_runs_of_a_cluster_need_a_disk_that_all_share_and_the_same_notebook(suit
         grid.run_point(point, [])
 
 
+@pytest.mark.slow
 def test_each_run_of_a_grid_has_a_gpu_to_itself(suite, tmp_path, monkeypatch):
     suite("01_first", "device = 'auto'")  # makes it a run that may use one
     notebook = nbformat.read(tmp_path / "notebooks" / "01_first.ipynb", 4)

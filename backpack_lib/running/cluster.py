@@ -80,7 +80,7 @@ def workers(processes: int, runs: int, scheduler: str = "", with_gpus: bool = Fa
         LocalCluster(
             n_workers=count,
             threads_per_worker=1,  # one run at a time
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",  # a port that is free, seen from this machine only
             memory_limit=0,  # what takes memory is the kernel, another process
             silence_logs=logging.CRITICAL,
             env={"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads},
