@@ -379,6 +379,7 @@ def test_compiled_the_senses_are_summed_block_by_block_in_one_piece(monkeypatch)
     """No weights of all positions come back, and nothing is left to run outside of what is compiled."""
     torch._dynamo.reset()
     monkeypatch.setattr(mixing, "SMALL", 0)
+    monkeypatch.setattr(mixing, "COMPILED_IN_BLOCKS", ("cpu",))  # as on a GPU
     monkeypatch.setitem(mixing.POSITIONS_AT_ONCE, "cpu", 5)
     model, called = tiny_model(), []
     blocks_of = mixing._blocks

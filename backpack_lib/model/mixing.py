@@ -12,6 +12,12 @@ import torch
 import torch.nn.functional as F
 
 POSITIONS_AT_ONCE = {"cpu": 64, "cuda": 512}  # a CPU keeps what a small block needs in its cache
+# Where compiled code takes blocks, too. A CPU does not: a compiled training step of demo size (bf16, 16 x 256 tokens) takes
+# 1.06 s with the equation, which is fused with what stands around it, and 1.40 s with blocks. (Alone, forward and backward,
+# the compiled equation takes 0.42 s, blocks 0.31 s, and `scaled_dot_product_attention(q, k, senses).sum(1)` 0.63 s.) For a
+# GPU this is an estimate: at 32 x 512 tokens all weights are 537 MB in float32, read and written several times, those of
+# one sense 33 MB, which its cache holds; and no fast kernel of attention takes values of width 768.
+COMPILED_IN_BLOCKS = ("cuda",)
 SMALL = 2**22  # numbers in the senses of all positions; below, many small products cost more than one
 
 
@@ -56,7 +62,8 @@ def mix_senses(queries, keys, table, inverse, allowed):
     queries and keys (B, k, T, d_s), of the same positions; table (n, k, d): the senses of distinct tokens; inverse
     (B, T): which of them stands where; allowed: broadcastable to (B, 1, T, T) and false for later positions.
     """
-    if inverse.numel() * table[0].numel() < SMALL:
+    compiled_whole = torch.compiler.is_compiling() and inverse.device.type not in COMPILED_IN_BLOCKS
+    if compiled_whole or inverse.numel() * table[0].numel() < SMALL:
         return weighted_sum(contextualize(queries, keys, allowed), at_positions(table, inverse))
     return _mix_in_blocks(queries, keys, table, inverse, allowed.expand(len(inverse), 1, -1, -1)[:, 0])
 
@@ -107,11 +114,7 @@ def gradients_in_blocks(
     return d_queries, d_keys, d_table
 
 
-# Operations of their own, into which a compiler does not look: it would write out each round of the loops. Compiled, the
-# equation takes 1.2 to 1.3 times as long on a CPU, and `scaled_dot_product_attention(q, k, senses).sum(1)` 1.9 to 2 times
-# (demo size and 170M size, bf16, with gradients); both write tensors of k x T x T or k x T x d numbers. On a GPU, estimated:
-# 537 MB of weights at 32 x 512 tokens, read and written several times, against 33 MB for each sense, which its cache holds;
-# and no fast kernel of attention takes values of width 768.
+# Operations of their own, into which a compiler does not look: it would write out each round of the loops.
 _mix_in_blocks = torch.library.custom_op("backpack::mix_senses", in_blocks, mutates_args=())
 _gradients_in_blocks = torch.library.custom_op("backpack::mix_senses_backward", gradients_in_blocks, mutates_args=())
 
