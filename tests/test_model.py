@@ -411,6 +411,8 @@ def test_compiled_training_meets_few_sizes(monkeypatch):
         torch.testing.assert_close(compiled(*batch), loss(ids))
         compiled(*batch).backward()
     assert counter.frame_count == 1
+    torch.testing.assert_close(compiled(ids), loss(ids))  # which looks for the distinct tokens itself, and first
+    assert counter.frame_count == 2
 
 
 # ---------------------------------------------------------------- the released format

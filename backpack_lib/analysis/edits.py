@@ -56,6 +56,10 @@ class Edit:
     plus: torch.Tensor | None = None
     factors: torch.Tensor | None = None
 
+    def __post_init__(self):
+        if self.tokens is not None:
+            object.__setattr__(self, "tokens", self.tokens.sort().values)  # once, and not where it is applied
+
     def __call__(self, token_ids: torch.Tensor, senses: torch.Tensor) -> torch.Tensor:
         """Edited sense vectors of tokens. (n,), (n, k, d) -> (n, k, d)"""
         if self.tokens is None:
@@ -86,8 +90,7 @@ class Edit:
 
 
 def _is_among(token_ids: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Which of some tokens are among others, (n,); unlike `torch.isin`, this never has a GPU waited for."""
-    tokens = tokens.sort().values
+    """Which of some tokens are among others, which are sorted, (n,); unlike `torch.isin`, it never waits for a GPU."""
     place = torch.searchsorted(tokens, token_ids).clamp(max=len(tokens) - 1)
     return tokens[place] == token_ids
 

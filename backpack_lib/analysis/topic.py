@@ -74,10 +74,9 @@ class LargestPushes:
 
     @cached_property
     @torch.no_grad()
-    def list(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def listing(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Sense vectors of the listed tokens, in half precision, (n, k, d), and their lengths, (n, k)."""
-        faster = torch.autocast(self.model.device.type, torch.bfloat16, enabled=in_bf16(self.model))
-        with faster:
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=in_bf16(self.model)):
             parts = [own_senses(self.model, ids) for ids in self.listed.split(LISTED_AT_ONCE)]
         return torch.cat([part.half() for part in parts]), torch.cat([part.float().norm(dim=-1) for part in parts])
 
@@ -259,7 +258,7 @@ def estimated_quantiles(control: TopicControl) -> torch.Tensor:
     and the sense's length, and the share of scores up to a threshold is that of the guesses, corrected by how far
     guesses and scores differ in a sample. On the demo model's topics the level of a quantile is off by .0006.
     """
-    (senses, most), (listed, lengths) = control.largest.sample, control.largest.list
+    (senses, most), (listed, lengths) = control.largest.sample, control.largest.listing
     pushed, length = senses @ control.direction, senses.norm(dim=-1)
     scores, rate = pushed / most, (most / length).mean(0)
     in_sample = pushed / (length * rate)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from backpack_lib.model.backpack import BackpackLMHeadModel
+from backpack_lib.model.backpack import BackpackLMHeadModel, distinct_tokens
 
 # Logits held at once. On a CPU they should stay in its cache; a GPU wants large products.
 LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**28}
@@ -52,8 +52,10 @@ class LanguageModelLoss(nn.Module):
 
     def forward(self, input_ids, tokens=None, inverse=None):
         given = {}
-        if isinstance(self.model, BackpackLMHeadModel) and tokens is not None:
-            given["distinct"] = tokens, inverse
+        if isinstance(self.model, BackpackLMHeadModel):
+            # At the start, so that all that follows can be compiled in one piece.
+            known = tokens is not None
+            given["distinct"] = (tokens, inverse) if known else distinct_tokens(input_ids, torch.compiler.is_compiling())
         with whole_rows(self.model):
             hidden = self.model.base_model(input_ids, use_cache=False, **given).last_hidden_state[:, :-1]
         return linear_cross_entropy(hidden.flatten(0, 1), self.model.lm_head.weight, input_ids[:, 1:].flatten())
