@@ -3,10 +3,12 @@
 import os
 import signal
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
 from backpack_lib import BackpackConfig, BackpackLMHeadModel
@@ -69,3 +71,27 @@ class Interruptible(subprocess.Popen):
         """Interrupts it with all that it has started; returns what it wrote to stderr."""
         os.killpg(self.pid, signal.SIGINT)
         return self.communicate(timeout=timeout)[1]
+
+
+# ---------------------------------------------------------------- runs of the training loop
+
+RESULTS = ["step", "tokens", "train_loss", "valid_loss", "learning_rate"]  # of a history, but for its times
+
+
+def command(config, launcher=(), program=("-m", "backpack_lib.training")):
+    flags = [f"--{name}={value}" for name, value in vars(config).items() if value is not None]
+    return [sys.executable, *launcher, *program, *flags]
+
+
+def run_command(*parts):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command(*parts), cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+def weights(out):
+    return load_file(f"{out}/model/model.safetensors")
+
+
+def assert_same_weights(out, other):
+    a, b = weights(out), weights(other)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
