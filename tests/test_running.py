@@ -327,6 +327,39 @@ def test_each_run_of_a_grid_has_a_gpu_to_itself(suite, tmp_path, monkeypatch):
     Grid("01_first", {"device": "cpu"}, ["steps=1"]).run()
 
 
+# ---------------------------------------------------------------- notebooks of one's own
+
+
+def test_notebooks_are_copied_to_where_a_person_works_and_what_was_changed_there_is_kept(suite, tmp_path, capfd):
+    (tmp_path / "notebooks" / "README.md").write_text("A course.")
+    mine = tmp_path / "my work"
+    assert main(["--notebooks", str(mine)]) == 0
+    assert "2 notebooks are in" in capfd.readouterr().out
+    assert sorted(path.name for path in mine.iterdir()) == ["01_first.ipynb", "02_second.ipynb", "README.md"]
+    (mine / "01_first.ipynb").write_text("changed")
+    (mine / "02_second.ipynb").unlink()
+    assert main(["--notebooks", str(mine)]) == 0
+    err = capfd.readouterr().err
+    assert "01_first.ipynb is yours, and was left as it is" in err and len(err.splitlines()) == 1
+    assert (mine / "01_first.ipynb").read_text() == "changed" and (mine / "02_second.ipynb").is_file()
+
+
+@pytest.mark.parametrize("axes", [[], ["--grid", "rate=0.1,0.2"]])
+def test_a_notebook_of_ones_own_is_run_by_its_path_and_not_the_suites_of_that_name(suite, tmp_path, capfd, axes):
+    mine = tmp_path / "mine" / "01_first.ipynb"
+    mine.parent.mkdir()
+    mine.write_bytes((tmp_path / "notebooks" / "01_first.ipynb").read_bytes())
+    notebook = nbformat.read(mine, 4)
+    notebook.cells[-1:-1] = [nbformat.v4.new_code_cell("name = 'mine'")]
+    nbformat.write(notebook, mine)
+    assert main([str(mine), "-p", "steps", "9", *axes]) == 0
+    assert "mine" in capfd.readouterr().out
+    assert main(["01_first", "-p", "steps", "9"]) == 0
+    assert "9 0.5 a False" in capfd.readouterr().out
+    assert main([str(tmp_path / "mine" / "02_second.ipynb")]) == 2
+    assert "There is no notebook" in capfd.readouterr().err
+
+
 # ---------------------------------------------------------------- folders
 
 

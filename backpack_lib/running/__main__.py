@@ -1,10 +1,12 @@
 """Runs notebooks from the command line."""
 
 import argparse
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
-from backpack_lib.files import runs_folder, use_writable_home
+from backpack_lib.files import notebooks_folder, runs_folder, use_writable_home
 from backpack_lib.running.notebook import Outcome, run_notebook
 from backpack_lib.running.parameters import (
     check_parameters,
@@ -18,7 +20,7 @@ from backpack_lib.running.parameters import (
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m backpack_lib.running", description=__doc__.split("\n")[0])
-    parser.add_argument("notebooks", nargs="*", help="names such as 01_training; none: all, in order")
+    parser.add_argument("names", nargs="*", metavar="notebook", help="01_training, or mine/01_training.ipynb; none: all")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
     parser.add_argument("-f", metavar="FILE", help="parameters from a YAML file")
     parser.add_argument(
@@ -30,8 +32,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--processes", type=int, default=0, help="of a grid, at a time; 0: one a GPU, or one a core")
     parser.add_argument("--scheduler", default="", help="of a dask cluster to run a grid on: tcp://..., or its file")
+    parser.add_argument(
+        "--notebooks", nargs="?", const="notebooks", metavar="FOLDER", help="run nothing: copy the notebooks to a folder"
+    )
     options = parser.parse_args(arguments)
     try:
+        if options.notebooks:
+            return _copy_notebooks(Path(options.notebooks))
         use_writable_home()
         return _run_grid(options) if options.grid else _run_in_order(options)
     except (ValueError, OSError) as error:
@@ -43,16 +50,31 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
+def _copy_notebooks(folder: Path) -> int:
+    """Copies the suite's notebooks to where a person works. What has been changed there is left as it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = [source_of(name) for name in ordered_notebooks()]
+    for source in [*sources, notebooks_folder() / "README.md"]:
+        target = folder / source.name
+        if not target.exists():
+            shutil.copyfile(source, target)
+        elif target.read_bytes() != source.read_bytes():
+            print(f"{target} is yours, and was left as it is; to renew it, move it away first.", file=sys.stderr)
+    first = folder / sources[0].name
+    print(f"{len(sources)} notebooks are in {folder}; open them with: jupyter lab {shlex.quote(str(first))}")
+    return 0
+
+
 def _run_in_order(options) -> int:
-    names = [Path(name).stem for name in options.notebooks] or ordered_notebooks()
+    names = options.names or ordered_notebooks()
     # All are checked before any of them starts.
     plans = {name: _parameters_for(name, options) for name in names}
     outcomes = []
     for number, (name, parameters) in enumerate(plans.items(), start=1):
-        print(f"[{number}/{len(plans)}] {name}", file=sys.stderr, flush=True)
+        print(f"[{number}/{len(plans)}] {Path(name).stem}", file=sys.stderr, flush=True)
         outcomes.append(run_notebook(name, parameters))
     print(summary(outcomes))
-    if not options.notebooks:
+    if not options.names:
         from backpack_lib.running.pages import write_index
 
         print(f"All of them as pages: {write_index(outcomes, runs_folder())}")
@@ -62,9 +84,9 @@ def _run_in_order(options) -> int:
 def _run_grid(options) -> int:
     from backpack_lib.running.grid import Grid
 
-    if len(options.notebooks) != 1:
+    if len(options.names) != 1:
         raise ValueError(f"A grid is of one notebook; name one of {', '.join(ordered_notebooks())}.")
-    name = Path(options.notebooks[0]).stem
+    (name,) = options.names
     grid = Grid(name, _parameters_for(name, options), options.grid)
     outcomes = grid.run(options.processes, options.scheduler)
     print(grid.table()[[*grid.axes, "minutes", "headline"]].to_string(index=False))

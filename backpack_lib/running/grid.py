@@ -34,11 +34,13 @@ class Grid:
 
     def __init__(self, name: str, given: dict, axes: list[str]):
         source = source_of(name)
-        self.name, self.defaults = name, default_parameters(source)
+        # One of the suite's is asked for by its name, since it may lie elsewhere on another machine.
+        self.notebook = str(source) if name.endswith(".ipynb") else name
+        self.name, self.defaults = source.stem, default_parameters(source)
         self.code = _digest_of_code(source)
         self.axes = self._read(axes, given)
         self.given = {key: value for key, value in given.items() if key != "out"}
-        self.folder = Path(given.get("out") or runs_folder() / f"{name}-grid").absolute()
+        self.folder = Path(given.get("out") or runs_folder() / f"{self.name}-grid").absolute()
         self.file = self.folder / "table.csv"
 
     def _read(self, axes: list[str], given: dict) -> dict[str, list]:
@@ -121,12 +123,12 @@ class Grid:
 
         Raises ValueError if the notebook is another one here than where the grid was begun.
         """
-        if _digest_of_code(source_of(self.name)) != self.code:
+        if _digest_of_code(source_of(self.notebook)) != self.code:
             raise ValueError(f"{self.name} has other code on this machine than where the grid was begun.")
         claim_gpu(gpus)
         folder = self.folder_of(point)
         (folder / FINISHED).unlink(missing_ok=True)
-        outcome = run_notebook(self.name, self.given | point | {"out": str(folder)}, progress_bar=False)
+        outcome = run_notebook(self.notebook, self.given | point | {"out": str(folder)}, progress_bar=False)
         if not outcome.failed:
             with written_whole(folder / FINISHED) as building:
                 building.write_text(json.dumps({"identity": self.identity(point), "minutes": outcome.minutes}))

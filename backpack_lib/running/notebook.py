@@ -38,12 +38,13 @@ class Outcome:
 
 
 def run_notebook(name: str, given: dict | None = None, progress_bar: bool = True) -> Outcome:
-    """Executes one notebook; its copy and results go to its parameter `out`, or to `runs/<name>`.
+    """Executes one notebook, by name or path; its copy and results go to its parameter `out`, or to `runs/<name>`.
 
     Raises ValueError, before anything starts, for an unknown notebook, parameter name or type, or if another run
     is writing to the same folder; OSError if the folder cannot be written.
     """
     source = source_of(name)
+    name = source.stem
     parameters = check_parameters(name, default_parameters(source), given or {})
     folder = Path(parameters.get("out") or runs_folder() / name)
     with locked_folder(folder):

@@ -15,8 +15,11 @@ def ordered_notebooks() -> list[str]:
 
 
 def source_of(name: str) -> Path:
-    """The file of a notebook. Raises ValueError if there is none of that name."""
-    source = notebooks_folder() / f"{name}.ipynb"
+    """The file of a notebook: one of the suite's by its name, or any by its path, such as `mine/02_senses.ipynb`.
+
+    Raises ValueError if there is none.
+    """
+    source = Path(name).absolute() if name.endswith(".ipynb") else notebooks_folder() / f"{name}.ipynb"
     if not source.is_file():
         raise ValueError(f"There is no notebook {name!r}; there are: {', '.join(ordered_notebooks())}.")
     return source
