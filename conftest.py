@@ -32,7 +32,14 @@ from xdist.scheduler import LoadScopeScheduling
 
 # Checkpoints and word lists that some tests compare with; they are not part of the project.
 SHARED = Path(os.environ.get("BACKPACK_SHARED", Path(__file__).resolve().parent.parent / "shared"))
-LONGEST_FIRST = ("03_topic_control.ipynb", "04_gender_bias.ipynb", "01_training.ipynb", ".ipynb", "test_notebooks.py", "test_edges.py")
+LONGEST_FIRST = (
+    "03_topic_control.ipynb",
+    "04_gender_bias.ipynb",
+    "01_training.ipynb",
+    ".ipynb",
+    "test_notebooks.py",
+    "test_edges.py",
+)
 
 # The same examples each time, so that a change alone can break a test; `make test-all` draws others.
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)

@@ -93,7 +93,11 @@ def _index(index):
 
 
 def _with_number(value):
-    if value in ("cuda", "cuda:0") if isinstance(value, str) else isinstance(value, torch.device) and value.type == "cuda":
+    if (
+        value in ("cuda", "cuda:0")
+        if isinstance(value, str)
+        else isinstance(value, torch.device) and value.type == "cuda"
+    ):
         return CUDA
     return value
 
@@ -193,7 +197,11 @@ class Card(TorchDispatchMode):
         if operation in COPIES:
             source = arguments[1] if operation is aten.copy_ else arguments[0]
             blocking = not (arguments[2] if len(arguments) > 2 else named.get("non_blocking", False))
-            return isinstance(source, OnCard) != to_card and (blocking or not to_card) and source.device != (CUDA if to_card else CPU)
+            return (
+                isinstance(source, OnCard) != to_card
+                and (blocking or not to_card)
+                and source.device != (CUDA if to_card else CPU)
+            )
         return on_card and operation in WAITING
 
 

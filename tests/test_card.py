@@ -98,7 +98,10 @@ def numbers(value) -> np.ndarray:
 
 TEXT = "The nurse sang at the concert and then"
 WORDS = ["nurse", "concert"]
-PEOPLE, TEMPLATES = ["nurse", "doctor", "poet", "baker"], ["The {profession} said that", "At the end the {profession} thought"]
+PEOPLE, TEMPLATES = (
+    ["nurse", "doctor", "poet", "baker"],
+    ["The {profession} said that", "At the end the {profession} thought"],
+)
 
 
 def reads(model, tokenizer):
@@ -304,19 +307,32 @@ def test_the_sum_in_blocks_mixes_no_devices(models, monkeypatch):
     table, inverse = torch.randn(5, 3, 8), random_ids(2, 9, vocab_size=5)
     allowed, d_mixed = torch.ones(2, 9, 9, dtype=torch.bool).tril(), torch.randn(2, 9, 8)
     monkeypatch.setitem(mixing.POSITIONS_AT_ONCE, "cuda", 4)
-    expected = forward(queries, keys, table, inverse, allowed), backward(d_mixed, queries, keys, table, inverse, allowed)
+    expected = (
+        forward(queries, keys, table, inverse, allowed),
+        backward(d_mixed, queries, keys, table, inverse, allowed),
+    )
     with Card() as card:
         queries, keys, table, inverse, allowed, d_mixed = map(
             card.move, (queries, keys, table, inverse, allowed, d_mixed)
         )
-        found = forward(queries, keys, table, inverse, allowed), backward(d_mixed, queries, keys, table, inverse, allowed)
+        found = (
+            forward(queries, keys, table, inverse, allowed),
+            backward(d_mixed, queries, keys, table, inverse, allowed),
+        )
     assert not card.waits
     np.testing.assert_allclose(numbers(found), numbers(expected), atol=1e-5)
 
 
 SHORT_RUNS = {
     "00_tour": {},
-    "03_topic_control": {"topics": ["music"], "samples": 2, "tokens": 6, "trials": 1, "strengths": [], "pplm_steps": [0.1]},
+    "03_topic_control": {
+        "topics": ["music"],
+        "samples": 2,
+        "tokens": 6,
+        "trials": 1,
+        "strengths": [],
+        "pplm_steps": [0.1],
+    },
     "04_gender_bias": {"professions": ["nurse", "doctor", "guard", "baker", "cook", "judge"], "profession": "nurse"},
     "05_knowledge": {"facts_measured": 2, "finetuned_facts": 1, "methods": ["senses", "all weights", "LoRA"]},
 }
@@ -326,7 +342,9 @@ SHORT_RUNS = {
 @pytest.mark.parametrize("name", SHORT_RUNS)
 def test_notebooks_go_through_on_the_card(name, tmp_path):
     with Card():
-        made = execute(name, SHORT_RUNS[name] | {"model": "planted", "device": "cuda", "out": str(tmp_path)}, solved=True)
+        made = execute(
+            name, SHORT_RUNS[name] | {"model": "planted", "device": "cuda", "out": str(tmp_path)}, solved=True
+        )
     assert made.space["backpack"].device == CUDA and results_of(tmp_path)["headline"]
     assert not [answer for answer in made.answers if str(answer).startswith("Not yet")]
 

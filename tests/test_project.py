@@ -150,12 +150,15 @@ def test_a_wheel_holds_the_data_and_the_notebooks(tmp_path):
         "senses = [getattr(load(name)[0].config, 'num_senses', 0) for name in ('demo', 'demo-transformer')];"
         "import importlib, pkgutil; modules = [m.name for m in pkgutil.walk_packages(['backpack_lib'], 'backpack_lib.')];"
         "[importlib.import_module(name) for name in modules if not name.endswith('__main__')];"
+        "from backpack_lib.running.__main__ import main; main(['--notebooks', 'mine']);"
         "print(next(planted.generate(1)).topic, ordered_notebooks()[0], *senses, len(modules), backpack_lib.__file__)"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path / "site", capture_output=True, text=True, check=True
     )
-    *found, modules, file = result.stdout.split()
+    copied = tmp_path / "site" / "mine"
+    assert {path.name for path in copied.iterdir()} == {path.name for path in (ROOT / "notebooks").glob("*.*")}
+    *found, modules, file = result.stdout.splitlines()[-1].split()
     assert found == ["kitchen", "00_tour", "16", "0"] and file.startswith(str(tmp_path))
     sources = [*(ROOT / "backpack_lib").rglob("*.py")]
     assert (
@@ -233,7 +236,8 @@ def test_the_readme_lists_every_notebook_and_only_parameters_that_they_have():
 
 
 def test_links_of_the_readmes_lead_somewhere():
-    for file in (ROOT / "README.md", *(ROOT / "data").glob("**/README.md"), ROOT / "backpack_lib" / "README.md"):
+    others = (ROOT / name / "README.md" for name in ("backpack_lib", "notebooks"))
+    for file in (ROOT / "README.md", *(ROOT / "data").glob("**/README.md"), *others):
         for link in re.findall(r"\]\((?!http)([^)#]+)\)", file.read_text()):
             assert (file.parent / link).exists(), (file, link)
 
@@ -305,6 +309,20 @@ def test_the_readmes_figures_are_those_that_were_measured():
         f"| {small['plain']} | {small['GPT-2']} |",
     ):
         assert said in README, said
+
+
+def test_the_course_asks_each_exercise_of_each_notebook_once_and_rates_it_as_the_notebook_does():
+    rows = re.findall(r"^\| \d \| (.*) \|$", (ROOT / "notebooks" / "README.md").read_text(), re.M)
+    asked = {path.stem: [] for path in NOTEBOOKS}
+    for notebook, _, in_class, at_home, _ in (row.split(" | ") for row in rows):
+        for cell in (in_class, at_home):
+            parts = re.split(r"(\d\d): ", cell)  # a week of two notebooks says which is meant
+            for number, part in zip(parts[1::2], parts[2::2]) if len(parts) > 1 else [(notebook[1:3], cell)]:
+                (name,) = (name for name in asked if name.startswith(number))
+                asked[name] += re.findall(r"\b(\d) ([emh])\b", part)
+    for path in NOTEBOOKS:
+        text = "".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"])
+        assert sorted(asked[path.stem]) == re.findall(r"\*\*Exercise (\d)\*\* \(([emh])", text), path.stem
 
 
 # ---------------------------------------------------------------- the notebooks as lessons

@@ -14,10 +14,19 @@ from backpack_lib import BackpackConfig, BackpackLMHeadModel
 from backpack_lib.running.parameters import default_parameters
 
 GIGABYTES = 8
-SIZES = dict(vocab_size=50257, n_positions=512, n_embd=768, n_layer=12, n_head=12, bos_token_id=50256, eos_token_id=50256)
+SIZES = dict(
+    vocab_size=50257, n_positions=512, n_embd=768, n_layer=12, n_head=12, bos_token_id=50256, eos_token_id=50256
+)
 # What takes long in a first half, made short.
 SHORTER = {
-    "03_topic_control": {"topics": ["music"], "samples": 2, "tokens": 8, "trials": 1, "strengths": [], "pplm_steps": [0.1]},
+    "03_topic_control": {
+        "topics": ["music"],
+        "samples": 2,
+        "tokens": 8,
+        "trials": 1,
+        "strengths": [],
+        "pplm_steps": [0.1],
+    },
     "04_gender_bias": {"professions": ["nurse", "driver", "cook", "farmer", "doctor"], "profession": "nurse"},
     "05_knowledge": {"facts_measured": 1, "finetuned_facts": 0, "methods": ["senses"]},
     "06_reading": {"numbers": [10], "seeds": [0, 1], "counts_of_senses": [], "steps": 20},

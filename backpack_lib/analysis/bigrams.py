@@ -87,7 +87,9 @@ def bigram_correlations(
     tokens: words x; among: words y to rank. -> mean over words (k,), and the same with each word's counts exchanged for
     another word's (k,), which says what words have in common.
     """
-    pushes = (model.sense_vectors(tokens.to(model.device)) @ model.get_output_embeddings().weight[among].T).cpu().numpy()  # (n, k, m)
+    pushes = (
+        (model.sense_vectors(tokens.to(model.device)) @ model.get_output_embeddings().weight[among].T).cpu().numpy()
+    )  # (n, k, m)
     chosen = among.cpu().numpy()
     counted = np.stack([bigrams.log_probs(int(x))[chosen] - np.log(bigrams.unigram[chosen]) for x in tokens])  # (n, m)
     ranks, of_counts = (_standardised(rankdata(table, axis=-1)) for table in (pushes, counted))

@@ -20,7 +20,9 @@ from backpack_lib.running.parameters import (
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m backpack_lib.running", description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="notebook", help="01_training, or mine/01_training.ipynb; none: all")
+    parser.add_argument(
+        "names", nargs="*", metavar="notebook", help="01_training, or mine/01_training.ipynb; none: all"
+    )
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
     parser.add_argument("-f", metavar="FILE", help="parameters from a YAML file")
     parser.add_argument(
@@ -33,7 +35,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=0, help="of a grid, at a time; 0: one a GPU, or one a core")
     parser.add_argument("--scheduler", default="", help="of a dask cluster to run a grid on: tcp://..., or its file")
     parser.add_argument(
-        "--notebooks", nargs="?", const="notebooks", metavar="FOLDER", help="run nothing: copy the notebooks to a folder"
+        "--notebooks",
+        nargs="?",
+        const="notebooks",
+        metavar="FOLDER",
+        help="run nothing: copy the notebooks to a folder",
     )
     options = parser.parse_args(arguments)
     try:

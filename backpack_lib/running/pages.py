@@ -102,7 +102,7 @@ def write_page(copy: Path) -> tuple[str, Path]:
     notebook = nbformat.read(copy, as_version=4)
     title = title_of(notebook)
     # Notebooks point to each other as files of one folder; executed, each has a folder of its own.
-    made = re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="../\1/\1.html"', page(notebook, title))
+    made = re.sub(r'href="(\d\d_\w+)\.ipynb(#\w+)?"', r'href="../\1/\1.html\2"', page(notebook, title))
     target = copy.with_suffix(".html")
     with written_whole(target) as building:
         building.write_text(made, encoding="utf-8")

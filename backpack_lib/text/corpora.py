@@ -419,9 +419,7 @@ def _load_blocks(folder: Path, corpus: Corpus, block_size: int, valid_fraction: 
 def stream_blocks(stream, tokenizer, block_size: int, valid_fraction: float):
     """Blocks of a stream's training documents, made as they are asked for; what is left of every 1000 is dropped."""
     settings = {"tokenizer": tokenizer, "block_size": block_size, "valid_fraction": valid_fraction}
-    return stream.map(
-        _to_blocks, batched=True, batch_size=1000, remove_columns=stream.column_names, fn_kwargs=settings
-    )
+    return stream.map(_to_blocks, batched=True, batch_size=1000, remove_columns=stream.column_names, fn_kwargs=settings)
 
 
 def _to_blocks(rows: dict, tokenizer, block_size: int, valid_fraction: float) -> dict:

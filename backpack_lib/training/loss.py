@@ -55,7 +55,9 @@ class LanguageModelLoss(nn.Module):
         if isinstance(self.model, BackpackLMHeadModel):
             # At the start, so that all that follows can be compiled in one piece.
             known = tokens is not None
-            given["distinct"] = (tokens, inverse) if known else distinct_tokens(input_ids, torch.compiler.is_compiling())
+            given["distinct"] = (
+                (tokens, inverse) if known else distinct_tokens(input_ids, torch.compiler.is_compiling())
+            )
         with whole_rows(self.model):
             hidden = self.model.base_model(input_ids, use_cache=False, **given).last_hidden_state[:, :-1]
         return linear_cross_entropy(hidden.flatten(0, 1), self.model.lm_head.weight, input_ids[:, 1:].flatten())
