@@ -56,7 +56,7 @@ def small(scripts, tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     for name in ("words.txt", "prompts.txt", "card-backpack.md", "card-transformer.md", "trials.csv"):
         (folder / name).write_text((DEMO / name).read_text())
-    for name in ("professions.csv", "topics.json"):
+    for name in ("professions.csv", "topics.json", "prompts.json"):
         (folder.parent / name).write_text((ROOT / "data" / name).read_text())
     (folder / "recipe.yaml").write_text(TINY)
     for module in (scripts.make, scripts.cards, scripts.evaluate):
@@ -103,7 +103,7 @@ def test_the_evaluation_fills_the_file_and_the_cards(small, monkeypatch):
     monkeypatch.setattr(scripts.evaluate, "load", lambda name, **kw: load(folder / architecture_of[name], **kw))
     monkeypatch.setattr(scripts.evaluate, "TIMED_TOKENS", 20)
     monkeypatch.setattr(scripts.evaluate, "TIMED_STEPS", 2)
-    monkeypatch.setattr(scripts.evaluate, "SAMPLE_SETTINGS", {"max_new_tokens": 8})
+    monkeypatch.setattr(scripts.evaluate, "SAMPLE_SETTINGS", {"max_new_tokens": 4})
     (tmp_path / "WS353.csv").write_text("Word 1,Word 2,Human\nnurse,doctor,8\nking,queen,9\nbank,river,2\ncar,cat,1\n")
     pair = {"sentence_good": "He sleeps.", "sentence_bad": "He sleep.", "UID": "agreement"}
     (tmp_path / "set.jsonl").write_text(json.dumps(pair) + "\n")

@@ -43,8 +43,9 @@ def fields(found: dict, name: str) -> dict[str, str]:
         "machine": found["machine"],
         "versions": ", ".join(f"{package} {version}" for package, version in found["versions"].items()),
         "documents": str(found["text"]["documents"]),
+        "pronoun_mass": f"{model['pronouns']['mass']:.0%}",
         "pronoun_ratio": f"{model['pronouns']['ratio']:.1f}",
-        "pronoun_rho": f"{model['pronouns']['rho']:.2f}",
+        "pronoun_rho": "{rho:.2f} [{rho_low:.2f}, {rho_high:.2f}]".format(**model["pronouns"]),
         "figures": figures(found),
         "similarity": similarity(found),
         "held_out": held_out(found),
@@ -62,6 +63,7 @@ def figures(found: dict) -> str:
         "tokens of training (millions)": lambda m: f"{m['tokens_seen'] / 1e6:.1f}",
         "bits per byte of validation text": lambda m: f"{m['bits_per_byte']:.3f}",
         f"BLiMP, accuracy over {found['blimp_pairs']:,} pairs": lambda m: f"{m['blimp']['mean']:.1%}",
+        "p(he) + p(she) after a profession, mean": lambda m: f"{m['pronouns']['mass']:.1%}",
         "training, tokens per second": lambda m: f"{m['training_tokens_per_second']:,.0f}",
         "generation, tokens per second": lambda m: f"{m['generation_tokens_per_second']:,.0f}",
     }
@@ -109,13 +111,16 @@ def blimp_sets(found: dict) -> str:
 
 
 def sense_table(evidence: dict) -> str:
-    """One line for each sense: its role, the evidence, and its AUC in every relation."""
+    """One line for each sense: its role, the evidence, and its AUC in every relation; the last line is the null."""
     auc = pd.DataFrame(evidence["auc"])
     found = find_roles(auc)
     pronouns = pd.DataFrame(evidence["pronouns"])
     lines = auc.map("{:.2f}".format)
     lines.insert(0, "what it does", [_role(row) for row in found.itertuples()])
     lines["he/she and profession: rho (push)"] = [_pronouns(row, len(pronouns)) for row in pronouns.itertuples()]
+    untrained = pd.DataFrame(evidence["auc_untrained"])
+    extreme = untrained.apply(lambda column: column[(column - 0.5).abs().idxmax()])
+    lines.loc["untrained"] = ["", *extreme.map("{:.2f}".format), ""]
     return table(lines.rename_axis("sense").reset_index())
 
 

@@ -14,18 +14,20 @@ import tempfile
 import time
 from importlib.metadata import version
 
+import numpy as np
 import pandas as pd
 import torch
 from cards import ARCHITECTURE_OF, write_cards
 from evidence import of_word2vec, profession_pronouns, related_words
 from make import HERE, recipe
-from scipy.stats import spearmanr
 
 from backpack_lib import load
 from backpack_lib.analysis import roles, similarity
-from backpack_lib.analysis.bias import SLOT, log_odds, ratio
-from backpack_lib.analysis.scores import bits_per_byte, blimp_accuracy, read_blimp
+from backpack_lib.analysis.bias import fill, ratio, tokens_of_pair
+from backpack_lib.analysis.scores import bits_per_byte, blimp_accuracy, next_log_probabilities, read_blimp
+from backpack_lib.analysis.statistics import bootstrap_intervals
 from backpack_lib.files import exit_status, write_text
+from backpack_lib.lessons.bias import rank_correlation
 from backpack_lib.loading import fingerprint
 from backpack_lib.text.corpora import first_characters, open_corpus, prepare
 from backpack_lib.text.writing import continue_text
@@ -38,18 +40,24 @@ RELATED = 7.0  # of ten: from this score on, two words are related
 SAMPLE_SETTINGS = {"top_p": 0.8, "temperature": 0.9, "repetition_penalty": 1.2, "max_new_tokens": 60}
 PEOPLE = """man woman boy girl king queen prince princess mother father husband wife son daughter brother sister
             actor actress director singer doctor professor player artist author""".split()
-PRONOUN_PROMPTS = [f"The {SLOT} {rest}" for rest in ("said that", "was late because", "went home, and the next day")]
 
 
 def pronouns(model, tokenizer, professions: pd.DataFrame) -> dict:
-    """How strongly, and how truly to the world, the model ties "he" and "she" to professions.
+    """How likely "he" and "she" are after a profession, and how truly to the world the model ties them to it.
 
-    ratio: mean of the likelier of the two over the other; rho: Spearman's, of log p(he)/p(she) and the
-    share of men. Both over `PRONOUN_PROMPTS`.
+    All over the templates on which 04_gender_bias measures, which nothing is fitted to. mass: mean of p(he) + p(she);
+    ratio: mean of the likelier of the two over the other; rho: Spearman's, of log p(he)/p(she) and the share of men,
+    with the 95 % interval over professions and templates.
     """
-    odds = log_odds(model, tokenizer, list(professions["profession"]), PRONOUN_PROMPTS)
-    rho = spearmanr(odds.mean(axis=1), 100 - professions["percent_women"]).statistic
-    return {"ratio": ratio(odds), "rho": float(rho)}
+    templates = json.loads((HERE.parent / "prompts.json").read_text())["english"]["test"]
+    names = list(professions["profession"])
+    log_p = next_log_probabilities(model, tokenizer, fill(tokenizer, names, templates))
+    log_p = log_p[:, list(tokens_of_pair(tokenizer, ("he", "she")))].view(len(names), len(templates), 2)
+    odds = (log_p[..., 0] - log_p[..., 1]).cpu().numpy()
+    men = np.broadcast_to(100 - professions["percent_women"].to_numpy()[:, None], odds.shape)
+    low, high = bootstrap_intervals(rank_correlation, odds, men)
+    found = {"rho": rank_correlation(odds, men), "rho_low": low, "rho_high": high, "ratio": ratio(odds)}
+    return {"mass": log_p.exp().sum(-1).mean().item()} | {name: float(value) for name, value in found.items()}
 
 
 # ---------------------------------------------------------------- speed
