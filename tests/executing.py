@@ -14,6 +14,7 @@ import torch
 from helpers import ROOT
 
 from backpack_lib.analysis import topic
+from backpack_lib.lessons import knowledge
 from backpack_lib.loading import fingerprint
 from backpack_lib.running.notebook import RESULTS
 from backpack_lib.running.parameters import default_parameters
@@ -70,23 +71,30 @@ def results_of(folder) -> dict:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def scores_computed_once():
-    """The scores of topics take 03 most of its time, and are the same for most of these runs."""
+def computed_once():
+    """What takes these runs most of their time, and is the same for most of them: 03's scores, 05's planted lessons."""
     known = {}
 
     def remembered(function):
-        def call(*given):
-            key = (function, *(v.sum().item() if isinstance(v, torch.Tensor) else fingerprint(v) for v in given))
+        def call(*given, **named):
+            values = (*given, *named.values())
+            key = (function, *map(weights_or_value, values))
             if key not in known:
-                known[key] = function(*given)
+                known[key] = function(*given, **named)
             return known[key]
 
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("largest_pushes",):
-            patch.setattr(topic, name, remembered(getattr(topic, name)))
+        for module, name in ((topic, "largest_pushes"), (knowledge, "planted_teaching")):
+            patch.setattr(module, name, remembered(getattr(module, name)))
         yield
+
+
+def weights_or_value(given):
+    if isinstance(given, torch.Tensor):
+        return given.sum().item()
+    return fingerprint(given) if isinstance(given, torch.nn.Module) else given
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Every parameter of every notebook at its edges: it works, or one sentence says what is wrong."""
 
 import pytest
-from executing import execute, refusal, results_of, scores_computed_once  # noqa: F401, a fixture
+from executing import computed_once, execute, refusal, results_of  # noqa: F401, a fixture
 from helpers import ROOT
 
 LONGEST = ("the film " * 127).strip()  # with the token that begins a text, one less than the context

@@ -11,13 +11,14 @@ import pandas as pd
 import pytest
 import torch
 from executing import (
-    CHECK,  # noqa: F401, a fixture
+    CHECK,
     NOTEBOOKS,
+    computed_once,  # noqa: F401, a fixture
     execute,
     folded_solutions,
     refusal,
     results_of,
-)  # fmt: skip
+)
 from helpers import ROOT, tiny_classifier, tiny_model
 
 from backpack_lib import SenseEdits, load
@@ -155,7 +156,7 @@ def test_planted_senses_are_read_and_the_exercises_are_solved(planted_run, tmp_p
         "numbers": [1, 10, 30],
         "seeds": [0, 1],
         "counts_of_senses": [1],
-        "steps": 150,
+        "steps": 100,
     }
     assert_solved(execute("06_reading", given, solved=True).answers, 5)
     results = results_of(tmp_path)
