@@ -13,6 +13,12 @@ import pytest
 from helpers import ROOT, Interruptible
 
 COMMAND = [sys.executable, "-m", "backpack_lib.running"]
+AT_ONCE = {  # folders of several runs at the same time, two of them of one notebook
+    "runs/00_tour": "00_tour",
+    "runs/zwei te": "00_tour -p word king",
+    "runs/05": "05_knowledge -p model planted -p facts_measured 2",
+    "runs/06": "06_reading -p model planted -p numbers 1,5 -p seeds 0,1 -p counts_of_senses [] -p steps 20",
+}
 
 
 def environment(**changes):
@@ -40,14 +46,16 @@ def test_a_clone_in_a_foreign_folder_with_data_that_is_only_read_no_home_and_no_
         address = f"http://127.0.0.1:{proxy.getsockname()[1]}"
         env |= {name: address for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy")}
         runs = [
-            subprocess.Popen([*COMMAND, "00_tour", *more], cwd=clone, env=env, stdout=-1, stderr=-1, text=True)
-            for more in ([], ["-p", "word", "king", "-p", "out", "runs/zwei te"])  # two at once
+            subprocess.Popen(
+                [*COMMAND, *line.split(), "-p", "out", folder], cwd=clone, env=env, stdout=-1, stderr=-1, text=True
+            )
+            for folder, line in AT_ONCE.items()
         ]
-        for run, folder in zip(runs, ("00_tour", "zwei te")):
+        for run, folder in zip(runs, AT_ONCE):
             out, err = run.communicate(timeout=600)
             assert run.returncode == 0, out + err
             assert "warn" not in err.lower()
-            assert json.loads((clone / "runs" / folder / "results.json").read_text())["residual"] < 1e-3
+            assert json.loads((clone / folder / "results.json").read_text())["headline"]
         with pytest.raises(TimeoutError):
             proxy.accept()
     assert contents(clone / "data") == before
