@@ -78,7 +78,7 @@ def test_a_run_that_is_interrupted_goes_on_to_the_same_result(tmp_path):
                 assert run.poll() is None
                 time.sleep(0.05)
             err = run.interrupt()
-            assert run.returncode == 130 and "Training goes on from its last checkpoint" in err
+            assert run.returncode == 130 and "The same line resumes: training from its last checkpoint" in err
             assert "Traceback" not in err, err
             assert not (tmp_path / name / "01_training" / "results.json").exists()
         again = subprocess.run(line, env=env, capture_output=True, text=True)

@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        stopped = str(interrupt) or "Stopped. Training goes on from its last checkpoint when this is run again."
+        stopped = str(interrupt) or "Stopped. The same line resumes: training from its last checkpoint, studies from what they have finished."
         print(stopped, file=sys.stderr)
         return 130
 
