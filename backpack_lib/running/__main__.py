@@ -51,8 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        stopped = str(interrupt) or "Stopped. The same line resumes: training from its last checkpoint, studies from what they have finished."
-        print(stopped, file=sys.stderr)
+        resumes = "The same line resumes: training from its last checkpoint, studies from what they have finished."
+        print(str(interrupt) or f"Stopped. {resumes}", file=sys.stderr)
         return 130
 
 
@@ -60,7 +60,7 @@ def _copy_notebooks(folder: Path) -> int:
     """Copies the suite's notebooks to where a person works. What has been changed there is left as it is."""
     folder.mkdir(parents=True, exist_ok=True)
     sources = [source_of(name) for name in ordered_notebooks()]
-    for source in [*sources, notebooks_folder() / "README.md"]:
+    for source in [*sources, *notebooks_folder().glob("README.md")]:
         target = folder / source.name
         if not target.exists():
             shutil.copyfile(source, target)

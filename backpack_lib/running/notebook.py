@@ -4,6 +4,8 @@
     python -m backpack_lib.running 01_training -p steps 2000         one, with another parameter
     python -m backpack_lib.running 01_training -f parameters.yaml
     python -m backpack_lib.running 03_topic_control --grid strength=0,1,2,3 --grid seed=0,1,2
+    python -m backpack_lib.running --notebooks mine                  copies them to a folder, to be changed there,
+    python -m backpack_lib.running mine/02_senses.ipynb              and runs one of those
 
 What papermill lets pass is refused here before anything starts: a parameter that the notebook does not
 have, and a value of another type. And an exception inside a widget's callback, which leaves no trace
