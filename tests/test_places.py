@@ -55,7 +55,8 @@ def test_a_clone_in_a_foreign_folder_with_data_that_is_only_read_no_home_and_no_
             out, err = run.communicate(timeout=600)
             assert run.returncode == 0, out + err
             assert "warn" not in err.lower()
-            assert json.loads((clone / folder / "results.json").read_text())["headline"]
+            results = json.loads((clone / folder / "results.json").read_text())
+            assert results["headline"] and ("00_tour" not in AT_ONCE[folder] or results["residual"] < 1e-3)
         with pytest.raises(TimeoutError):
             proxy.accept()
     assert contents(clone / "data") == before
