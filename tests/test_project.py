@@ -329,7 +329,7 @@ def test_the_course_asks_each_exercise_of_each_notebook_once_and_rates_it_as_the
 
 REWRITTEN = tuple(path.stem for path in NOTEBOOKS)
 PLUMBING = re.compile(
-    r"^(from |import |lesson\.(keep|numbers|close)|results\.(keep|numbers|close)|\"[^\"]*\", model, out|\)$|E, k = |backpack, tokenizer)"
+    r"^(from |import |lesson\.(keep|note|numbers|close)|results\.(keep|numbers|close)|\"[^\"]*\", model, out|\)$|E, k = |backpack, tokenizer)"
 )
 
 
@@ -340,6 +340,7 @@ def test_cells_are_short_and_most_lines_are_the_idea(name):
         [line for line in "".join(c["source"]).splitlines() if line.strip()] for c in cells if c["cell_type"] == "code"
     ]
     assert len(code[1]) <= 12 and max(map(len, code[1:])) <= 25
+    assert not [line for cell in code for line in cell if len(line) > 120]
     lines = [line.strip() for cell in code[1:] for line in cell]
     plumbing = [line for line in lines if PLUMBING.match(line)]
     assert len(plumbing) <= 0.4 * len(lines), f"{len(plumbing)} of {len(lines)}"

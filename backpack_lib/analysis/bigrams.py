@@ -84,8 +84,8 @@ def bigram_correlations(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Is there a sense that is the bigram model? Spearman's rho of each sense's pushes and counted log p(y | x) - log p(y).
 
-    tokens: words x; among: words y to rank. -> mean over words (k,), and the same with each word's counts exchanged for
-    another word's (k,), which says what words have in common.
+    tokens: words x; among: words y to rank. -> mean over words (k,), and the same with another word's counts in the
+    place of each word's (k,), which says what words have in common.
     """
     pushes = (
         (model.sense_vectors(tokens.to(model.device)) @ model.get_output_embeddings().weight[among].T).cpu().numpy()

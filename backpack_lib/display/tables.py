@@ -57,7 +57,7 @@ def compare_senses(
     return pd.DataFrame(
         {
             "cosine": F.cosine_similarity(one, two, dim=-1).tolist(),
-            "both push up": [" · ".join(spell(tokenizer, row)) for row in shared],
+            "both push up": word_lists(tokenizer, shared),
         }
     ).rename_axis("sense")
 
@@ -66,8 +66,13 @@ def near_words(directions: torch.Tensor, tokenizer, vectors: torch.Tensor, n: in
     """For each of a word's senses, (k, d), the tokens whose same sense lies nearest, and their mean cosine."""
     ids, cosines = neighbours(directions, vectors, n)
     return pd.DataFrame(
-        {"nearest": [" · ".join(spell(tokenizer, row)) for row in ids], "mean cosine": cosines.mean(1).tolist()}
+        {"nearest": word_lists(tokenizer, ids), "mean cosine": cosines.mean(1).tolist()}
     ).rename_axis("sense")
+
+
+def word_lists(tokenizer, rows: torch.Tensor) -> list[str]:
+    """Rows of token ids, (n, m), each spelled out in one line."""
+    return [" · ".join(spell(tokenizer, row)) for row in rows]
 
 
 def by_token(tokenizer, input_ids, values: torch.Tensor) -> pd.DataFrame:
@@ -246,9 +251,12 @@ def reading_html(tokenizer, input_ids, reading, target: int, contrast: int | Non
     return "".join(parts)
 
 
-def folded(summary: str, html: str) -> str:
-    """HTML that opens when its summary is clicked."""
-    return f"<details><summary>{escape(summary)}</summary>{html}</details>"
+def folded(summary: str, frame: pd.DataFrame, precision: int = 2, shade: list | None = None):
+    """A table that opens when its summary is clicked, for IPython to display. precision, shade: as in `shaded`."""
+    from IPython.display import HTML
+
+    table = shaded(frame, precision, shade=shade).to_html()
+    return HTML(f"<details><summary>{escape(summary)}</summary>{table}</details>")
 
 
 def side_by_side(titles_and_texts: dict[str, str]) -> str:

@@ -18,7 +18,7 @@ from backpack_lib.lessons.exercises import check_choice, check_function, check_n
 from backpack_lib.lessons.opening import PLANTED, Lesson, check_stored
 from backpack_lib.loading import load
 from backpack_lib.model.kinds import check_sense
-from backpack_lib.studies.reading_study import bigram_table
+from backpack_lib.studies.reading_study import MEAN, SAID, bigram_table
 from backpack_lib.text import planted
 from backpack_lib.text.corpora import first_characters, open_corpus
 from backpack_lib.text.words import spell, token_of_word, tokens_of_word
@@ -192,6 +192,17 @@ def likeness_summary(tables: dict[str, pd.DataFrame], stored: pd.DataFrame) -> p
     ).T
 
 
+# ---------------------------------------------------------------- said in words
+
+
+def recovered_by_sense(recovered: pd.DataFrame) -> pd.DataFrame:
+    """From an `explanation_table`, a row for each sense: the shares that n words recover, that of the mean sense, and its worth."""
+    single = recovered[recovered["sense"] != "all"].assign(sense=lambda table: table["sense"].astype(int))
+    by_words = single[single["replaced by"] == SAID].pivot(index="sense", columns="words", values="share")
+    mean = single[single["replaced by"] == MEAN].set_index("sense")["share"]
+    return by_words.add_suffix(" words").assign(**{MEAN: mean, "worth": single.groupby("sense")["worth"].first()})
+
+
 # ---------------------------------------------------------------- bigrams
 
 
@@ -258,7 +269,7 @@ def words_to_compare(tokenizer, words: int = 300, among: int = 1000) -> tuple[to
 
 
 def choosing_texts(word: str, seed: int = 0, texts: int = 12) -> list[list[tuple[str, list[str]]]]:
-    """Planted texts up to an ambiguous word, with pieces that could stand for each of four earlier ones.
+    """Planted texts up to an ambiguous word, with pieces that could stand instead of each of four earlier ones.
 
     Place 1 is the place, which decides the topic; 2 the person; 3 the verb of speech; 4 the verb.
     """
@@ -279,6 +290,18 @@ def choosing_texts(word: str, seed: int = 0, texts: int = 12) -> list[list[tuple
             (f" the {word}", []),
         ])  # fmt: skip
     return made
+
+
+def with_piece(pieces: list[tuple[str, list[str]]], place: int | None = None) -> str:
+    """One of `choosing_texts` as it is, or with the first other piece at a place."""
+    return "".join(others[0] if number == place else piece for number, (piece, others) in enumerate(pieces))
+
+
+def middle_half(values: pd.DataFrame) -> pd.DataFrame:
+    """For each column its mean and the interval of the middle half of its values, which is widened to hold the mean."""
+    mean, low, high = values.mean(), values.quantile(0.25), values.quantile(0.75)
+    table = pd.DataFrame({"mean": mean, "low": np.minimum(low, mean), "high": np.maximum(high, mean)})
+    return table.sort_values("mean")
 
 
 PLACES = {1: "place (decides the topic)", 3: "person", 4: "verb of speech", 6: "verb"}

@@ -181,7 +181,7 @@ def gender_table(
 
 @torch.inference_mode()
 def choosing_table(model, tokenizer, texts: list[list[tuple[str, list[str]]]], word: str) -> pd.DataFrame:
-    """How the weights on a word's senses change when one earlier word of a text is exchanged.
+    """How the weights on a word's senses change when one earlier word of a text is replaced.
 
     texts: each a list of (piece, pieces that could stand there instead), whose last piece ends in the word; pieces without
     others stay. -> a row for each text, place and substitute: change, the sum over senses of how far the weight of the word's
