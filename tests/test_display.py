@@ -510,8 +510,10 @@ def test_a_long_texts_table_keeps_its_largest_rows_and_its_sum():
     assert tables.condensed(short, rows=10) is short
 
 
-def test_folded_html_escapes_its_summary():
-    assert tables.folded("a < b", "<p>x</p>") == "<details><summary>a &lt; b</summary><p>x</p></details>"
+def test_a_folded_table_escapes_its_summary_and_its_cells():
+    html = tables.folded("a < b", pd.DataFrame({"<i>": ["<b>"], "n": [0.125]}), 3, shade=[]).data
+    assert html.startswith("<details><summary>a &lt; b</summary>") and html.endswith("</details>")
+    assert "&lt;i&gt;" in html and "&lt;b&gt;" in html and "0.125" in html and "rgba" not in html
 
 
 def test_the_figure_of_a_product_frames_the_largest_cell_in_all_panels():

@@ -8,6 +8,7 @@ from backpack_lib.lessons import opening, tour
 from backpack_lib.lessons import senses as of_senses
 from backpack_lib.lessons import training as of_training
 from backpack_lib.lessons.exercises import check_choice, check_function, check_number, check_tensor
+from backpack_lib.lessons.results import Results
 from backpack_lib.text import planted
 
 
@@ -57,6 +58,20 @@ def test_a_lesson_has_its_examples_unless_others_are_given(tmp_path):
     assert (tmp_path / "table.csv").is_file()
     with pytest.raises(ValueError, match="no sense vectors"):
         opening.open_lesson("02_senses", "demo-transformer", str(tmp_path))
+
+
+def test_numbers_are_noted_under_their_labels(tmp_path):
+    results = Results(tmp_path)
+    results.note({"loss": 1.5})
+    results.note(pd.Series({("Backpack", "removed"): 0.25}), "excess, {} {}")
+    table = pd.DataFrame({"low": [1.0, 2.0], "high": [3.0, 4.0]}, index=["a", "b"])
+    results.note(table, "{1} of {0}")
+    by_pair = table.set_axis(pd.MultiIndex.from_tuples([("he", "she"), ("he", "they")]))
+    results.note(by_pair[["low"]], "{2}, {0} and {1}")
+    assert results.numbers == {
+        "loss": 1.5, "excess, Backpack removed": 0.25, "low of a": 1.0, "low of b": 2.0, "high of a": 3.0,
+        "high of b": 4.0, "low, he and she": 1.0, "low, he and they": 2.0,
+    }  # fmt: skip
 
 
 def test_a_text_without_a_question_gets_the_likeliest_words(tmp_path):

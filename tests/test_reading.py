@@ -161,8 +161,14 @@ def test_the_table_of_explanations_holds_each_sense_and_all_of_them(trained, row
     assert (taken["share"] == 0).all() and taken.loc["all", "worth"] > 1
     said = table[(table["replaced by"] == "said in words") & (table["sense"] == "all")].set_index("words")["share"]
     mean = table[(table["replaced by"] == "mean sense") & (table["sense"] == "all")]["share"].iloc[0]
-    exchanged = table[(table["replaced by"] == "another word's words") & (table["sense"] == "all")]["share"].iloc[0]
-    assert said[10] > said[1] > max(mean, exchanged)  # of planted text, ten words say much
+    another = table[(table["replaced by"] == "another word's words") & (table["sense"] == "all")]["share"].iloc[0]
+    assert said[10] > said[1] > max(mean, another)  # of planted text, ten words say much
+    by_sense = reading.recovered_by_sense(table)
+    assert list(by_sense.columns) == ["1 words", "10 words", "mean sense", "worth"] and len(by_sense) == 8
+    of_three = table[table["sense"] == "3"].set_index(["replaced by", "words"])
+    assert by_sense.loc[3, "10 words"] == of_three.loc[("said in words", 10), "share"]
+    assert by_sense.loc[3, "mean sense"] == of_three.loc[("mean sense", 0), "share"]
+    assert by_sense.loc[3, "worth"] == of_three["worth"].iloc[0]
 
 
 def test_explanations_by_people_take_the_place_of_those_made_here(trained, rows, words, tmp_path):
@@ -326,6 +332,18 @@ def test_the_place_chooses_the_sense_on_planted_text(trained):
     assert row["change"] == pytest.approx((weights[0] - weights[1]).abs().sum().item(), abs=1e-4)
     means = found.groupby("place")["change"].mean()
     assert means.idxmax() == 1  # the place, which decides the topic
+
+
+def test_a_text_is_spelled_with_another_piece_at_one_place():
+    pieces = [("At the", []), (" zoo", [" lab", " river"]), (",", []), (" Nina", [" Sara"])]
+    assert reading.with_piece(pieces) == "At the zoo, Nina"
+    assert reading.with_piece(pieces, 1) == "At the lab, Nina" and reading.with_piece(pieces, 3) == "At the zoo, Sara"
+
+
+def test_the_middle_half_holds_the_mean():
+    values = pd.DataFrame({"even": [0.0, 1.0, 2.0, 3.0, 4.0], "one far": [0.0, 0.0, 0.0, 0.0, 10.0]})
+    assert reading.middle_half(values).loc["even"].tolist() == [2.0, 1.0, 3.0]
+    assert reading.middle_half(values).loc["one far"].tolist() == [2.0, 0.0, 2.0]
 
 
 # ---------------------------------------------------------------- roles, and the tables that are stored

@@ -130,3 +130,12 @@ def test_texts_without_control_are_judged_on_every_topic_if_they_begin_alike(tmp
     for topic in ("music", "law"):
         rows = none[none["topic"] == topic]
         assert list(rows["on topic"]) == list(of_topics.planted_judge(list(rows["text"]))[topic])
+
+
+@pytest.mark.parametrize(
+    ("difference", "p", "said"),
+    [(0.1, 0.2, "is not told apart from PPLM"), (0.1, 0.01, "succeeds more often than PPLM"),
+     (-0.1, 0.01, "succeeds less often than PPLM")],
+)  # fmt: skip
+def test_a_verdict_says_no_more_than_its_test(difference, p, said):
+    assert of_topics.verdict(pd.Series({"difference": difference, "p": p}, name="Backpack − PPLM")) == said

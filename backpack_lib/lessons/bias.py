@@ -43,6 +43,10 @@ class Material:
     what_is_true: str
     language: dict
 
+    def __str__(self) -> str:
+        many = len(self.professions), len(self.fit), len(self.test)
+        return "{} professions, {} templates for fitting, {} for testing".format(*many)
+
 
 def open_material(
     lesson: Lesson,

@@ -49,7 +49,9 @@ class Results:
         A label of several parts fills several places: of a DataFrame, the row's, then the column's.
         """
         if hasattr(values, "columns"):
-            values = {(*_parts(row), *_parts(column)): cell for column in values for row, cell in values[column].items()}
+            values = {
+                (*_parts(row), *_parts(column)): cell for column in values for row, cell in values[column].items()
+            }
         self.numbers |= {name.format(*_parts(label)): value for label, value in values.items()}
 
     def close(self, headline: str):

@@ -118,6 +118,14 @@ def stored_texts(model: str, texts: pd.DataFrame) -> pd.DataFrame:
     return stored
 
 
+def verdict(difference: pd.Series) -> str:
+    """What the last difference of a table such as "Backpack − PPLM" shows: which of three things is said of its first."""
+    other = difference.name.split(" − ")[1]
+    if difference["p"] >= 0.05:
+        return f"is not told apart from {other}"
+    return f"succeeds {'more' if difference['difference'] > 0 else 'less'} often than {other}"
+
+
 def run_study(study: TopicStudy) -> pd.DataFrame:
     """Runs a study and keeps its texts."""
     return keep_texts(study, run_quietly(study.run))
