@@ -164,7 +164,9 @@ def test_the_table_of_explanations_holds_each_sense_and_all_of_them(trained, row
     another = table[(table["replaced by"] == "another word's words") & (table["sense"] == "all")]["share"].iloc[0]
     assert said[10] > said[1] > max(mean, another)  # of planted text, ten words say much
     by_sense = reading.recovered_by_sense(table)
-    assert list(by_sense.columns) == ["1 words", "10 words", "mean sense", "worth"] and len(by_sense) == 8
+    assert list(by_sense.columns) == ["1 word", "10 words", "mean sense", "worth"] and len(by_sense) == 8
+    assert reading.replacement("said in words", 1) == "said in words, 1 word"
+    assert reading.replacement("mean sense", 0) == "mean sense"
     of_three = table[table["sense"] == "3"].set_index(["replaced by", "words"])
     assert by_sense.loc[3, "10 words"] == of_three.loc[("said in words", 10), "share"]
     assert by_sense.loc[3, "mean sense"] == of_three.loc[("mean sense", 0), "share"]

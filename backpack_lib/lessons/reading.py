@@ -200,7 +200,16 @@ def recovered_by_sense(recovered: pd.DataFrame) -> pd.DataFrame:
     single = recovered[recovered["sense"] != "all"].assign(sense=lambda table: table["sense"].astype(int))
     by_words = single[single["replaced by"] == SAID].pivot(index="sense", columns="words", values="share")
     mean = single[single["replaced by"] == MEAN].set_index("sense")["share"]
-    return by_words.add_suffix(" words").assign(**{MEAN: mean, "worth": single.groupby("sense")["worth"].first()})
+    return by_words.rename(columns=number_of_words).assign(**{MEAN: mean, "worth": single.groupby("sense")["worth"].first()})
+
+
+def number_of_words(n: int) -> str:
+    return f"{n} word" if n == 1 else f"{n} words"
+
+
+def replacement(what: str, n: int) -> str:
+    """What a sense was replaced by, for a figure. n: words of the explanation, 0 where there is none."""
+    return f"{what}, {number_of_words(n)}" if n else what
 
 
 # ---------------------------------------------------------------- bigrams
