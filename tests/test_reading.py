@@ -119,7 +119,7 @@ def test_a_ridge_is_that_of_its_equation():
     draw = torch.Generator().manual_seed(0)
     X, Y = torch.randn(30, 4, generator=draw).double(), torch.randn(30, 3, generator=draw).double()
     X[:, -1] = 1
-    found = ex._ridge(X, Y, 0.1)
+    _, found = ex._ridge(X, Y, (3.0, 0.1))
     penalty = 0.1 * 30 * X[:, :-1].var(0).mean()
     x, y = X[:, :-1] - X[:, :-1].mean(0), Y - Y.mean(0)
     slow = torch.linalg.inv(x.T @ x + penalty * torch.eye(3).double()) @ x.T @ y

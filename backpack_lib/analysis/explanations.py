@@ -138,19 +138,25 @@ def _fit_size(X: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:
 def _fit_ridge(X: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:
     """(n, f + 1), (n, d) -> (f + 1, d). The strength is chosen on every fifth word, which is then fitted, too."""
     held = torch.arange(len(X), device=X.device) % 5 == 0
-    errors = [((X[held] @ _ridge(X[~held], Y[~held], r) - Y[held]) ** 2).mean().item() for r in RIDGES]
-    return _ridge(X, Y, RIDGES[int(np.argmin(errors))])
+    tried = _ridge(X[~held], Y[~held], RIDGES)
+    errors = [((X[held] @ weights - Y[held]) ** 2).mean().item() for weights in tried]
+    return _ridge(X, Y, [RIDGES[int(np.argmin(errors))]])[0]
 
 
-def _ridge(X: torch.Tensor, Y: torch.Tensor, strength: float) -> torch.Tensor:
+def _ridge(X: torch.Tensor, Y: torch.Tensor, strengths) -> list[torch.Tensor]:
+    """The weights at each strength, (f + 1, d). The last column of X is the constant, which is not punished."""
     mean = X.mean(0, keepdim=True)
     mean[:, -1] = 0  # the constant stays
     x = X - mean
-    penalty = strength * len(X) * x[:, :-1].var(0).mean() * torch.eye(X.shape[1], device=X.device)
+    products, targets = x.T @ x, x.T @ Y
+    penalty = len(X) * x[:, :-1].var(0).mean() * torch.eye(X.shape[1], device=X.device)
     penalty[-1, -1] = 0
-    weights = torch.linalg.solve(x.T @ x + penalty, x.T @ Y)
-    weights[-1] = weights[-1] - mean[0, :-1] @ weights[:-1]
-    return weights
+    found = []
+    for strength in strengths:
+        weights = torch.cholesky_solve(targets, torch.linalg.cholesky(products + strength * penalty))
+        weights[-1] -= mean[0, :-1] @ weights[:-1]
+        found.append(weights)
+    return found
 
 
 # ---------------------------------------------------------------- what a replacement costs
