@@ -108,11 +108,15 @@ def held_out(found: dict[str, np.ndarray], scores: np.ndarray, folds: int = 10, 
     predicted, chosen = np.empty(len(scores)), []
     for fold in np.array_split(np.random.default_rng(seed).permutation(len(scores)), folds):
         rest = np.setdiff1d(np.arange(len(scores)), fold)
-        # A similarity that is the same for all pairs has no rho, and is the last to be chosen.
-        best = max(found, key=lambda name: np.nan_to_num(spearmanr(found[name][rest], scores[rest]).statistic, nan=-1))
+        best = max(found, key=lambda name: _rank_correlation(found[name][rest], scores[rest]))
         predicted[fold] = np.searchsorted(np.sort(found[best][rest]), found[best][fold]) / len(rest)
         chosen.append(best)
     return predicted, chosen
+
+
+def _rank_correlation(values: np.ndarray, scores: np.ndarray) -> float:
+    """Spearman's rho; -1 for values that are all the same, which have none and are the last to be chosen."""
+    return spearmanr(values, scores).statistic if np.ptp(values) > 0 else -1.0
 
 
 def held_out_table(senses_of, sets: dict[str, pd.DataFrame], seed: int = 0, resamples: int = 1000) -> pd.DataFrame:
