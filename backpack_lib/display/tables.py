@@ -65,9 +65,8 @@ def compare_senses(
 def near_words(directions: torch.Tensor, tokenizer, vectors: torch.Tensor, n: int = 8) -> pd.DataFrame:
     """For each of a word's senses, (k, d), the tokens whose same sense lies nearest, and their mean cosine."""
     ids, cosines = neighbours(directions, vectors, n)
-    return pd.DataFrame({"nearest": word_lists(tokenizer, ids), "mean cosine": cosines.mean(1).tolist()}).rename_axis(
-        "sense"
-    )
+    table = pd.DataFrame({"nearest": word_lists(tokenizer, ids), "mean cosine": cosines.mean(1).tolist()})
+    return table.rename_axis("sense")
 
 
 def word_lists(tokenizer, rows: torch.Tensor) -> list[str]:

@@ -119,7 +119,7 @@ def stored_texts(model: str, texts: pd.DataFrame) -> pd.DataFrame:
 
 
 def verdict(difference: pd.Series) -> str:
-    """What the last difference of a table such as "Backpack − PPLM" shows: which of three things is said of its first."""
+    """What a paired difference, such as the row "Backpack − PPLM", shows of its first method: the end of a sentence."""
     other = difference.name.split(" − ")[1]
     if difference["p"] >= 0.05:
         return f"is not told apart from {other}"
