@@ -199,8 +199,9 @@ def recovered_by_sense(recovered: pd.DataFrame) -> pd.DataFrame:
     """From an `explanation_table`, a row for each sense: the shares that n words recover, that of the mean sense, and its worth."""
     single = recovered[recovered["sense"] != "all"].assign(sense=lambda table: table["sense"].astype(int))
     by_words = single[single["replaced by"] == SAID].pivot(index="sense", columns="words", values="share")
-    mean = single[single["replaced by"] == MEAN].set_index("sense")["share"]
-    return by_words.rename(columns=number_of_words).assign(**{MEAN: mean, "worth": single.groupby("sense")["worth"].first()})
+    table = by_words.rename(columns=number_of_words)
+    table[MEAN] = single[single["replaced by"] == MEAN].set_index("sense")["share"]
+    return table.assign(worth=single.groupby("sense")["worth"].first())
 
 
 def number_of_words(n: int) -> str:
