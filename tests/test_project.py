@@ -329,7 +329,7 @@ def test_the_course_asks_each_exercise_of_each_notebook_once_and_rates_it_as_the
 
 REWRITTEN = tuple(path.stem for path in NOTEBOOKS)
 PLUMBING = re.compile(
-    r"^(from |import |lesson\.(keep|note|numbers|close)|results\.(keep|numbers|close)|\"[^\"]*\", model, out|\)$|E, k = |backpack, tokenizer)"
+    r"^(from |import |lesson\.(keep|note|numbers|close)|results\.(keep|note|numbers|close)|\"[^\"]*\", model, out|\)$|E, k = |backpack, tokenizer)"
 )
 
 

@@ -12,6 +12,7 @@ who replaced parts of a Transformer by what explanations of them predict, and fo
 Weights do not see senses. So what a replacement does to every prediction is a sum that is known without running the model.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -143,8 +144,8 @@ def _fit_ridge(X: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:
     return _ridge(X, Y, [RIDGES[int(np.argmin(errors))]])[0]
 
 
-def _ridge(X: torch.Tensor, Y: torch.Tensor, strengths) -> list[torch.Tensor]:
-    """The weights at each strength, (f + 1, d). The last column of X is the constant, which is not punished."""
+def _ridge(X: torch.Tensor, Y: torch.Tensor, strengths: Iterable[float]) -> list[torch.Tensor]:
+    """The weights at each strength, (f + 1, d). The last column of X is the constant, which is not penalised."""
     mean = X.mean(0, keepdim=True)
     mean[:, -1] = 0  # the constant stays
     x = X - mean
