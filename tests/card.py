@@ -115,6 +115,7 @@ class Card(TorchDispatchMode):
         # In inference mode operations would come whole that are made of others.
         self.around.enter_context(patch.multiple(torch.inference_mode, __enter__=_begin_no_grad, __exit__=_end_no_grad))
         self.around.enter_context(patch.object(torch.cuda, "is_available", lambda: True))
+        self.around.enter_context(patch.object(torch.cuda, "is_current_stream_capturing", lambda: False))
         self.around.enter_context(patch.object(torch.nn.Module, "to", self._module_to))
         self.around.enter_context(_Functions())
         return super().__enter__()

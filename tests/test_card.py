@@ -26,6 +26,7 @@ from backpack_lib.analysis.attribution import read
 from backpack_lib.analysis.topic import TopicControl, largest_pushes
 from backpack_lib.model import backpack as module
 from backpack_lib.model import mixing
+from backpack_lib.model.cache import CACHE
 from backpack_lib.text.writing import continue_texts
 from backpack_lib.training.batches import make_batch
 from backpack_lib.training.build import make_optimizers, make_scheduler
@@ -126,8 +127,8 @@ def losses(model, transformer, tokenizer):
 def in_parts(model, transformer, tokenizer):
     ids = reads(model, tokenizer)[None]
     first = model(ids[:, :4], use_cache=True)
-    second = model(ids[:, 4:5], past_key_values=first.past_key_values, use_cache=True)
-    third = model(ids[:, 5:], past_key_values=second.past_key_values, use_cache=True, output_senses=True)
+    second = model(ids[:, 4:5], cache=first[CACHE], use_cache=True)
+    third = model(ids[:, 5:], cache=second[CACHE], use_cache=True, output_senses=True)
     return first.logits, second.logits, third.logits, third.contextualization, third.senses
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, p
 
 from backpack_lib import BackpackConfig, BackpackLMHeadModel
 from backpack_lib.model import mixing
+from backpack_lib.model.cache import CACHE
 from backpack_lib.training.batches import make_batch
 from backpack_lib.training.loss import LanguageModelLoss
 
@@ -224,14 +225,22 @@ def test_caches_of_every_make_hold_the_senses():
     ids = random_ids(2, 10)
     whole = model(ids).logits
     for cache in (None, DynamicCache(), DynamicCache(config=model.config)):
-        first = model(ids[:, :4], past_key_values=cache, use_cache=True)
-        assert len(first.past_key_values.layers) == model.config.n_layer + 1
-        rest = [model(ids[:, i : i + 2], past_key_values=first.past_key_values).logits for i in (4, 6, 8)]
+        first = model(ids[:, :4], cache=cache, use_cache=True)
+        assert len(first[CACHE].layers) == model.config.n_layer + 1
+        rest = [model(ids[:, i : i + 2], cache=first[CACHE]).logits for i in (4, 6, 8)]
         torch.testing.assert_close(torch.cat([first.logits, *rest], 1), whole, atol=1e-5, rtol=1e-4)
     static = model.generate(
         ids, max_new_tokens=8, do_sample=False, eos_token_id=None, cache_implementation="static", disable_compile=True
     )
     assert torch.equal(static, model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None))
+
+
+@torch.no_grad()
+def test_a_cache_goes_by_its_older_name_too():
+    model, ids = tiny_model(), random_ids(2, 10)
+    first = model(ids[:, :4], use_cache=True)
+    rest = model(ids[:, 4:], past_key_values=first[CACHE]).logits
+    torch.testing.assert_close(torch.cat([first.logits, rest], 1), model(ids).logits, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -245,7 +254,7 @@ def test_a_cache_has_the_senses_of_each_token_computed_once(monkeypatch):
     seen.clear()
     cache, logits = DynamicCache(), []
     for start, stop in ((0, 3), (3, 4), (4, 5), (5, 9), (9, 10)):
-        logits.append(model(ids[:, start:stop], past_key_values=cache).logits)
+        logits.append(model(ids[:, start:stop], cache=cache).logits)
     torch.testing.assert_close(torch.cat(logits, 1), whole, atol=1e-5, rtol=1e-4)
     assert len(seen) == len({*ids.flatten().tolist()})
 
@@ -254,13 +263,13 @@ def test_a_cache_has_the_senses_of_each_token_computed_once(monkeypatch):
 def test_a_cache_that_was_shortened_or_reordered_goes_on_from_there():
     model, ids = tiny_model(), random_ids(2, 9)
     cache = DynamicCache(config=model.config)
-    model(ids, past_key_values=cache)
+    model(ids, cache=cache)
     cache.crop(-4)
-    again = model(ids[:, 5:].flip(1), past_key_values=cache).logits
+    again = model(ids[:, 5:].flip(1), cache=cache).logits
     text = torch.cat([ids[:, :5], ids[:, 5:].flip(1)], 1)
     torch.testing.assert_close(again, model(text, use_cache=False).logits[:, 5:], atol=1e-5, rtol=1e-4)
     cache.reorder_cache(torch.tensor([1, 1]))
-    last = model(ids[:, :1], past_key_values=cache).logits
+    last = model(ids[:, :1], cache=cache).logits
     expected = model(torch.cat([text[[1, 1]], ids[:, :1]], 1), use_cache=False).logits[:, -1:]
     torch.testing.assert_close(last, expected, atol=1e-5, rtol=1e-4)
 
@@ -269,9 +278,9 @@ def test_a_cache_that_was_shortened_or_reordered_goes_on_from_there():
 def test_an_edit_in_the_midst_of_a_text_holds_for_all_new_tokens():
     model, ids = tiny_model(), torch.tensor([[5, 6, 7, 5, 6]])
     cache = DynamicCache()
-    model(ids[:, :3], past_key_values=cache)
+    model(ids[:, :3], cache=cache)
     model.backpack.patches.append(lambda tokens, senses: 2 * senses)
-    after = model(ids[:, 3:], past_key_values=cache, output_senses=True).senses
+    after = model(ids[:, 3:], cache=cache, output_senses=True).senses
     plain = tiny_model().sense_vectors(ids[0])
     torch.testing.assert_close(after[0].transpose(0, 1), torch.cat([plain[:3], 2 * plain[3:]]))
 
@@ -279,8 +288,8 @@ def test_an_edit_in_the_midst_of_a_text_holds_for_all_new_tokens():
 def test_gradients_reach_a_text_that_is_read_with_a_cache():
     model, ids = tiny_model(), random_ids(2, 8)
     cache = DynamicCache()
-    first = model(ids[:, :5], past_key_values=cache, use_cache=True).logits
-    torch.cat([first, model(ids[:, 5:], past_key_values=cache).logits], 1).square().sum().backward()
+    first = model(ids[:, :5], cache=cache, use_cache=True).logits
+    torch.cat([first, model(ids[:, 5:], cache=cache).logits], 1).square().sum().backward()
     found = model.lm_head.weight.grad.clone()
     model.zero_grad()
     model(ids, use_cache=False).logits.square().sum().backward()
@@ -303,7 +312,7 @@ def test_a_text_is_read_by_sense_and_block(left, monkeypatch):
         cache, parts = DynamicCache(), []
         with torch.no_grad():
             for part in (slice(0, 7), slice(7, 19)):
-                out = model(ids[:, part], attention_mask=mask[:, : part.stop], past_key_values=cache)
+                out = model(ids[:, part], attention_mask=mask[:, : part.stop], cache=cache)
                 parts.append(out.logits)
         torch.testing.assert_close(torch.cat(parts, 1)[mask.bool()], logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)

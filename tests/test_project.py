@@ -51,8 +51,8 @@ def test_pins_are_exact_and_for_every_platform():
 
 
 def test_oldest_supported_versions():
-    oldest = {r.name: str(r.specifier) for r in requirements()}
-    assert oldest["torch"] == ">=2.11" and oldest["transformers"] == ">=5.17"
+    supported = {r.name: r.specifier for r in requirements()}
+    assert supported["torch"] == SpecifierSet(">=2.11") and ">=5.17" in str(supported["transformers"])
     assert SpecifierSet(PROJECT["requires-python"]) == SpecifierSet(">=3.11,<3.14")
     assert PROJECT["license"] == "Apache-2.0"
 

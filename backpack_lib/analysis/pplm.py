@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, set_seed
 
+from backpack_lib.model.cache import CACHE
 from backpack_lib.model.kinds import require_transformer, used_tokens
 from backpack_lib.text.words import tokens_of_word
 from backpack_lib.text.writing import prompts_of_texts
@@ -122,5 +123,5 @@ def _read(model, ids, mask, past: Past) -> tuple[torch.Tensor, Past]:
         cache.update(keys, values, number)
     with torch.set_grad_enabled(torch.is_grad_enabled() and any(k.requires_grad for k, _ in past)):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        out = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
-    return out.logits[:, -1].float(), [(layer.keys, layer.values) for layer in out.past_key_values.layers]
+        out = model(ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, **{CACHE: cache})
+    return out.logits[:, -1].float(), [(layer.keys, layer.values) for layer in cache.layers]

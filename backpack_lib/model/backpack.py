@@ -34,13 +34,13 @@ from transformers import (
     GPT2PreTrainedModel,
 )
 from transformers.activations import ACT2FN, NewGELUActivation
-from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import can_return_tuple
 
-from backpack_lib.model.cache import SenseLayer, make_room_for_senses
+from backpack_lib.model.cache import CACHE, SenseLayer, make_room_for_senses
 from backpack_lib.model.mixing import at_positions, contextualize, mix_senses, weighted_sum
 
 # The released model pads GPT-2's 50257 tokens to a multiple of 8; its config does not say so.
@@ -214,19 +214,15 @@ def each_token(input_ids):
 
 
 @dataclass
-class BackpackModelOutput(ModelOutput):
+class BackpackModelOutput(BaseModelOutputWithPast):
     """`last_hidden_state` is the weighted sum of senses, (B, T, d), that the output embedding reads."""
 
-    last_hidden_state: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     contextualization: torch.Tensor | None = None
     senses: torch.Tensor | None = None
 
 
 @dataclass
-class BackpackLMOutput(ModelOutput):
+class BackpackLMOutput(CausalLMOutputWithPast):
     """What `BackpackLMHeadModel` returns.
 
     loss: mean cross-entropy in nats, when labels are given.
@@ -236,11 +232,6 @@ class BackpackLMOutput(ModelOutput):
     hidden_states, attentions: the trunk's, on request.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     contextualization: torch.Tensor | None = None
     senses: torch.Tensor | None = None
 
@@ -317,7 +308,7 @@ class BackpackModel(BackpackPreTrainedModel):
         input_ids,
         attention_mask=None,
         position_ids=None,
-        past_key_values=None,
+        cache=None,
         use_cache=None,
         output_senses=False,
         distinct=None,
@@ -329,9 +320,9 @@ class BackpackModel(BackpackPreTrainedModel):
         """
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        n_past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        n_past = 0 if cache is None else cache.get_seq_length()
         n_new = input_ids.shape[1]
         self._check_input(input_ids, n_past)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
@@ -347,14 +338,14 @@ class BackpackModel(BackpackPreTrainedModel):
             inputs_embeds=F.embedding(inverse, embeddings),
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
+            **{CACHE: cache},
             **kwargs,
         )
         queries, keys = self.sense_weight_net(trunk.last_hidden_state)
-        cache, alpha, senses = None, None, None
-        if past_key_values is not None:
-            cache = make_room_for_senses(past_key_values, self.config.n_layer)
+        alpha, senses = None, None
+        if cache is not None:
+            make_room_for_senses(cache, self.config.n_layer)
         table = self.sense_table(tokens, embeddings, self.known_senses(cache, input_ids.device))
         if cache is not None or output_senses or self.weight_hooks:
             senses = at_positions(table, inverse)
@@ -371,11 +362,11 @@ class BackpackModel(BackpackPreTrainedModel):
 
         return BackpackModelOutput(
             last_hidden_state=mixed,
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=trunk.hidden_states,
             attentions=trunk.attentions,
             contextualization=alpha if output_senses else None,
             senses=senses if output_senses else None,
+            **{CACHE: cache if use_cache else None},
         )
 
     def _check_input(self, input_ids, n_past):
@@ -431,17 +422,18 @@ class BackpackLMHeadModel(BackpackPreTrainedModel, GenerationMixin):
         input_ids,
         attention_mask=None,
         position_ids=None,
-        past_key_values=None,
+        cache=None,
         labels=None,
         use_cache=None,
         output_senses=False,
         logits_to_keep=0,
+        past_key_values=None,
         **kwargs,
     ) -> BackpackLMOutput:
         """Predict the token after each position. (B, T) -> `BackpackLMOutput`
 
         attention_mask: (B, S), 0 on padding; padding may stand on either side.
-        past_key_values: a transformers cache; `input_ids` then holds only the new tokens.
+        cache: a transformers cache; `input_ids` then holds only the new tokens. `past_key_values` is its older name.
         labels: (B, T), usually `input_ids` itself (the shift happens inside); -100 is ignored.
         output_senses: also return the contextualisation weights and the sense vectors.
         logits_to_keep: the last so many positions only; 0 keeps all.
@@ -452,7 +444,7 @@ class BackpackLMHeadModel(BackpackPreTrainedModel, GenerationMixin):
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             use_cache=use_cache,
             output_senses=output_senses,
             **kwargs,
@@ -465,11 +457,11 @@ class BackpackLMHeadModel(BackpackPreTrainedModel, GenerationMixin):
         return BackpackLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             contextualization=outputs.contextualization,
             senses=outputs.senses,
+            **{CACHE: outputs.get(CACHE)},
         )
 
     def generate(self, *args, **kwargs):

@@ -4,7 +4,10 @@ Shapes: batch B, tokens so far S, width d, senses k.
 """
 
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
+# What arguments and outputs of transformers' models call a cache: it was renamed in 5.24.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 ROOM = 128  # tokens that a cache makes room for at once
 
 
@@ -50,7 +53,7 @@ class SenseLayer(DynamicLayer):
         return room[..., :n_all, :]
 
 
-def make_room_for_senses(cache: Cache, n_layer: int) -> Cache:
+def make_room_for_senses(cache: Cache, n_layer: int):
     """Adds the sense layer to a cache that has the trunk's layers only; other kinds grow by themselves."""
     if len(cache.layers) == n_layer:
         trunk = cache.layers[0]
@@ -58,4 +61,3 @@ def make_room_for_senses(cache: Cache, n_layer: int) -> Cache:
             cache.layers.append(StaticLayer(trunk.max_cache_len))
         elif type(trunk) is DynamicLayer:
             cache.layers.append(SenseLayer())
-    return cache
