@@ -57,7 +57,10 @@ def written_whole(path: Path) -> Iterator[Path]:
     """Another path to write to, renamed to `path` at the end, so that the file is there whole or not at all."""
     building = path.with_name(f"{path.name}.{os.getpid()}")
     try:
+        building.touch()
+        permissions = building.stat().st_mode
         yield building
+        building.chmod(permissions)  # safetensors writes for the owner alone
         building.replace(path)
     finally:
         building.unlink(missing_ok=True)
@@ -67,6 +70,13 @@ def write_text(path: Path, text: str):
     """Writes a text file, whole or not at all."""
     with written_whole(path) as building:
         building.write_text(text, encoding="utf-8")
+
+
+def let_others_read(model: Path):
+    """Gives the weights in a model's folder, which safetensors writes for the owner alone, `config.json`'s permissions."""
+    permissions = (model / "config.json").stat().st_mode
+    for file in model.iterdir():
+        file.chmod(permissions)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import GPT2LMHeadModel, PreTrainedConfig
 from transformers.utils import logging
 
-from backpack_lib.files import data_folder, first_line, runs_folder
+from backpack_lib.files import data_folder, first_line, let_others_read, runs_folder
 from backpack_lib.hub import reaching_hub
 from backpack_lib.model.backpack import GPT2_TOKENS, BackpackLMHeadModel, from_released_format
 from backpack_lib.model.kinds import require_transformer, suppress_unused_rows
@@ -202,9 +202,9 @@ def export(run: Path, target: Path, also: Iterable[str] = ()):
         tokenizer.save_pretrained(building)
         for name in also:
             shutil.copy(run / name, building)
+        let_others_read(Path(building))
         target.mkdir(exist_ok=True)
         for file in Path(building).iterdir():
-            file.chmod(0o644)  # weights and temporary files are written for the owner alone
             file.replace(target / file.name)
 
 

@@ -127,6 +127,12 @@ def test_models_on_the_way_can_be_kept_and_change_nothing(tiny):
     assert any(not torch.equal(tensor, twelve[name]) for name, tensor in four.items())
 
 
+def test_whoever_may_read_files_here_may_read_a_finished_model(tiny):
+    train(tiny)
+    files = [*Path(f"{tiny.out}/model").iterdir(), Path(f"{tiny.out}/settings.json")]
+    assert len(files) > 3 and len({file.stat().st_mode for file in files}) == 1
+
+
 def test_a_finished_run_is_not_run_again(tiny, monkeypatch):
     history = train(tiny)
     monkeypatch.setattr("backpack_lib.training.run.Run", None)

@@ -19,7 +19,7 @@ from pathlib import Path
 from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 
-from backpack_lib.files import first_line, write_text
+from backpack_lib.files import first_line, let_others_read, write_text
 from backpack_lib.loading import no_progress_bar
 from backpack_lib.training.config import TrainingConfig
 
@@ -147,6 +147,7 @@ class RunFolder:
             with no_progress_bar():
                 model.save_pretrained(building, state_dict=weights)
             tokenizer.save_pretrained(building)
+            let_others_read(building)
             shutil.rmtree(self.path / name, ignore_errors=True)
             building.rename(self.path / name)
         except (OSError, RuntimeError, SafetensorError) as error:
