@@ -8,6 +8,7 @@ from backpack_lib import load
 from backpack_lib.analysis.knowledge import margins, project, read_facts
 from backpack_lib.analysis.matching import compare_models
 from backpack_lib.lessons.reading import professions_and_templates, small_models, stored_table, words_to_compare
+from backpack_lib.lessons.topics import stored_texts
 from backpack_lib.loading import fingerprint, is_planted, load_baseline
 from backpack_lib.studies.reading_study import gender_table
 from backpack_lib.studies.topic_study import at_equal_fluency, settings_table
@@ -21,6 +22,15 @@ def test_the_stored_texts_of_topic_control_are_of_the_demo_models_on_all_topics(
     assert stored["topic"].nunique() == 17
     fair = at_equal_fluency(settings_table(stored))
     assert set(fair["strength"]) == {0, 1, 2, 3, 0.1, 0.3} and (fair["reached"] | (fair["why"] != "")).all()
+
+
+def test_a_run_of_named_topics_or_of_another_model_speaks_of_its_own_texts():
+    models = {"Backpack": fingerprint(load("demo")[0]), "PPLM": fingerprint(load("demo-transformer")[0])}
+    own = pd.DataFrame({"method": [*models], "model": [*models.values()], "topic": "music"})
+    assert stored_texts("demo", [], own)["topic"].nunique() == 17
+    assert stored_texts("demo", ["music"], own) is own and stored_texts("planted", [], own) is own
+    with pytest.raises(ValueError, match="written with other weights"):
+        stored_texts("demo", [], own.assign(model="another"))
 
 
 def test_the_stored_losses_of_debiasing_are_of_the_demo_model():

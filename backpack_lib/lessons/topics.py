@@ -103,14 +103,13 @@ def open_study(
     return study, known[lesson.example.topic] | ({"steer": words.split()} if words.split() else {})
 
 
-def stored_texts(model: str, texts: pd.DataFrame) -> pd.DataFrame:
-    """Texts of all topics where they are stored (demo), measured by `make topic-control`; else the given ones.
+def stored_texts(model: str, topics: list[str], texts: pd.DataFrame) -> pd.DataFrame:
+    """Texts of all topics, stored by `make topic-control`, where no topics are named (demo); else the given texts.
 
     Raises ValueError if the stored ones were written by other weights.
     """
     file = data_folder() / "demo" / "topic_control" / STORED
-    every = json.loads((data_folder() / "topics.json").read_text(encoding="utf-8"))
-    if model != "demo" or not file.is_file() or len(set(texts["topic"])) == len(every):
+    if model != "demo" or topics or not file.is_file():
         return texts
     stored = pd.read_csv(file)
     if set(stored["model"]) != set(texts["model"]):
