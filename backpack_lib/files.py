@@ -24,11 +24,23 @@ def notebooks_folder() -> Path:
     return Path(os.environ.get("BACKPACK_NOTEBOOKS", default))
 
 
+def project_folder() -> Path:
+    """Where one works: the clone; with the wheel, the current folder, or the one that holds the `notebooks` one is in."""
+    if (_PACKAGE.parent / "pyproject.toml").is_file():
+        return _PACKAGE.parent
+    here = Path.cwd()
+    return here.parent if here.name == "notebooks" else here
+
+
+def as_seen(path: str | Path) -> str | Path:
+    """A path as it was given, or, where nothing is there, as seen from the project: a notebook runs in its own folder."""
+    beside = project_folder() / path
+    return str(beside) if path and not os.path.exists(path) and beside.exists() else path
+
+
 def runs_folder() -> Path:
-    """Where notebooks write what they make: $BACKPACK_RUNS, else `runs/` in the clone or the current folder."""
-    in_clone = (_PACKAGE.parent / "pyproject.toml").is_file()
-    default = (_PACKAGE.parent if in_clone else Path.cwd()) / "runs"
-    return Path(os.environ.get("BACKPACK_RUNS", default))
+    """Where notebooks write what they make: $BACKPACK_RUNS, else `runs/` in the project."""
+    return Path(os.environ.get("BACKPACK_RUNS", project_folder() / "runs"))
 
 
 def home_folder() -> Path:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import GPT2LMHeadModel, PreTrainedConfig
 from transformers.utils import logging
 
-from backpack_lib.files import data_folder, first_line, let_others_read, runs_folder
+from backpack_lib.files import as_seen, data_folder, first_line, let_others_read, project_folder, runs_folder
 from backpack_lib.hub import reaching_hub
 from backpack_lib.model.backpack import GPT2_TOKENS, BackpackLMHeadModel, from_released_format
 from backpack_lib.model.kinds import require_transformer, suppress_unused_rows
@@ -135,7 +135,7 @@ def is_planted(name) -> bool:
 def _path_of(name) -> str:
     if name in TRAINED:
         return _last_planted(TRAINED[name])
-    return str(data_folder() / SHIPPED[name]) if name in SHIPPED else str(name)
+    return str(data_folder() / SHIPPED[name]) if name in SHIPPED else as_seen(str(name))
 
 
 def _last_planted(architecture: str) -> str:
@@ -148,6 +148,10 @@ def _config(name) -> dict:
     path = _path_of(name)
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise ValueError(f"The folder {str(name)!r} holds no model (no config.json).")
+    if not Path(path).exists() and len(Path(path).parts) > 2:  # too long for an id of the hub
+        raise ValueError(
+            f"There is no folder {str(name)!r} here, nor in {str(project_folder())!r}; give a model's folder."
+        )
     try:
         with reaching_hub(path):
             return PreTrainedConfig.get_config_dict(path)[0]

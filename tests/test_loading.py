@@ -28,6 +28,32 @@ def test_devices_are_chosen_by_name(monkeypatch):
             pick_device(name)
 
 
+def test_a_notebook_finds_files_where_the_command_line_does(tmp_path, tokenizer, monkeypatch):
+    """A notebook runs in the folder it lies in, a command in the one above."""
+    from backpack_lib import SenseEdits, files
+    from backpack_lib.text.corpora import find_files
+
+    model = tiny_model(vocab_size=len(tokenizer))
+    model.save_pretrained(tmp_path / "runs" / "mine" / "model")
+    tokenizer.save_pretrained(tmp_path / "runs" / "mine" / "model")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "one.txt").write_text("One.")
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.delenv("BACKPACK_RUNS", raising=False)
+    monkeypatch.setattr(files, "_PACKAGE", tmp_path / "site" / "backpack_lib")  # as a wheel installs it
+    for place in (tmp_path, tmp_path / "notebooks"):
+        monkeypatch.chdir(place)
+        assert files.runs_folder() == tmp_path / "runs"
+        loaded, its_tokenizer = load("runs/mine/model")
+        assert fingerprint(loaded) == fingerprint(model)
+        assert [path.resolve() for path in find_files("texts/*.txt")] == [tmp_path / "texts" / "one.txt"]
+        SenseEdits(loaded, its_tokenizer).save(tmp_path / "mine.safetensors")
+        assert not len(SenseEdits.load("mine.safetensors", loaded, its_tokenizer))
+    for name in ("texts", "runs"):  # what lies nearer goes first
+        (tmp_path / "notebooks" / name).mkdir()
+    assert find_files("texts") == [] and files.as_seen("runs") == "runs" and files.as_seen("") == ""
+
+
 def test_a_baseline_is_the_newest_transformer_beside_a_model_with_its_tokenizer_and_trunk(tmp_path, tokenizer):
     def save(name, kind, **changes):
         sizes = dict(vocab_size=len(tokenizer), n_positions=24, n_embd=20, n_layer=2, n_head=2) | changes

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from backpack_lib.files import first_line, written_whole
+from backpack_lib.files import as_seen, first_line, written_whole
 from backpack_lib.model.hooks import hooked
 from backpack_lib.model.kinds import check_sense, require_senses
 from backpack_lib.text.words import spell, token_of_word
@@ -372,7 +372,7 @@ def check_fit(model, expected: torch.Tensor, name: str = "These edits"):
 def _read_file(path: str | Path) -> tuple[dict, dict]:
     """Metadata and tensors of a file of edits."""
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(as_seen(path), "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except OSError as error:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from backpack_lib.analysis.edits import SenseEdits
 from backpack_lib.analysis.scores import batches, next_log_probabilities, prompt_batches
-from backpack_lib.files import data_folder, first_line
+from backpack_lib.files import as_seen, data_folder, first_line
 from backpack_lib.model.kinds import require_senses
 from backpack_lib.text.words import tokens_of_word
 from backpack_lib.text.writing import ids_of_text, pad_rows
@@ -90,7 +90,7 @@ class Examples:
 
 def read_examples(file: str | Path = "") -> pd.DataFrame:
     """A table of examples like `data/canonical.csv`. Raises ValueError for a file that cannot be read or lacks a column."""
-    file = file or data_folder() / "canonical.csv"
+    file = as_seen(file) or data_folder() / "canonical.csv"
     try:
         table = pd.read_csv(file, dtype=str, keep_default_na=False)
     except (OSError, ValueError) as error:

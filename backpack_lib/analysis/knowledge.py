@@ -22,7 +22,7 @@ import torch
 from backpack_lib.analysis.attribution import read
 from backpack_lib.analysis.edits import SenseEdits
 from backpack_lib.analysis.scores import next_log_probabilities, prompt_batches
-from backpack_lib.files import data_folder, first_line
+from backpack_lib.files import as_seen, data_folder, first_line
 from backpack_lib.model.kinds import require_senses, require_transformer
 from backpack_lib.text.words import token_of_word
 from backpack_lib.text.writing import ids_of_text
@@ -66,7 +66,8 @@ def read_facts(facts: str | Path = "", relations: str | Path = "") -> list[Fact]
     """
     import yaml
 
-    facts, relations = facts or data_folder() / "facts.csv", relations or data_folder() / "relations.yaml"
+    facts = as_seen(facts) or data_folder() / "facts.csv"
+    relations = as_seen(relations) or data_folder() / "relations.yaml"
     try:
         table = pd.read_csv(facts, dtype=str, keep_default_na=False)
         phrasings = yaml.safe_load(Path(relations).read_text(encoding="utf-8"))

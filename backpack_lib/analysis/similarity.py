@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from scipy.stats import bootstrap, spearmanr
 
 from backpack_lib.analysis.senses import senses_of_words
+from backpack_lib.files import as_seen
 from backpack_lib.text.words import choose_tokens
 
 
@@ -47,7 +48,7 @@ def read_sets(source: str | Path) -> dict[str, pd.DataFrame]:
 
     Raises ValueError if none is there, or if a file does not hold what its name says.
     """
-    found = {}
+    found, source = {}, as_seen(source)
     for name, pairs in SETS.items():
         try:
             table = pd.read_csv(

@@ -13,7 +13,7 @@ from backpack_lib.analysis import bias
 from backpack_lib.analysis.bias import PAIR, SLOT, debias, log_odds
 from backpack_lib.analysis.edits import SenseEdits
 from backpack_lib.analysis.scores import bits_per_byte, next_log_probabilities
-from backpack_lib.files import data_folder
+from backpack_lib.files import as_seen, data_folder
 from backpack_lib.lessons.exercises import check_choice, check_function, check_number
 from backpack_lib.lessons.opening import PLANTED, Lesson, check_stored
 from backpack_lib.loading import fingerprint
@@ -60,7 +60,7 @@ def open_material(
 
     Raises ValueError, before anything takes long, for what does not fit the model, and for fewer than three professions.
     """
-    file = Path(prompts) if prompts else data_folder() / "prompts.json"
+    file = Path(as_seen(prompts)) if prompts else data_folder() / "prompts.json"
     language = json.loads(file.read_text(encoding="utf-8"))["planted" if lesson.kind == PLANTED else "english"]
     fit, test, tokenizer = language["fit"], language["test"], lesson.tokenizer
     bias.check_split(fit, test)

@@ -13,7 +13,7 @@ from backpack_lib.analysis.explanations import recovered
 from backpack_lib.analysis.finetuning import rows_of_texts
 from backpack_lib.analysis.matching import match
 from backpack_lib.analysis.senses import pushed_most
-from backpack_lib.files import data_folder, first_line
+from backpack_lib.files import as_seen, data_folder, first_line
 from backpack_lib.lessons.exercises import check_choice, check_function, check_number
 from backpack_lib.lessons.opening import PLANTED, Lesson, check_stored
 from backpack_lib.loading import load
@@ -92,6 +92,7 @@ def check_example(lesson: Lesson):
 
 def people_explanations(source: str, lesson: Lesson) -> dict:
     """Explanations from a file, or by a language model in a folder, of the example's word and some common words."""
+    source = as_seen(source)
     if source and Path(source).is_dir():
         words = [lesson.example.word, *spell(lesson.tokenizer, lesson.common[:EXPLAINED].tolist())]
         target = lesson.folder / "explanations_by_model.csv"

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pandas as pd
 
+from backpack_lib.files import as_seen
 from backpack_lib.hub import reaching_hub
 from backpack_lib.studies.text_quality import words_of
 
@@ -51,9 +52,10 @@ class ClassifierJudge:
     def __init__(self, name: str = CLASSIFIER):
         from transformers import pipeline
 
+        where = as_seen(name)
         try:
-            with reaching_hub(name):
-                self.classify = pipeline("text-classification", model=name, top_k=None, function_to_apply="sigmoid")
+            with reaching_hub(where):
+                self.classify = pipeline("text-classification", model=where, top_k=None, function_to_apply="sigmoid")
         except OSError as error:
             raise ValueError(
                 f"The classifier {name!r} could not be loaded; give a folder, or use the words."
