@@ -241,6 +241,9 @@ def test_a_cache_goes_by_its_older_name_too():
     first = model(ids[:, :4], use_cache=True)
     rest = model(ids[:, 4:], past_key_values=first[CACHE]).logits
     torch.testing.assert_close(torch.cat([first.logits, rest], 1), model(ids).logits, atol=1e-5, rtol=1e-4)
+    inner = model.backpack
+    old = inner(ids[:, 4:], past_key_values=inner(ids[:, :4], use_cache=True)[CACHE]).last_hidden_state
+    torch.testing.assert_close(old, inner(ids).last_hidden_state[:, 4:], atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()

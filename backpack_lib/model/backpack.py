@@ -312,6 +312,7 @@ class BackpackModel(BackpackPreTrainedModel):
         use_cache=None,
         output_senses=False,
         distinct=None,
+        past_key_values=None,
         **kwargs,
     ) -> BackpackModelOutput:
         """(B, T) -> (B, T, d); see `BackpackLMHeadModel.forward` for the other arguments.
@@ -320,6 +321,7 @@ class BackpackModel(BackpackPreTrainedModel):
         """
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
+        cache = past_key_values if cache is None else cache
         if use_cache and cache is None:
             cache = DynamicCache()
         n_past = 0 if cache is None else cache.get_seq_length()
@@ -444,7 +446,8 @@ class BackpackLMHeadModel(BackpackPreTrainedModel, GenerationMixin):
             input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=past_key_values if cache is None else cache,
+            cache=cache,
+            past_key_values=past_key_values,
             use_cache=use_cache,
             output_senses=output_senses,
             **kwargs,

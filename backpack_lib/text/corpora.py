@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from backpack_lib.files import as_seen, cache_folder, first_line, project_folder
+from backpack_lib.files import cache_folder, first_line, project_folder
 from backpack_lib.hub import reaching_hub
 from backpack_lib.text import planted
 from backpack_lib.text.tokenizers import load_tokenizer, train_tokenizer
@@ -102,12 +102,15 @@ def find_files(name: str) -> list[Path]:
     """Files for paths and globs with commas between them; a folder stands for the files in it."""
     found = []
     for pattern in filter(None, (part.strip() for part in name.split(","))):
-        pattern = as_seen(os.path.expanduser(pattern))
-        paths = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
-        paths = paths or glob.glob(str(project_folder() / pattern), recursive=True)
+        pattern = os.path.expanduser(pattern)
+        paths = _matching(pattern) or _matching(str(project_folder() / pattern))
         for path in map(Path, sorted(paths)):
             found += sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
     return found
+
+
+def _matching(pattern: str) -> list[str]:
+    return [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
 
 
 def _open_zst(path):
