@@ -231,7 +231,7 @@ def intervals(tables: dict, title: str, ylabel: str):
 
 
 def row_intervals(table, title: str, xlabel: str, at: float = 0.0, log: bool = False):
-    """A row for each row of a DataFrame: its first column as a point, low and high as the interval, a line at no effect."""
+    """A row for each row of a DataFrame: its first column as a point, low and high as interval, a line at no effect."""
     figure, axes = new_figure(height=1.2 + 0.27 * len(table))
     rows, value = range(len(table)), table.iloc[:, 0]
     axes.errorbar(

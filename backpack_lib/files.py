@@ -25,7 +25,7 @@ def notebooks_folder() -> Path:
 
 
 def project_folder() -> Path:
-    """Where one works: the clone; with the wheel, the current folder, or the one that holds the `notebooks` one is in."""
+    """Where one works: the clone; with the wheel, the current folder, or the parent of the `notebooks` one is in."""
     if (_PACKAGE.parent / "pyproject.toml").is_file():
         return _PACKAGE.parent
     here = Path.cwd()
@@ -33,7 +33,7 @@ def project_folder() -> Path:
 
 
 def as_seen(path: str | Path) -> str | Path:
-    """A path as it was given, or, where nothing is there, as seen from the project: a notebook runs in its own folder."""
+    """A path as given, or, where nothing is there, as seen from the project: a notebook runs in its own folder."""
     beside = project_folder() / path
     return str(beside) if path and not os.path.exists(path) and beside.exists() else path
 
@@ -85,7 +85,7 @@ def write_text(path: Path, text: str):
 
 
 def let_others_read(model: Path):
-    """Gives the weights in a model's folder, which safetensors writes for the owner alone, `config.json`'s permissions."""
+    """Gives a model's weights, which safetensors writes for the owner alone, the permissions of its `config.json`."""
     permissions = (model / "config.json").stat().st_mode
     for file in model.iterdir():
         file.chmod(permissions)
@@ -93,7 +93,7 @@ def let_others_read(model: Path):
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Makes a folder and keeps other runs out of it. Raises ValueError if one is in it, OSError if it can't be written."""
+    """Makes a folder and keeps other runs out. Raises ValueError if one is in it, OSError if it can't be written."""
     from filelock import FileLock, Timeout
 
     try:
@@ -104,7 +104,8 @@ def locked_folder(folder: Path) -> Iterator[None]:
         raise ValueError(f"Another run is writing to {str(folder)!r}; wait for it, or choose another `out`.") from None
     except OSError as error:
         raise OSError(
-            f"The folder {str(folder)!r} cannot be written ({error.strerror}); choose another `out`, or set BACKPACK_RUNS."
+            f"The folder {str(folder)!r} cannot be written ({error.strerror}); "
+            "choose another `out`, or set BACKPACK_RUNS."
         ) from error
     try:
         yield

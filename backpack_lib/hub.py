@@ -1,4 +1,4 @@
-"""The Hugging Face hub: asked once and briefly whether it is there, so that nothing hangs or warns without a network."""
+"""The Hugging Face hub: asked once and briefly whether it answers, so that nothing hangs or warns offline."""
 
 import threading
 import time
@@ -16,7 +16,7 @@ MEMORY = 30  # seconds after which it is asked again
 
 @contextmanager
 def reaching_hub(name) -> Iterator[None]:
-    """For loading something by name: folders without a network; from the hub, if it answers, else from what is cached."""
+    """For loading by name: folders without a network; from the hub, if it answers, else from what is cached."""
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = before or Path(str(name)).exists() or not hub_answers()
     try:

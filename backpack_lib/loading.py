@@ -99,7 +99,8 @@ def load_baseline(name, given: str = "", device: str | torch.device = "cpu"):
     own = load_tokenizer_of(name)
     if own.get_vocab() != tokenizer.get_vocab():
         raise ValueError(
-            f"baseline={given!r} reads other tokens than {str(name)!r} ({len(tokenizer):,} and {len(own):,} in all), so "
+            f"baseline={given!r} reads other tokens than {str(name)!r} "
+            f"({len(tokenizer):,} and {len(own):,} in all), so "
             f"the two cannot be compared; name a Transformer with the same tokenizer, or {NONE!r}."
         )
     return model, ""

@@ -5,8 +5,8 @@
         model(card.move(input_ids))                  # raises where a tensor of the CPU meets one of the card
     card.waits                                       # what had the host wait for the card, as (operation, where)
 
-PyTorch's own `FakeTensorMode` refuses the same mixtures, but has no values, so nothing can be generated with it; and it
-has no gradients on a card where PyTorch was built without CUDA. What is not modelled: kernels, their precision, streams.
+PyTorch's own `FakeTensorMode` refuses the same mixtures, but has no values, so nothing can be generated with it; and
+it has no gradients on a card where PyTorch was built without CUDA. Not modelled: kernels, their precision, streams.
 """
 
 import traceback
@@ -186,7 +186,8 @@ class Card(TorchDispatchMode):
         kinds = {isinstance(tensor, OnCard) for tensor in tensors if tensor.dim() or isinstance(tensor, OnCard)}
         if len(kinds) > 1:
             raise RuntimeError(
-                f"Expected all tensors to be on the same device, but found cuda:0 and cpu in {operation}, from {_caller()}"
+                "Expected all tensors to be on the same device, but found cuda:0 and cpu "
+                f"in {operation}, from {_caller()}"
             )
 
     @staticmethod

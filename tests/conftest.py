@@ -1,4 +1,4 @@
-"""What several tests read: a small random Backpack and its tokenizer, the models of planted text, and a run of seconds."""
+"""What several tests read: a small random Backpack and its tokenizer, the planted models, and a run of seconds."""
 
 import pytest
 from helpers import tiny_model, tiny_tokenizer

@@ -57,7 +57,7 @@ def tiny_classifier(folder, labels, bias):
 
 
 class Interruptible(subprocess.Popen):
-    """A command as if typed at a terminal: it can be stopped like by Ctrl-C, even if these tests run in the background."""
+    """A command as if typed at a terminal: Ctrl-C stops it, even if these tests run in the background."""
 
     def __init__(self, command, **settings):
         def heed():  # a shell has what it starts in the background ignore interrupts, and all below that inherits it

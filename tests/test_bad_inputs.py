@@ -135,7 +135,8 @@ CASES = {
         (lambda c: SenseEdits.load(c.files / "cut.safetensors", c.m, c.t), "cut.safetensors"),
         (lambda c: SenseEdits.load(c.files / "no edits.safetensors", c.m, c.t), "no edits.safetensors"),
         (lambda c: SenseEdits.load(c.files / "of another.safetensors", c.m, c.t), "another"),
-        (lambda c: c.edits().scale("nurse", 0).applied(tiny_model(seed=2, vocab_size=500)).__enter__(), "made for a model whose senses are others"),
+        (lambda c: c.edits().scale("nurse", 0).applied(tiny_model(seed=2, vocab_size=500)).__enter__(),
+         "made for a model whose senses are others"),
     ],
     "texts": [
         (lambda c: continue_texts(c.m, c.t, []), "no prompt"),

@@ -349,13 +349,15 @@ def test_the_shares_of_women_are_those_of_the_bureau():
         (lambda: fit_scales(BACKPACK, TOKENIZER, ["nurse"], TEMPLATES, [4]), "sense=4 is out of range"),
         (lambda: fit_scales(BACKPACK, TOKENIZER, ["nurse"], TEMPLATES, [1], bounds=(1, 0)), "bounds=(1, 0) should be"),
         (lambda: debias(BACKPACK, TOKENIZER, ["nurse"], [9]), "sense=9 is out of range"),
-        (lambda: debias(BACKPACK, TOKENIZER, ["nurse", "says"], [1], {"nurse": 0.5}), "no scale for the profession 'says'"),
+        (lambda: debias(BACKPACK, TOKENIZER, ["nurse", "says"], [1], {"nurse": 0.5}),
+         "no scale for the profession 'says'"),
         (
             lambda: debias(BACKPACK, TOKENIZER, ["nurse", "the nurse"], [1], {"nurse": 0.5, "the nurse": 0.1}),
             "'the nurse' and another profession share the token 'nurse' and so cannot be scaled apart",
         ),
         (lambda: nullspace(TRANSFORMER, TOKENIZER, ["says"], {}).__enter__(), "no scale for the profession 'says'"),
-        (lambda: log_odds(BACKPACK, TOKENIZER, ["nurse", "nurse"], TEMPLATES), "'nurse' is twice among the professions"),
+        (lambda: log_odds(BACKPACK, TOKENIZER, ["nurse", "nurse"], TEMPLATES),
+         "'nurse' is twice among the professions"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence(call, message):

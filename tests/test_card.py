@@ -38,8 +38,9 @@ from backpack_lib.training.run import Run
 MIXTURES = [
     "card + host", "card + scalar", "torch.cat([card, host])",
     "torch.where(card > 0, card, host)", "torch.where(card > 0, card, scalar)", "host.copy_(card)",
-    "torch.nn.functional.embedding(card.long(), square_of_host)", "square_of_host @ card", "card.index_select(0, host.long())",
-    "card.gather(0, host.long())", "card.masked_fill(host > 0, 0.0)", "card.scatter_add(0, card.long(), host)",
+    "torch.nn.functional.embedding(card.long(), square_of_host)", "square_of_host @ card",
+    "card.index_select(0, host.long())", "card.gather(0, host.long())", "card.masked_fill(host > 0, 0.0)",
+    "card.scatter_add(0, card.long(), host)",
 ]  # fmt: skip
 
 
@@ -66,9 +67,10 @@ def test_the_stand_in_refuses_what_pytorchs_fake_tensors_refuse(expression):
 @pytest.mark.parametrize(
     "expression, waits",
     [
-        ("card.sum().item()", 1), ("card.tolist()", 1), ("card.unique()", 1), ("card[card > 0]", 1), ("bool(card.all())", 1),
-        ("card.cpu()", 1), ("host.to(CUDA)", 1), ("host.to(CUDA, non_blocking=True)", 0), ("card.nonzero()", 1),
-        ("card[card.long()]", 0), ("card[host.long()]", 1), ("card[[0, 1]]", 1), ("card.copy_(host)", 1), ("card * 2 + card.sum()", 0), ("torch.where(card > 0, card, 0.0)", 0),
+        ("card.sum().item()", 1), ("card.tolist()", 1), ("card.unique()", 1), ("card[card > 0]", 1),
+        ("bool(card.all())", 1), ("card.cpu()", 1), ("host.to(CUDA)", 1), ("host.to(CUDA, non_blocking=True)", 0),
+        ("card.nonzero()", 1), ("card[card.long()]", 0), ("card[host.long()]", 1), ("card[[0, 1]]", 1),
+        ("card.copy_(host)", 1), ("card * 2 + card.sum()", 0), ("torch.where(card > 0, card, 0.0)", 0),
         ("card.masked_fill(card > 0, 0.0)", 0), ("torch.multinomial(card, 1)", 0), ("card.to(torch.bfloat16)", 0),
     ],
 )  # fmt: skip
@@ -208,7 +210,8 @@ def scored(model, transformer, tokenizer):
     of_pairs = bigrams.Bigrams(rows_of(tokenizer), model.config.vocab_size)
     return (
         scores.bits_per_byte(model, tokenizer, [TEXT]), scores.log_probabilities(transformer, tokenizer, [TEXT, "The"]),
-        scores.next_log_probabilities(model, tokenizer, [TEXT, "The"]), bigrams.losses_by_part(model, rows_of(tokenizer)),
+        scores.next_log_probabilities(model, tokenizer, [TEXT, "The"]),
+        bigrams.losses_by_part(model, rows_of(tokenizer)),
         bigrams.bigram_correlations(model, of_pairs, torch.tensor([5, 6]), torch.arange(20)),
         finetuning.general_loss(model, rows_of(tokenizer)), finetuning.mean_weights(model, rows_of(tokenizer)),
     )  # fmt: skip

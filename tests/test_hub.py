@@ -74,7 +74,10 @@ def test_a_hub_that_does_not_answer_is_given_up_soon_and_in_one_sentence(what, t
             code = "load('somebody/tiny')"
         else:
             code = "open_corpus('somebody/texts')"
-        code = f"from backpack_lib import load; from backpack_lib.text.corpora import open_corpus; import time\nt = time.time()\ntry: {code}\nexcept ValueError as e: print(e)\nprint(time.time() - t)"
+        code = (
+            "from backpack_lib import load; from backpack_lib.text.corpora import open_corpus; import time\n"
+            f"t = time.time()\ntry: {code}\nexcept ValueError as e: print(e)\nprint(time.time() - t)"
+        )
         made, _ = run(code, tmp_path, HF_ENDPOINT=address)
     *message, seconds = made.stdout.splitlines()
     assert len(message) == 1 and "could be loaded by that name" in message[0]

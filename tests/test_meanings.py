@@ -1,4 +1,4 @@
-"""Whether senses learnt what was planted, and whether contexts choose among them: against slow versions and known truths."""
+"""Whether senses learnt what was planted, and whether contexts choose among them: against slow versions and truths."""
 
 import numpy as np
 import pandas as pd

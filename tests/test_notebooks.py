@@ -1,4 +1,4 @@
-"""Every notebook under other parameters than its own: other models, words and texts, its exercises solved, and bad input.
+"""Every notebook under other parameters than its own: other models, words and texts, exercises solved, bad input.
 
 All run in this process: the same cells in the same order, without the seconds that a kernel takes. (As a reader runs
 them, with kernels, nbval runs them.)

@@ -1,4 +1,4 @@
-"""Where people work: a folder with spaces and other letters, data that cannot be written, no home, no network; stopped, and at once."""
+"""Where people work: odd folder names, data that cannot be written, no home, no network; stopped, and at once."""
 
 import json
 import os

@@ -123,6 +123,15 @@ def test_a_planted_circle_is_found(file, line, tmp_path):
         check_one_way(package)
 
 
+def test_lines_are_no_longer_than_the_formatter_makes_them():
+    width = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]["line-length"]
+    sources = [path for folder in ("backpack_lib", "data", "tests") for path in (ROOT / folder).rglob("*.py")]
+    lines = {
+        f"{p.relative_to(ROOT)}:{n}": line for p in sources for n, line in enumerate(p.read_text().splitlines(), 1)
+    }
+    assert len(sources) > 100 and not [where for where, line in lines.items() if len(line) > width]
+
+
 def test_training_loads_nothing_that_a_bare_gpu_machine_lacks():
     code = "import backpack_lib, backpack_lib.training, sys; print([m for m in sys.modules])"
     loaded = eval(
@@ -149,7 +158,8 @@ def test_a_wheel_holds_the_data_and_the_notebooks(tmp_path):
         "from backpack_lib import load; from backpack_lib.text import planted; import backpack_lib;"
         "from backpack_lib.running.parameters import ordered_notebooks;"
         "senses = [getattr(load(name)[0].config, 'num_senses', 0) for name in ('demo', 'demo-transformer')];"
-        "import importlib, pkgutil; modules = [m.name for m in pkgutil.walk_packages(['backpack_lib'], 'backpack_lib.')];"
+        "import importlib, pkgutil;"
+        "modules = [m.name for m in pkgutil.walk_packages(['backpack_lib'], 'backpack_lib.')];"
         "[importlib.import_module(name) for name in modules if not name.endswith('__main__')];"
         "from backpack_lib.running.__main__ import main; main(['--notebooks', 'mine']);"
         "print(next(planted.generate(1)).topic, ordered_notebooks()[0], *senses, len(modules), backpack_lib.__file__)"
@@ -271,7 +281,8 @@ def test_the_readmes_figures_are_those_that_were_measured():
         outputs_of("03_topic_control"),
     )
     edited = re.search(
-        r"(\d+) facts known; dosed projection: efficacy \d+%, paraphrases (\d+)%, KL about the subject ([\d.]+); .*finetuned, 1.0% (\d+)% and ([\d.]+);",
+        r"(\d+) facts known; dosed projection: efficacy \d+%, paraphrases (\d+)%, KL about the subject ([\d.]+); "
+        r".*finetuned, 1.0% (\d+)% and ([\d.]+);",
         outputs_of("05_knowledge"),
     )
     taught = pd.read_csv(ROOT / "data" / "demo" / "knowledge" / "taught.csv.gz")
@@ -289,12 +300,15 @@ def test_the_readmes_figures_are_those_that_were_measured():
     for said in (
         f"a mean correlation of {senses['matched']:.2f} ({senses['null (95 %)']:.2f} by chance)",
         f"agree far better, {embeddings['matched']:.2f}",
-        f"keep {100 * whole['said in words', 10]:.0f} % of their worth ({100 * whole['mean sense', 0]:.0f} % by a mean sense, {exchanged:.0f} % by another word's words)",
+        f"keep {100 * whole['said in words', 10]:.0f} % of their worth ({100 * whole['mean sense', 0]:.0f} % by a mean "
+        f"sense, {exchanged:.0f} % by another word's words)",
         f"Of {edited[1]} facts that both models know",
-        f"likelier in {edited[2]} % of paraphrases and hardly touches other texts about the subject (KL {edited[3]} nats)",
+        f"likelier in {edited[2]} % of paraphrases and hardly touches other texts about the subject "
+        f"(KL {edited[3]} nats)",
         f"reaches {edited[4]} % at a KL of {edited[5]}",
         f"({solved['capitals', 'senses']} % and {solved['capitals', 'all weights']} % of held-out examples)",
-        f"({solved['agreement', 'senses']} % and {solved['agreement', 'all weights']} %, {solved['pronouns', 'senses']} % and {solved['pronouns', 'all weights']} %)",
+        f"({solved['agreement', 'senses']} % and {solved['agreement', 'all weights']} %, "
+        f"{solved['pronouns', 'senses']} % and {solved['pronouns', 'all weights']} %)",
         f"on topic in {topics[2]} % of texts ({topics[1]} % without control, {topics[3]} % by PPLM)",
         f"a Backpack of {millions[0]:.0f} million parameters",
         f"({millions[1]:.0f} million)",
@@ -330,7 +344,8 @@ def test_the_course_asks_each_exercise_of_each_notebook_once_and_rates_it_as_the
 
 REWRITTEN = tuple(path.stem for path in NOTEBOOKS)
 PLUMBING = re.compile(
-    r"^(from |import |lesson\.(keep|note|numbers|close)|results\.(keep|note|numbers|close)|\"[^\"]*\", model, out|\)$|E, k = |backpack, tokenizer)"
+    r"^(from |import |(lesson|results)\.(keep|note|numbers|close)|\"[^\"]*\", model, out|\)$|E, k = |"
+    r"backpack, tokenizer)"
 )
 
 

@@ -20,7 +20,10 @@ from backpack_lib.running.parameters import default_parameters
 PARAMETERS = (
     "steps = 3\nrate = 0.5\nname = 'a'\nfast = False\nseed = None\nout = ''\ntopics = ['a', 'b']\nsizes = [1, 2]"
 )
-WRITE = "import json, pathlib; folder = pathlib.Path(out or default)\n(folder / 'results.json').write_text(json.dumps({'headline': f'{steps} {rate} {name} {fast}'}))"
+WRITE = (
+    "import json, pathlib; folder = pathlib.Path(out or default)\n"
+    "(folder / 'results.json').write_text(json.dumps({'headline': f'{steps} {rate} {name} {fast}'}))"
+)
 
 
 @pytest.fixture
@@ -230,7 +233,7 @@ def test_a_grid_that_is_stopped_says_what_is_left_and_goes_on(suite, tmp_path):
     assert other.returncode == 2 and "Another run is writing to" in other.stderr
     err = run.interrupt()
     assert run.returncode == 130
-    assert "Stopped with 2 of 4 runs finished; the same line goes on with the others." in err and "Traceback" not in err
+    assert "Stopped with 2 of 4 runs finished; the same line resumes." in err and "Traceback" not in err
     (tmp_path / "fast").touch()
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,7 +1,7 @@
 """How much of a prediction is the last word's alone? Its own senses, against a bigram model that counts.
 
-Logits are a sum over tokens, so they split exactly into what the last token's senses contribute and what all others do. With
-only the last token's senses kept, a Backpack predicts from one token, as a bigram model does.
+Logits are a sum over tokens, so they split exactly into what the last token's senses contribute and what all others do.
+With only the last token's senses kept, a Backpack predicts from one token, as a bigram model does.
 """
 
 from collections.abc import Iterable
@@ -54,8 +54,8 @@ class Bigrams:
 def losses_by_part(model, rows: list[list[int]]) -> dict[str, np.ndarray]:
     """Nats of every predicted token, (n,), by all tokens, and by the last token's senses alone.
 
-    "last token": its senses, with the weights that they have. "last token, renormalised": each with weight one, as if the text
-    had no other token. "last" and "next" are the ids of the last and of the predicted token.
+    "last token": its senses, with the weights that they have. "last token, renormalised": each with weight one, as if
+    the text had no other token. "last" and "next" are the ids of the last and of the predicted token.
     """
     require_senses(model)
     E = model.get_output_embeddings().weight
@@ -82,7 +82,7 @@ def losses_by_part(model, rows: list[list[int]]) -> dict[str, np.ndarray]:
 def bigram_correlations(
     model, bigrams: Bigrams, tokens: torch.Tensor, among: torch.Tensor
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Is there a sense that is the bigram model? Spearman's rho of each sense's pushes and counted log p(y | x) - log p(y).
+    """Is there a sense that is the bigram model? Spearman's rho of its pushes and counted log p(y | x) - log p(y).
 
     tokens: words x; among: words y to rank. -> mean over words (k,), and the same with another word's counts in the
     place of each word's (k,), which says what words have in common.

@@ -32,7 +32,7 @@ class Ambiguity:
 
 
 def planted_ambiguities(seed: int = 0) -> list[Ambiguity]:
-    """The ambiguous words of the planted corpus in texts where the truth is known; the cues are the topics' own words."""
+    """The ambiguous words of the planted corpus in texts of known meaning; the cues are the topics' own words."""
     found = {}
     ambiguous = planted.lexicon()["ambiguous"]
     for text in planted.generate(20_000, seed):

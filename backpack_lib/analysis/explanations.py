@@ -1,15 +1,17 @@
-"""How much of a sense can be said in words? Senses replaced by what their explanation says, and the loss that this costs.
+"""How much of a sense can be said in words? Senses replaced by what their explanation says, and what this costs.
 
     texts = Replacement(model, rows)                         # runs the model once
-    said = explain(model, tokens, n=10)                      # the 10 highest and 10 lowest words of each sense of each token
+    said = explain(model, tokens, n=10)                      # the 10 highest and lowest words of each token's senses
     simulator = Simulator.fit(model, said, tokens)           # from explanations to sense vectors
     texts.losses({3: simulator(said)[:, 3]})                 # sense 3 of all words, as its explanations say
 
-An explanation is a list of words that a sense pushes up and of words that it pushes down. A simulator sees these words and
-never the sense, and returns a sense vector. It is fitted on other words than it is used for. After Paulo and Belrose (2025),
-who replaced parts of a Transformer by what explanations of them predict, and found that no better than deleting them.
+An explanation is a list of words that a sense pushes up and of words that it pushes down. A simulator sees these words
+and never the sense, and returns a sense vector. It is fitted on other words than it is used for. After Paulo and
+Belrose (2025), who replaced parts of a Transformer by what explanations of them predict, and found that no better than
+deleting them.
 
-Weights do not see senses. So what a replacement does to every prediction is a sum that is known without running the model.
+Weights do not see senses. So what a replacement does to every prediction is a sum that is known without running the
+model.
 """
 
 from collections.abc import Iterable
@@ -68,8 +70,8 @@ def explain(model, tokens: torch.Tensor, n: int = 10, among: torch.Tensor | None
 class Simulator:
     """From explanations to sense vectors, by one linear map for each sense.
 
-    weights: (k, features + 1, d); E: the embeddings by which words are seen. kind: "ridge", or "size" (the words up less the
-    words down, of fitted size).
+    weights: (k, features + 1, d); E: the embeddings by which words are seen. kind: "ridge", or "size" (the words up
+    less the words down, of fitted size).
     """
 
     weights: torch.Tensor
@@ -95,7 +97,8 @@ class Simulator:
 
 
 def cross_fitted(
-    model, said: Explanations, tokens: torch.Tensor, others: Explanations, other_tokens: torch.Tensor, kind: str = "ridge", seed: int = 0
+    model, said: Explanations, tokens: torch.Tensor, others: Explanations, other_tokens: torch.Tensor,
+    kind: str = "ridge", seed: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Simulated senses of tokens, each by a simulator that has not seen its own: two folds, and other words for both.
 
@@ -166,8 +169,8 @@ def _ridge(X: torch.Tensor, Y: torch.Tensor, strengths: Iterable[float]) -> list
 class Replacement:
     """Texts in which senses can be replaced: the loss on each, without running the model again.
 
-    rows: token ids, each beginning with an end-of-text token. tokens: the distinct tokens of all rows, (n,); senses: theirs,
-    (n, k, d); counts: predicted tokens of each row.
+    rows: token ids, each beginning with an end-of-text token. tokens: the distinct tokens of all rows, (n,); senses:
+    theirs, (n, k, d); counts: predicted tokens of each row.
     """
 
     @torch.inference_mode()
@@ -201,7 +204,7 @@ class Replacement:
 
 
 def recovered(zero: np.ndarray, replaced: np.ndarray, original: np.ndarray) -> float:
-    """The share of the loss that taking away costs which the replacement wins back: 1 is all, 0 is no better than nothing."""
+    """The share of what taking away costs that the replacement wins back: 1 is all, 0 is no better than nothing."""
     return float((zero.sum() - replaced.sum()) / (zero.sum() - original.sum()))
 
 

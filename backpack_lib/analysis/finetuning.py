@@ -3,8 +3,8 @@
     taught = SenseTeaching(model, tokenizer, examples, background)
     edits = taught.edits(eps=1e-3)             # a SenseEdits; the loss on general text rises by a share of at most eps
 
-After Hewitt et al. (2024). Weights (alpha) do not see senses. So after every text a logit is linear in the added vectors,
-all losses here are convex in them, and nothing has to be run again while they are fitted.
+After Hewitt et al. (2024). Weights (alpha) do not see senses. So after every text a logit is linear in the added
+vectors, all losses here are convex in them, and nothing has to be run again while they are fitted.
 """
 
 import copy
@@ -37,8 +37,8 @@ CHOSEN, BACKGROUND_WEIGHT = 8, 1000.0  # (token, sense) pairs for each example, 
 class Examples:
     """Prompts with a token to follow.
 
-    kind: "say" (the target should be likely: likelier than all of the contrasts), "prefer" (likelier than its contrast), or
-    "balance" (as likely as its contrast). contrasts: tokens for each prompt, (n, m).
+    kind: "say" (the target should be likely: likelier than all of the contrasts), "prefer" (likelier than its
+    contrast), or "balance" (as likely as its contrast). contrasts: tokens for each prompt, (n, m).
 
     Raises ValueError for no examples, another kind, or lists of different lengths.
     """
@@ -66,7 +66,7 @@ class Examples:
         return Examples(self.kind, prompts, self.targets[numbers], self.contrasts[numbers])
 
     def margins(self, log_probs: torch.Tensor) -> torch.Tensor:
-        """By how much the target is likelier than the likeliest contrast, from log-probabilities (n, V), in nats, (n,)."""
+        """How much likelier the target is than the likeliest contrast, from log-probabilities (n, V), in nats, (n,)."""
         device = log_probs.device
         target = log_probs.gather(1, self.targets.to(device)[:, None])[:, 0]
         return target - log_probs.gather(1, self.contrasts.to(device)).amax(1)
@@ -89,7 +89,7 @@ class Examples:
 
 
 def read_examples(file: str | Path = "") -> pd.DataFrame:
-    """A table of examples like `data/canonical.csv`. Raises ValueError for a file that cannot be read or lacks a column."""
+    """A table like `data/canonical.csv`. Raises ValueError for a file that cannot be read or lacks a column."""
     file = as_seen(file) or data_folder() / "canonical.csv"
     try:
         table = pd.read_csv(file, dtype=str, keep_default_na=False)
@@ -169,9 +169,10 @@ def walk_back(loss_at: Callable[[float], float], start: float, eps: float, steps
 class SenseTeaching:
     """Vectors added to a few senses of a few tokens, fitted to examples; all else stays.
 
-    background: rows of general text (`rows_of_texts`). chosen: how many (token, sense) pairs each example may change: those
-    with most weight in it, less `background_weight` times their mean weight in general text. kl_weight: how much the
-    divergence from the model as it was, in nats per token of general text, counts beside the mean loss of the examples.
+    background: rows of general text (`rows_of_texts`). chosen: how many (token, sense) pairs each example may change:
+    those with most weight in it, less `background_weight` times their mean weight in general text. kl_weight: how much
+    the divergence from the model as it was, in nats per token of general text, counts beside the mean loss of the
+    examples.
 
     pairs: what was chosen, each (token, sense). added: the vectors, (m, d).
 
@@ -197,7 +198,7 @@ class SenseTeaching:
 
     @torch.inference_mode()
     def _in_background(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights of the pairs and hidden states, at those places of the general text that they reach, (P, m), (P, d)."""
+        """Weights of the pairs and hidden states, where they reach the general text, (P, m), (P, d)."""
         tokens, senses = (one.to(self.model.device) for one in self._columns())
         weights, states = [], []
         for ids, mask in batches(self.model, self.background):
@@ -237,7 +238,7 @@ class SenseTeaching:
         return walk_back(self._loss_at, self.start, eps)
 
     def edits(self, eps: float | None = None, share: float = 1.0) -> SenseEdits:
-        """The added vectors as edits: as far as the loss on general text rises by a share of at most eps, or a given share.
+        """The added vectors as edits: so far that the loss on general text rises by at most eps, or a given share.
 
         Raises ValueError as `walk_back` does.
         """
@@ -268,7 +269,7 @@ def mean_weights(model, rows: list[list[int]]) -> torch.Tensor:
 
 @torch.inference_mode()
 def weights_in(model, tokenizer, prompts: list[str]) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """For each prompt, the weight of each sense of each token in its last prediction, (V, k) sparse in rows, and o, (n, d)."""
+    """For each prompt, the weights of senses in its last prediction, (V, k), sparse in rows, and o, (n, d)."""
     weights, states = [], []
     for ids, mask, last in prompt_batches(model, tokenizer, prompts):
         out = model.base_model(ids, attention_mask=mask, output_senses=True, use_cache=False)
@@ -293,7 +294,7 @@ class _Rows:
 
 
 def choose_pairs(of_examples: list, mean: torch.Tensor, chosen: int, background_weight: float) -> list[tuple[int, int]]:
-    """The (token, sense) pairs to change: for each example the `chosen` with the highest weight above the background's."""
+    """The (token, sense) pairs to change: for each example the `chosen` furthest above their background weight."""
     pairs = {}
     for rows in of_examples:
         score = rows.table - background_weight * mean[rows.tokens]
@@ -312,8 +313,9 @@ def finetune(
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """The change of each weight after finetuning a copy of a model by AdamW. The model stays as it is.
 
-    lora: low-rank updates by peft (rank 8, of attention, MLPs and sense network), instead of all weights. kl_weight: as in
-    `SenseTeaching`; each step looks at one batch of the general text. until: stops once all examples' margins reach it (nats).
+    lora: low-rank updates by peft (rank 8, of attention, MLPs and sense network), instead of all weights. kl_weight: as
+    in `SenseTeaching`; each step looks at one batch of the general text. until: stops once all examples' margins reach
+    it (nats).
     """
     taught = copy.deepcopy(model)
     before = {name: weight.detach().clone() for name, weight in taught.named_parameters()}

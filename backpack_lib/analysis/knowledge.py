@@ -5,8 +5,8 @@
     with edits.applied():
         margins(model, tokenizer, facts[0], facts[0].test)   # counter-object over object, in nats
 
-The projection is that of Hewitt et al. (2023), who show what a model writes after it. How such an edit is judged (efficacy,
-paraphrases, neighbours) follows Meng et al. (2022), on facts of a Transformer.
+The projection is that of Hewitt et al. (2023), who show what a model writes after it. How such an edit is judged
+(efficacy, paraphrases, neighbours) follows Meng et al. (2022), on facts of a Transformer.
 """
 
 import math
@@ -39,8 +39,8 @@ STRENGTHS = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, STRONGEST)  # tried where the effect 
 class Fact:
     """That an object belongs to a subject, and the counter-object of the same kind that an edit puts in its place.
 
-    edit, test: phrasings that end where the object is expected, to edit with and to test with. about: texts on the subject
-    in which something else is expected. neighbours: the editing phrasings' first with other subjects.
+    edit, test: phrasings that end where the object is expected, to edit with and to test with. about: texts on the
+    subject in which something else is expected. neighbours: the editing phrasings' first with other subjects.
     """
 
     relation: str
@@ -125,7 +125,7 @@ def margins(model, tokenizer, fact: Fact, prompts) -> np.ndarray:
 
 
 def known(model, tokenizer, facts: list[Fact]) -> list[Fact]:
-    """Facts on which the model is right: the object is likelier than its counter-object after every phrasing to edit with,
+    """Facts on which the model is right: the object is likelier than its counter-object after every editing phrasing,
     and after most of those to test with.
     """
     found = (
@@ -164,10 +164,10 @@ def project(model, tokenizer, facts: list[Fact], senses=None, strengths=None) ->
 
 
 def dose(model, tokenizer, fact: Fact, wanted: float = WANTED, limit: float = STRONGEST) -> float:
-    """The least strength at which the projection brings the margin after each editing prompt to what is wanted, in nats.
+    """The least strength at which the projection brings the margin after each editing prompt to `wanted` nats.
 
-    Known without an edit, since the margin is linear in the strength. Once, as in the paper, where no strength up to `limit`
-    is enough, as of a subject whose senses do not speak for the object.
+    Known without an edit, since the margin is linear in the strength. Once, as in the paper, where no strength up to
+    `limit` is enough, as of a subject whose senses do not speak for the object.
     """
     before, effect = margins(model, tokenizer, fact, fact.edit), sense_effects(model, tokenizer, fact, fact.edit).sum(1)
     needed = np.where(effect > 0, (wanted - before) / np.where(effect > 0, effect, 1), np.inf)
@@ -200,7 +200,7 @@ def projected_inputs(model, tokenizer, facts: list[Fact], strengths=None) -> Ite
 
 
 def search_strength(model, tokenizer, fact: Fact, wanted: float = WANTED) -> float:
-    """As `dose`, for the projection of a Transformer's input: its effect is not known, so strengths are tried in turn."""
+    """As `dose`, for the projection of a Transformer's input: as its effect is not known, strengths are tried."""
     for strength in STRENGTHS:
         with projected_inputs(model, tokenizer, [fact], [strength]):
             if (margins(model, tokenizer, fact, fact.edit) >= wanted).all():

@@ -27,7 +27,7 @@ def likeness(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def match(table: np.ndarray) -> tuple[np.ndarray, float]:
-    """For each sense of the first model its partner in the second, such that their likeness is greatest in sum; its mean."""
+    """Each sense's partner in the second model, such that their likeness is greatest in sum; and its mean."""
     rows, columns = linear_sum_assignment(-table)
     return columns, float(table[rows, columns].mean())
 
@@ -35,8 +35,8 @@ def match(table: np.ndarray) -> tuple[np.ndarray, float]:
 def match_null(one: np.ndarray, other: np.ndarray, permutations: int = 100, seed: int = 0) -> np.ndarray:
     """The mean likeness of the best match when each word's senses are permuted in the second model, (permutations,).
 
-    If the number of a sense meant nothing, so that any sense of a word could stand for any other, this is what matching, which
-    takes the best of many, would find.
+    If the number of a sense meant nothing, so that any sense of a word could stand for any other, this is what
+    matching, which takes the best of many, would find.
     """
     rng, found = np.random.default_rng(seed), []
     k, words, _ = other.shape
@@ -49,8 +49,8 @@ def match_null(one: np.ndarray, other: np.ndarray, permutations: int = 100, seed
 
 
 def compare_models(one, other, tokens: torch.Tensor, among: torch.Tensor, seed: int = 0) -> dict:
-    """-> matched: the mean likeness of matched senses; partners; random: the mean over all pairs of senses; null: the 95 %
-    quantile of `match_null`; p; and table, the likeness of all pairs.
+    """-> matched: the mean likeness of matched senses; partners; random: the mean over all pairs of senses; null:
+    the 95 % quantile of `match_null`; p; and table, the likeness of all pairs.
     """
     a, b = (profiles(model, tokens, among) for model in (one, other))
     table = likeness(a, b)

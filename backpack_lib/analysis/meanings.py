@@ -1,4 +1,4 @@
-"""Did the senses of a word learn the meanings that were planted? Read off the senses alone, and tested by removing them.
+"""Did the senses of a word learn the meanings that were planted? Read off the senses, and tested by removing them.
 
 An ambiguous word of the planted corpus, such as "bat", belongs to two or three topics. Two questions are asked:
 
@@ -100,8 +100,8 @@ def selectivity(
     """Does removing the best sense for a topic hurt that topic more than the word's other topic?
 
     auc: from `planted_meanings`, by which the senses are chosen. costs: from `removal_costs`, by which they are judged.
-    For two topics A and B of a word and their best senses a and b, it is (cost of a for A - of a for B) + (cost of b for
-    B - of b for A), in nats; above 0 where the senses are what they seem.
+    For two topics A and B of a word and their best senses a and b, it is (cost of a for A - of a for B) + (cost of b
+    for B - of b for A), in nats; above 0 where the senses are what they seem.
 
     -> it for each (word, topic, topic), and p: how often two senses at random do as well on average.
     """

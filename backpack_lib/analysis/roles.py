@@ -79,7 +79,7 @@ def relation_auc(model, pairs: np.ndarray, false_pairs: np.ndarray | None = None
 
 
 def persons_and_pronouns(tokenizer, people: Iterable[str], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Each word for a person with each pronoun, and the false pairs: as many other words with each pronoun, (n, 2) each."""
+    """Words for persons with each pronoun, and false pairs: as many other words with each pronoun, (n, 2) each."""
     persons, pronouns = single_tokens(tokenizer, people), single_tokens(tokenizer, PRONOUNS)
     words = [i for token, i in tokenizer.get_vocab().items() if re.fullmatch("Ġ[a-z]{3,}", token)]
     others = np.random.default_rng(seed).choice(np.setdiff1d(words, [*persons, *pronouns]), len(persons), replace=False)
@@ -94,8 +94,8 @@ def evidence(
 
     pairs: from `relations_of_text`, and others of one's own.
 
-    -> AUCs, senses x relations; the same of a model that was not trained, which chance gives; and `consistency`, a row for
-    each relation of text.
+    -> AUCs, senses x relations; the same of a model that was not trained, which chance gives; and `consistency`, a row
+    for each relation of text.
     """
     pairs = {name: rows for name, rows in pairs.items() if len(rows)}
     persons, others = persons_and_pronouns(tokenizer, people, seed)
@@ -116,9 +116,9 @@ def evidence(
 def consistency(model, pairs: np.ndarray, seed: int = 0, permutations: int = 200) -> dict[str, float]:
     """Does a sense number mean the same thing for all words, as far as a relation goes?
 
-    For each word with at least `PAIRS_OF_A_WORD` true pairs: how far each of its senses pushes its partners, above what it
-    pushes other words' partners. Of the variance of this number within words, the share that lies between senses: 1 if
-    sense 3 does the same for every word, near 0 if the numbers of senses mean nothing.
+    For each word with at least `PAIRS_OF_A_WORD` true pairs: how far each of its senses pushes its partners, above what
+    it pushes other words' partners. Of the variance of this number within words, the share that lies between senses: 1
+    if sense 3 does the same for every word, near 0 if the numbers of senses mean nothing.
 
     -> share; null, the 95 % quantile of that share when each word's senses are permuted; and words, how many counted.
     """

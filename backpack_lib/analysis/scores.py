@@ -75,7 +75,7 @@ def next_log_probabilities(model, tokenizer, prompts: list[str]) -> torch.Tensor
 
 
 def prompt_batches(model, tokenizer, prompts: list[str]) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Prompts, `PROMPTS_AT_ONCE` at a time: their ids and mask, (B, T), and the source of each one's last token, (B,)."""
+    """Prompts, `PROMPTS_AT_ONCE` at a time: ids and mask, (B, T), and where each one's last token stands, (B,)."""
     for part in parts(prompts, PROMPTS_AT_ONCE):
         ids, mask = pad_rows([ids_of_text(tokenizer, prompt) for prompt in part], tokenizer.eos_token_id)
         yield ids.to(model.device), mask.to(model.device), mask.sum(1) - 1

@@ -27,7 +27,7 @@ from backpack_lib.text.words import choose_tokens
 
 @dataclass(frozen=True)
 class WordPairs:
-    """How a set is published: its file, what separates its columns, whether a header names them, and which three are it."""
+    """How a set is published: its file, what separates columns, whether a header names them, and which are read."""
 
     file: str
     separator: str

@@ -254,9 +254,9 @@ def largest_pushes(model) -> LargestPushes:
 def estimated_quantiles(control: TopicControl) -> torch.Tensor:
     """The quantiles of all tokens' scores, from the scores of some, as a difference estimator has them.
 
-    What a sense pushes most goes roughly with its length. So a score is guessed for each listed token from its numerator
-    and the sense's length, and the share of scores up to a threshold is that of the guesses, corrected by how far
-    guesses and scores differ in a sample. On the demo model's topics the level of a quantile is off by .0006.
+    What a sense pushes most goes roughly with its length. So a score is guessed for each listed token from its
+    numerator and the sense's length, and the share of scores up to a threshold is that of the guesses, corrected by how
+    far guesses and scores differ in a sample. On the demo model's topics the level of a quantile is off by .0006.
     """
     (senses, most), (listed, lengths) = control.largest.sample, control.largest.listing
     pushed, length = senses @ control.direction, senses.norm(dim=-1)
@@ -278,7 +278,7 @@ def share_up_to(thresholds: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 def in_bf16(model) -> bool:
-    """Whether what is only estimated is computed in bf16: of a large model, by a CPU that does it faster than in float32."""
+    """Whether what is only estimated is computed in bf16: of a large model, by a CPU on which that is faster."""
     size = model.config.vocab_size * model.config.num_senses * model.config.n_embd
     return model.device.type == "cpu" and size > LARGE and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 

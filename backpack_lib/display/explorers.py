@@ -6,7 +6,7 @@
     TopicExplorer(model, tokenizer, topics, baseline)
     BiasExplorer(model, tokenizer, ["nurse", "guard"], ["The {profession} said that"])
     ExplanationExplorer(model, tokenizer, "bank", "He went to the bank to pay.", common)
-    KnowledgeExplorer(model, tokenizer, "Paris", "France", "Germany", ["The city of Paris is in"], ["The city of Rome is in"])
+    KnowledgeExplorer(model, tokenizer, "Paris", "France", "Germany", ["Paris is a city in"], ["Rome is a city in"])
 
 Each shows what a function of `tables.py` returns, and, for bad input, what it raises, in one sentence; the last
 good page stays. Controls are attributes, so `explorer.word.value = "king"` does what typing does.
@@ -357,7 +357,8 @@ class BiasExplorer(Explorer):
         wide, labelled = W.Layout(width="34em"), {"description_width": "initial"}
         self.profession, self.template = (
             W.Combobox(
-                value=given[0], options=list(given), description=name, continuous_update=False, layout=layout, style=labelled
+                value=given[0], options=list(given), description=name, continuous_update=False, layout=layout,
+                style=labelled,
             )
             for name, given, layout in (
                 ("profession", professions, W.Layout(width="20em")), ("template", templates, wide)
@@ -478,10 +479,10 @@ class KnowledgeExplorer(Explorer):
 
 
 class ExplanationExplorer(Explorer):
-    """A sense of a word and its explanation, which can be edited; what the words cost on a text, and what they leave out.
+    """A sense of a word and its explanation, to be edited; what the words cost on a text, and what they leave out.
 
-    among: the words that explanations are made of, on which the simulator is fitted. The loss is that of the text, with this
-    sense of the word as it is, as its explanation says, as the mean sense, and taken away.
+    among: the words that explanations are made of, on which the simulator is fitted. The loss is that of the text, with
+    this sense of the word as it is, as its explanation says, as the mean sense, and taken away.
     """
 
     def __init__(self, model, tokenizer, word: str, text: str, among: torch.Tensor, n: int = 10, seed: int = 0):

@@ -81,7 +81,7 @@ def by_token(tokenizer, input_ids, values: torch.Tensor) -> pd.DataFrame:
 
 
 def condensed(table: pd.DataFrame, rows: int = 24) -> pd.DataFrame:
-    """A long text's table for a figure: the rows of the greatest entries by size, in their order, and the sum of all others."""
+    """A long text's table for a figure: the rows of the greatest entries, in their order, and the sum of all others."""
     if len(table) <= rows:
         return table
     kept = np.sort(table.abs().max(axis=1).to_numpy().argsort()[::-1][: rows - 1])
@@ -197,7 +197,8 @@ def sense_words_html(words: pd.DataFrame, caption: str = "") -> str:
 
     def run(rows: pd.DataFrame) -> str:
         return " &nbsp;".join(
-            f"<span style='white-space: nowrap'>{escape(row.token)} <small style='opacity: .6'>{row.push:+.1f}</small></span>"
+            f"<span style='white-space: nowrap'>{escape(row.token)} "
+            f"<small style='opacity: .6'>{row.push:+.1f}</small></span>"
             for row in rows.itertuples()
         )
 

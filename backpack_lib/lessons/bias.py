@@ -58,7 +58,8 @@ def open_material(
 ) -> Material:
     """What a notebook's parameters ask for. Professions that share a token with another word are left out, and said.
 
-    Raises ValueError, before anything takes long, for what does not fit the model, and for fewer than three professions.
+    Raises ValueError, before anything takes long, for what does not fit the model, and for fewer than three
+    professions.
     """
     file = Path(as_seen(prompts)) if prompts else data_folder() / "prompts.json"
     language = json.loads(file.read_text(encoding="utf-8"))["planted" if lesson.kind == PLANTED else "english"]
@@ -85,7 +86,8 @@ def open_material(
         raise ValueError(f"Differences between professions need three of them, and {len(apart)} are left.")
     for name in set(apart) & set(several):
         print(
-            f"“{name}” is {len(several[name])} tokens ({' · '.join(several[name])}): an edit touches them in other words, too"
+            f"“{name}” is {len(several[name])} tokens ({' · '.join(several[name])}): "
+            "an edit touches them in other words, too"
         )
     known = list(pair) == list(PAIR)
     return Material(
@@ -94,7 +96,7 @@ def open_material(
 
 
 def rank_correlation(odds: np.ndarray, truth: np.ndarray) -> float:
-    """Spearman's rho over professions of their mean log-odds, (P, T), and what is true of them, (P, T) too; NaN without any."""
+    """Spearman's rho over professions of mean log-odds and what is true of them, both (P, T); NaN without a truth."""
     lean, known = odds.mean(1), truth[:, 0]
     if np.isnan(known).any() or np.ptp(lean) == 0 or np.ptp(known) == 0:
         return np.nan
@@ -123,7 +125,7 @@ def by_definition(lesson: Lesson, material: Material, edits: dict) -> pd.DataFra
 
 
 def other_pairs(lesson: Lesson, material: Material, edits: dict, seed: int = 0) -> pd.DataFrame:
-    """The ratio of other pairs of words, none of which was fitted, before and after each edit, with paired intervals."""
+    """The ratio of other pairs of words, which were not fitted, before and after each edit, with paired intervals."""
     rows = {}
     for other in material.language["other pairs"]:
         if any(len(tokens_of_word(lesson.tokenizer, word)) > 1 for word in other["pair"]):
@@ -142,9 +144,10 @@ def references(lesson: Lesson, edits: dict) -> pd.DataFrame:
     """Whom a pronoun refers to in sentences with a profession and another person.
 
     For each sentence and pronoun, the score is log p(profession) - log p(other person) where the sentence asks for the
-    referent. -> a row for each edit and sentence: given, whether the other person's gender is given; shift, the score with
-    "he" less that with "she"; right, whether, where gender is given, the pronoun that fits the other person refers to it
-    more than the one that does not. Of a model that cannot read sentences of this length, one row of NaN for each edit.
+    referent. -> a row for each edit and sentence: given, whether the other person's gender is given; shift, the score
+    with "he" less that with "she"; right, whether, where gender is given, the pronoun that fits the other person refers
+    to it more than the one that does not. Of a model that cannot read sentences of this length, one row of NaN for each
+    edit.
     """
     import yaml
 
@@ -173,7 +176,8 @@ def references_finding(right: pd.Series, size: pd.Series) -> str:
     if right.isna().any():
         return "This model reads texts that are too short for these sentences"
     return (
-        f"Gender given: right in {right.iloc[0]:.0%} before and {right.iloc[1]:.0%} with the senses removed (chance 50 %); "
+        f"Gender given: right in {right.iloc[0]:.0%} before and {right.iloc[1]:.0%} with the senses removed "
+        "(chance 50 %); "
         f"not given: the pronoun shifts the referent by {size.iloc[0]:.2f} and {size.iloc[1]:.2f} nats"
     )
 
@@ -271,7 +275,10 @@ def check_subset(answer, study) -> str:
     mine, everything = (bias.ratio(study.testing.scaled(list(s), 0.0)) for s in (answer, range(k)))
     if mine >= everything:
         return f"Not yet: removing these leaves a ratio of {mine:.2f}, removing all {everything:.2f}."
-    return f"Right: {mine:.2f}, and {everything:.2f} when all are removed: what a sense adds may balance the rest of the sentence."
+    return (
+        f"Right: {mine:.2f}, and {everything:.2f} when all are removed: "
+        "what a sense adds may balance the rest of the sentence."
+    )
 
 
 def check_zero(answer, lesson: Lesson, material: Material, template: str, pair) -> str:
@@ -297,7 +304,7 @@ def check_offset_claim(answer) -> str:
         {
             "a": "the ratio is measured on the same templates for all of them.",
             "b": "an offset leaves every difference between professions as it was.",
-            "c": "the ratio counts the lean that all professions share, which an offset takes away and which is most of it here.",
+            "c": "the ratio counts the lean that all professions share, which an offset takes away; here it is most.",
             "d": "it was computed on the fitting templates alone.",
         },
     )

@@ -1,4 +1,4 @@
-"""What 05_knowledge alone needs: facts and texts that suit a model, new facts on planted text, stored tables, exercises."""
+"""What 05_knowledge alone needs: facts and texts that suit a model, new facts on planted text, exercises."""
 
 import re
 from dataclasses import dataclass
@@ -31,8 +31,9 @@ MOVED = {"zoo": "law", "opera": "river", "market": "computers", "lab": "animals"
 
 @dataclass
 class Material:
-    """models: by name. counts: how many facts of each relation can be used, and which of the models know them. facts: those
-    that all models know, in a seeded order, the example first. general: texts on anything. sets: to be taught.
+    """models: by name. counts: how many facts of each relation can be used, and which of the models know them.
+    facts: those that all models know, in a seeded order, the example first. general: texts on anything. sets: to be
+    taught.
     """
 
     models: dict
@@ -77,7 +78,8 @@ def open_material(
     order = np.random.default_rng(seed).permutation(len(shared))
     return Material(
         models, example, counts.fillna(0).astype(int), [shared[n] for n in order] or [example],
-        general_texts(lesson, models, reference, seed), sets[sets["set"].isin(teachable)] if teachable else _set_of(example),
+        general_texts(lesson, models, reference, seed),
+        sets[sets["set"].isin(teachable)] if teachable else _set_of(example),
     )  # fmt: skip
 
 
@@ -157,7 +159,7 @@ def general_texts(lesson: Lesson, models: dict, reference: str = "", seed: int =
 
 
 def planted_facts() -> list[Fact]:
-    """For each place of the planted corpus: a noun of its topic, and a noun of another topic, which never follows there."""
+    """For each planted place: a noun of its topic, and one of another topic, which never follows there."""
     topics = planted.lexicon()["topics"]
     names, facts = list(topics), []
     for n, (topic, entry) in enumerate(topics.items()):
@@ -245,10 +247,10 @@ def topic_mass(model, tokenizer, prompts: list[str], topic: str, old: str) -> np
 
 
 def planted_teaching(numbers=(1, 5, 20), eps: float = 1e-3, seed: int = 0) -> pd.DataFrame:
-    """New facts of a second corpus, learnt from 1, 5 or 20 examples by senses and by all weights, with the planted models.
+    """New facts of a second corpus, learnt from 1, 5 or 20 examples by senses and by all weights of the planted models.
 
-    -> a row for each place, number of examples, model and method: the new topic's share after held-out texts (truth 1), and
-    after the texts of other places of the old topic (truth 0), where the loss on general text rises by at most eps.
+    -> a row for each place, number of examples, model and method: the new topic's share after held-out texts (truth 1),
+    and after the texts of other places of the old topic (truth 0), where the loss on general text rises by at most eps.
     """
     models = {"Backpack": load("planted"), "Transformer": load("planted-transformer")}
     general, rows = unmoved_texts(seed), []
@@ -349,7 +351,7 @@ def check_neighbours_claim(answer) -> str:
         "b",
         {
             "a": "five neighbours a fact, over all facts, are hundreds of prompts.",
-            "b": "the edit reaches only texts that hold its word, so any edit of one word, however bad, leaves these alone.",
+            "b": "the edit reaches only texts with its word, so any edit of one word, however bad, leaves these alone.",
             "c": "the neighbours were written before any edit was measured.",
             "d": "it is exactly zero, and stays so at any strength.",
         },
@@ -357,7 +359,7 @@ def check_neighbours_claim(answer) -> str:
 
 
 def check_scores(answer) -> str:
-    """answer: (here (T, k), general (T, k), weight, n) -> the n places, numbers in the flattened table, of the highest scores."""
+    """answer: (here (T, k), general (T, k), weight, n) -> the n places of the highest scores in the flattened table."""
 
     def reference(here, general, weight, n):
         return (here - weight * general).flatten().topk(n).indices.sort().values.float()
@@ -391,7 +393,7 @@ def check_cost_claim(answer) -> str:
         {
             "a": "the same texts bound all methods.",
             "b": "the loss may fall as well as rise, but that is not what makes the claim weak.",
-            "c": "general text hardly holds the edited words, so it cannot show what happens to them; texts with these words can.",
+            "c": "general text hardly holds the edited words, so it cannot show what happens to them; theirs can.",
             "d": "a bound on the share of the loss does not depend on the size of the model.",
         },
     )

@@ -45,7 +45,7 @@ class Lesson(Results):
 
     @property
     def common(self) -> torch.Tensor:
-        """Ids of whole words that are common, as far as the order of the vocabulary tells; of planted text, all it uses."""
+        """Ids of common whole words, as far as the order of the vocabulary tells; of planted text, all that it uses."""
         if self.kind == PLANTED:
             ids = planted.tokens_in_use(self.tokenizer)
         else:
@@ -55,7 +55,8 @@ class Lesson(Results):
 
     def __str__(self) -> str:
         size = self.model.num_parameters() / 1e6
-        return f"{size:.1f} million parameters; {self.senses} senses for each of {len(self.tokenizer):,} tokens; on {self.model.device}"
+        senses = f"{self.senses} senses for each of {len(self.tokenizer):,} tokens"
+        return f"{size:.1f} million parameters; {senses}; on {self.model.device}"
 
     def tokens_of(self, name: str) -> list[int]:
         """The token ids of a word among the examples."""
@@ -86,7 +87,7 @@ def open_lesson(name: str, model: str = "demo", out: str = "", device: str = "cp
 
 
 def check_stored(weights, lesson: Lesson, command: str):
-    """Raises ValueError if what is stored was measured on other weights than the lesson's. command: measures it again."""
+    """Raises ValueError if what is stored was measured on other weights. command: what measures it again."""
     if set(weights) != {fingerprint(lesson.model)}:
         raise ValueError(f"What is stored is of other weights than the demo model's; run: {command}")
 

@@ -1,4 +1,4 @@
-"""What 06_reading alone needs: texts and words that suit a model, stored tables, explanations by people, and exercises."""
+"""What 06_reading alone needs: texts and words that suit a model, stored tables, given explanations, exercises."""
 
 import json
 import re
@@ -42,7 +42,7 @@ PLANTED_RUN = dict(
 
 
 def texts_for(lesson: Lesson, transformer=None, reference: str = "", seed: int = 0) -> tuple[list[list[int]], str]:
-    """Held-out texts as rows of tokens, and what they are: by people, planted, or written by a Transformer, or the model."""
+    """Held-out texts as rows of tokens, and what they are: by people, planted, or written by one of the models."""
     if reference:
         paragraphs = first_characters(open_corpus(reference).read(), CHARACTERS)
         texts, source = [text for text in paragraphs if text.strip()], "text by people"
@@ -86,7 +86,8 @@ def check_example(lesson: Lesson):
         not in ids_of_text(lesson.tokenizer, lesson.example.text)[:-1]
     ):
         raise ValueError(
-            f"The text {lesson.example.text!r} does not have {lesson.example.word!r} in it, after a space and before its end."
+            f"The text {lesson.example.text!r} does not have {lesson.example.word!r} in it, "
+            "after a space and before its end."
         )
 
 
@@ -125,8 +126,8 @@ def given_explanations(file: str, tokenizer, model) -> dict:
 def explanations_by_model(folder: str, model, tokenizer, words: list[str], senses, target: Path, shown: int = 8) -> str:
     """Explanations by a language model on this machine: it goes on with the list of the words that a sense pushes up.
 
-    folder: a causal model that transformers can load. Writes a file as `given_explanations` reads it, and returns its name.
-    What it says below is that of the sense's own list, since no model lists what does not belong.
+    folder: a causal model that transformers can load. Writes a file as `given_explanations` reads it, and returns its
+    name. What it says below is that of the sense's own list, since no model lists what does not belong.
     """
     writer, its_tokenizer = load(folder)
     rows = []
@@ -197,7 +198,7 @@ def likeness_summary(tables: dict[str, pd.DataFrame], stored: pd.DataFrame) -> p
 
 
 def recovered_by_sense(recovered: pd.DataFrame) -> pd.DataFrame:
-    """From an `explanation_table`, a row for each sense: the shares that n words recover, that of the mean sense, and its worth."""
+    """From an `explanation_table`: for each sense the shares that n words and the mean sense recover, and its worth."""
     single = recovered[recovered["sense"] != "all"].assign(sense=lambda table: table["sense"].astype(int))
     by_words = single[single["replaced by"] == SAID].pivot(index="sense", columns="words", values="share")
     table = by_words.rename(columns=number_of_words)
@@ -238,7 +239,8 @@ def settling_finding(losses: pd.Series, whole: pd.Series) -> str:
             f"({whole.iloc[-1]:.2f})"
         )
     return (
-        f"By step {step} of {losses.index.max()}, the last word's part is within 0.02 nats of its best; the model gains "
+        f"By step {step} of {losses.index.max()}, the last word's part is within 0.02 nats of its best; "
+        "the model gains "
         f"{whole.loc[step] - whole.iloc[-1]:.2f} nats more after it"
     )
 
@@ -270,7 +272,7 @@ def professions_and_templates() -> tuple[list[str], list[str]]:
 
 
 def words_to_compare(tokenizer, words: int = 300, among: int = 1000) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whole words to compare models on, and words whose pushes are compared: the commonest, as the vocabulary is ordered."""
+    """Whole words to compare models on, and words whose pushes are compared: the commonest, by the vocabulary."""
     names = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     ids = [i for i, name in enumerate(names) if re.fullmatch("Ġ[A-Za-z]{3,}", name)]
     return torch.tensor(ids[:words]), torch.tensor(ids[:among])
@@ -296,9 +298,10 @@ def choosing_texts(word: str, seed: int = 0, texts: int = 12) -> list[list[tuple
             rng.permutation(lexicon["topics"][two]["places"]),
         )
         made.append([
-            ("At the", []), (f" {here[0]}", [f" {p}" for p in there[:2]]), (",", []), (f" {names[0]}", [f" {n}" for n in names[1:3]]),
-            (f" {speech[0]}", [f" {s}" for s in speech[1:3]]), (" that she", []), (f" {verbs[0]}", [f" {v}" for v in verbs[1:3]]),
-            (f" the {word}", []),
+            ("At the", []), (f" {here[0]}", [f" {p}" for p in there[:2]]),
+            (",", []), (f" {names[0]}", [f" {n}" for n in names[1:3]]),
+            (f" {speech[0]}", [f" {s}" for s in speech[1:3]]), (" that she", []),
+            (f" {verbs[0]}", [f" {v}" for v in verbs[1:3]]), (f" the {word}", []),
         ])  # fmt: skip
     return made
 
@@ -365,7 +368,8 @@ def check_matching_claim(answer) -> str:
         {
             "a": "300 words are enough for a mean with a small error.",
             "b": "the correlation is taken after the mean over words is gone, so that is no objection.",
-            "c": "matching takes the best of many pairings, so matched senses look more alike than random pairs even where numbers mean nothing; the null has to be matched, too.",
+            "c": "matching takes the best of many pairings, so matched senses look more alike than random pairs "
+            "even where numbers mean nothing; the null has to be matched, too.",
             "d": "the Hungarian algorithm finds the best assignment, not just a good one.",
         },
     )
@@ -383,7 +387,7 @@ def check_recovered_claim(answer) -> str:
         "b",
         {
             "a": "the words were chosen among common ones; rarer ones would say less to a reader.",
-            "b": "the mean sense, which says nothing about any word, may recover as much: what counts is the share above it.",
+            "b": "the mean sense, which says nothing about any word, may recover as much: the share above it counts.",
             "c": "texts were drawn again for the interval, which is what an interval needs.",
             "d": "zero ablation is the comparison that the share is defined by.",
         },

@@ -56,7 +56,7 @@ def people_of(lesson: Lesson) -> list[str]:
 
 
 def role_evidence(lesson: Lesson, model: str, corpus: str = "", seed: int = 0):
-    """`roles.evidence` on a corpus; without one, what is stored (demo), planted text, or texts that the model writes."""
+    """`roles.evidence` on a corpus; without one, the stored (demo), planted text, or texts that the model writes."""
     stored = stored_evaluation(model)
     if stored and not corpus:
         found = stored["models"]["demo"]["roles"]
@@ -75,7 +75,7 @@ def role_evidence(lesson: Lesson, model: str, corpus: str = "", seed: int = 0):
 
 @torch.no_grad()
 def pronoun_spread(lesson: Lesson, pair=("he", "she")) -> np.ndarray:
-    """How far each sense's push of one word over the other differs between professions: its standard deviation, (k,)."""
+    """How far each sense's push of one word over the other differs between professions (standard deviation, (k,))."""
     ids = [tokens_of_word(lesson.tokenizer, name)[-1] for name in people_of(lesson)]
     a, b = (tokens_of_word(lesson.tokenizer, word)[0] for word in pair)
     senses = vectors_of_tokens(lesson.model, torch.tensor(ids, device=lesson.model.device))
@@ -137,7 +137,7 @@ def planted_pair(device):
 
 
 def check_own_effect(answer) -> str:
-    """From weights in the two meanings, (n, k) and (m, k), and leanings, (k,): what the change of weights contributes."""
+    """From weights in two meanings, (n, k), (m, k), and leanings, (k,): what the change of weights contributes."""
 
     def reference(first, second, lean):
         return ((first.mean(0) - second.mean(0)) * lean).sum()

@@ -20,7 +20,7 @@ SHOWN = 6  # of the contributions, one by one
 
 
 def named_parts(contributions: pd.DataFrame, reading, embeddings: torch.Tensor, tokenizer, ids) -> pd.Series:
-    """The largest contributions, and the sum of the others, each named by its word, sense, and what that sense pushes up."""
+    """The largest contributions, each named by word, sense, and what the sense pushes up; and the sum of the others."""
     flat = contributions.to_numpy().flatten()
     order = np.abs(flat).argsort()[::-1][:SHOWN]
     words, parts = spell_text(tokenizer, ids), {}
@@ -98,7 +98,7 @@ def check_criticism(answer) -> str:
         "c",
         {
             "a": "they are exact: their sum was the model's own number.",
-            "b": "in a Transformer the values that attention weights go with are mixtures of words; here they are senses.",
+            "b": "in a Transformer, attention weighs mixtures of words; here weights belong to senses of single words.",
             "c": "only differences between logits change a probability.",
             "d": "the weights are all that the Transformer has to say in a Backpack.",
         },

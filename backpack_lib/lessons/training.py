@@ -33,8 +33,8 @@ LEAST_VOCABULARY = 1050  # in which every planted word is one token
 def settings(parameters: dict) -> dict:
     """Those of a notebook's parameters that `TrainingConfig` has.
 
-    Raises ValueError, before anything takes long, for values that are out of range, for blocks that are too short for the
-    sentences that the models are asked with, and for a corpus or a model to start from that is not there.
+    Raises ValueError, before anything takes long, for values that are out of range, for blocks that are too short for
+    the sentences that the models are asked with, and for a corpus or a model to start from that is not there.
     """
     found = {field.name: parameters[field.name] for field in fields(TrainingConfig) if field.name in parameters}
     TrainingConfig(**found | {"out": ""})

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 
 POSITIONS_AT_ONCE = {"cpu": 64, "cuda": 512}  # a CPU keeps what a small block needs in its cache
-# Where compiled code takes blocks, too. A CPU does not: a compiled training step of demo size (bf16, 16 x 256 tokens) takes
-# 1.06 s with the equation, which is fused with what stands around it, and 1.40 s with blocks. (Alone, forward and backward,
-# the compiled equation takes 0.42 s, blocks 0.31 s, and `scaled_dot_product_attention(q, k, senses).sum(1)` 0.63 s.) For a
-# GPU this is an estimate: at 32 x 512 tokens all weights are 537 MB in float32, read and written several times, those of
-# one sense 33 MB, which its cache holds; and no fast kernel of attention takes values of width 768.
+# Where compiled code takes blocks, too. A CPU does not: a compiled training step of demo size (bf16, 16 x 256 tokens)
+# takes 1.06 s with the equation, which is fused with what stands around it, and 1.40 s with blocks. (Alone, forward and
+# backward, the compiled equation takes 0.42 s, blocks 0.31 s, and `scaled_dot_product_attention(q, k, senses).sum(1)`
+# 0.63 s.) For a GPU this is an estimate: at 32 x 512 tokens all weights are 537 MB in float32, read and written several
+# times, those of one sense 33 MB, which its cache holds; and no fast kernel of attention takes values of width 768.
 COMPILED_IN_BLOCKS = ("cuda",)
 SMALL = 2**22  # numbers in the senses of all positions; below, many small products cost more than one
 

@@ -81,7 +81,7 @@ def read_value(text: str, default):
 
 
 def read_values(name: str, text: str, default) -> list:
-    """The values that a grid gives a parameter, `0,1,2`; of lists, `[a, b], [c]`. Raises ValueError if there is none."""
+    """The values of a grid's parameter: `0,1,2`; of lists, `[a, b], [c]`. Raises ValueError if there is none."""
     if isinstance(default, list):
         try:
             values = yaml.safe_load(f"[{text}]")

@@ -36,8 +36,8 @@ KEYS = ["model", "method"]
 class BiasStudy:
     """What is compared, and on what.
 
-    found: from `bias.localize` on the fitting templates; wanted: the share of the differences that it was asked for. bounds:
-    how far fitted scales may go, beside 0 to 1.
+    found: from `bias.localize` on the fitting templates; wanted: the share of the differences that it was asked for.
+    bounds: how far fitted scales may go, beside 0 to 1.
     """
 
     backpack: object
@@ -120,8 +120,8 @@ class BiasStudy:
     def run(self) -> pd.DataFrame:
         """-> a row for each method, profession and held-out template.
 
-        Columns: model, method, profession, template; log-odds; and other words, how far all other probabilities moved (KL,
-        nats; none for methods that are no edit).
+        Columns: model, method, profession, template; log-odds; and other words, how far all other probabilities moved
+        (KL, nats; none for methods that are no edit).
         """
         plans = [(BACKPACK, self.backpack, self.edits_of_backpack)]
         if self.transformer is not None:
@@ -141,7 +141,8 @@ class BiasStudy:
     def _measured(self, name, net, method, context, before) -> pd.DataFrame:
         what = {
             "model": self.prints[name], "method": method, "professions": self.professions, "fit": self.fit,
-            "test": self.test, "pair": list(self.pair), "bounds": list(self.bounds), "senses": list(map(int, self.senses)),
+            "test": self.test, "pair": list(self.pair), "bounds": list(self.bounds),
+            "senses": list(map(int, self.senses)),
         }  # fmt: skip
 
         def make():
@@ -176,7 +177,7 @@ class BiasStudy:
         return table.assign(model=name, method=method)[[*KEYS, "profession", "template", "log-odds", "other words"]]
 
     def held_out_professions(self) -> pd.DataFrame:
-        """Senses chosen on some professions and removed from others, on held-out templates; the effect is known exactly.
+        """Senses chosen on some professions and removed from others, on held-out templates; the effect is known.
 
         -> a row for each profession and template: senses, before and after.
         """
@@ -205,8 +206,9 @@ def odds_of(rows: pd.DataFrame, model: str, method: str) -> np.ndarray:
 
 
 def methods_table(rows: pd.DataFrame, seed: int = 0, resamples: int = 1000) -> pd.DataFrame:
-    """A row a method: ratio and excess removed with 95 % intervals (professions and templates drawn anew, together), spread,
-    the standard deviation between professions, and other words, in millinats. Draws of random senses are one row, their mean.
+    """A row a method: ratio and excess removed with 95 % intervals, from professions and templates drawn together;
+    spread, the standard deviation between professions; and other words, in millinats. Draws of random senses are one
+    row, their mean.
     """
     found = {}
     for model, method in rows[KEYS].drop_duplicates().itertuples(index=False):
@@ -231,7 +233,7 @@ def methods_table(rows: pd.DataFrame, seed: int = 0, resamples: int = 1000) -> p
 def compare(
     rows: pd.DataFrame, one: tuple[str, str], other: tuple[str, str], seed: int = 0, resamples: int = 2000
 ) -> dict[str, float]:
-    """How much more of the excess one method removes than another, paired over professions and templates, drawn together.
+    """How much more of the excess one method removes than another, paired over professions and templates.
 
     -> difference, low, high (95 %). Each method is held to its own model as it is.
     """

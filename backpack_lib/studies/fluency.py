@@ -11,10 +11,10 @@ USUAL_SLOPE = 6.0  # of log-perplexity over temperature, near temperature 1
 def search_temperature(
     perplexity_at: Callable[[float], float], wanted: float, tolerance: float = 0.05, trials: int = 6
 ) -> dict[float, float]:
-    """Tries temperatures until a method's perplexity is within a tolerance of the wanted one. -> those tried, and theirs
+    """Tries temperatures until a method's perplexity is within a tolerance of `wanted`. -> those tried, and theirs
 
-    perplexity_at: must use the same random numbers at every temperature, so that it hardly jumps. The first step goes by
-    the usual slope, and once the wanted perplexity lies between two that were tried, so does the next temperature:
+    perplexity_at: must use the same random numbers at every temperature, so that it hardly jumps. The first step goes
+    by the usual slope, and once the wanted perplexity lies between two that were tried, so does the next temperature:
     by a line through the logarithms, kept away from the ends. Stops, too, where no temperature allowed is left.
     """
     if not 0 < wanted < np.inf:

@@ -42,8 +42,9 @@ KEYS = ["model", "method"]
 RELATED = 10  # words nearest to the object, and to the counter-object
 ABOUT_TOKENS, WRITTEN_TOKENS = 30, 20
 MEASURES = [
-    "efficacy", "paraphrases", "neighbours unchanged", "neighbours KL", "about unchanged", "about KL", "related to the object",
-    "related to the counter-object", "loss with the word, %", "loss without, %", "perplexity of what it writes", "repetition",
+    "efficacy", "paraphrases", "neighbours unchanged", "neighbours KL", "about unchanged", "about KL",
+    "related to the object", "related to the counter-object", "loss with the word, %", "loss without, %",
+    "perplexity of what it writes", "repetition",
 ]  # fmt: skip
 
 
@@ -51,9 +52,9 @@ MEASURES = [
 class KnowledgeStudy:
     """What is edited, and how. models: "Backpack" and, if there is one, "Transformer", by name.
 
-    general: texts on anything, which finetuning is held to: their loss rises by a share of at most each of the bounds. facts:
-    such as all models know. finetuned_facts: on how many of them the Transformer is finetuned, which takes longest. share: of
-    the effect, that the fewest senses should have.
+    general: texts on anything, which finetuning is held to: their loss rises by a share of at most each of the bounds.
+    facts: such as all models know. finetuned_facts: on how many of them the Transformer is finetuned, which takes
+    longest. share: of the effect, that the fewest senses should have.
     """
 
     models: dict
@@ -96,7 +97,7 @@ class KnowledgeStudy:
         return fewest(effect / max(effect.sum(), 1e-9), self.share) or [int(effect.argmax())]
 
     def finetuned(self, net, fact: Fact, eps: float):
-        """All weights finetuned until the counter-object is twice as likely after the editing prompts; then held to a bound."""
+        """All weights finetuned until the counter-object is twice as likely after editing prompts; held to a bound."""
         if fact not in self._changes:
             self._changes = {fact: self._change(net, fact)}
         change = self._changes[fact]
@@ -111,7 +112,7 @@ class KnowledgeStudy:
     # ------------------------------------------------------------ measuring
 
     def run(self) -> pd.DataFrame:
-        """-> a row for each model, method and fact: `MEASURES`, and the margin after editing and testing prompts, in nats."""
+        """-> a row a model, method and fact: `MEASURES`, and the margin after editing and testing prompts, in nats."""
         rows = []
         for name in self.models:
             contexts = {AS_IT_IS: lambda fact: nullcontext()} | self.methods(name)
@@ -153,7 +154,7 @@ class KnowledgeStudy:
         }
 
     def _state(self, net, fact: Fact, without: float | None = None) -> dict:
-        """All that is compared, of a model as it is now. without: the loss on texts without the subject, if it is known."""
+        """All that is compared, of a model as it is now. without: the loss on texts without the subject, if known."""
         prompts = [*fact.edit, *fact.test, *fact.neighbours, *fact.about]
         cuts = np.cumsum([len(fact.edit), len(fact.test), len(fact.neighbours)])
         found = next_log_probabilities(net, self.tokenizer, prompts).cpu()
@@ -201,7 +202,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 def related_tokens(net, token: int, but=(), n: int = RELATED) -> list[int]:
-    """The tokens whose output embeddings lie nearest to one token's, by cosine, after their common mean is taken out."""
+    """The tokens whose output embeddings are nearest to one token's by cosine, their common mean taken out."""
     E = net.get_output_embeddings().weight.detach().float()
     E = torch.nn.functional.normalize(E - E.mean(0), dim=-1)
     order = (E @ E[token]).argsort(descending=True).tolist()
@@ -243,7 +244,7 @@ def at_once(model, tokenizer, facts: list[Fact], numbers=(1, 5, 20), seed: int =
 
 
 def methods_table(rows: pd.DataFrame, seed: int = 0, resamples: int = 2000) -> pd.DataFrame:
-    """Means over facts and their 95 % intervals, (mean, low, high) of each of `MEASURES`: a row for each model and method."""
+    """Means over facts with 95 % intervals, (mean, low, high) of each of `MEASURES`: a row a model and method."""
     found = {}
     for key, some in rows.groupby(KEYS, sort=False):
         found[key] = {

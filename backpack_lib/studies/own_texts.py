@@ -10,7 +10,7 @@ def written_by_each(
     models: dict, prints: dict, tokenizer, prompts: list[str], tokens: int, folder: Path, sampling: dict | None = None,
     seed: int = 0,
 ) -> list[str]:  # fmt: skip
-    """Each prompt continued by each of the models, by name; kept in `folder / "texts"` under their fingerprints, `prints`."""
+    """Each prompt continued by each of the models, by name; kept in `folder / "texts"` by their fingerprints."""
     what = {"models": prints, "about": list(prompts), "tokens": tokens, "sampling": sampling, "seed": seed}
 
     def make():

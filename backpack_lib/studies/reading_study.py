@@ -1,7 +1,7 @@
 """How far senses can be read: tables of what explanations recover, of bigrams, of seeds, and of what chooses a sense.
 
-Each function takes models and texts and returns a tidy DataFrame; none prints. Those of 06_reading that take long, or need
-text that is not shipped, are stored by `data/reading/make.py`.
+Each function takes models and texts and returns a tidy DataFrame; none prints. Those of 06_reading that take long, or
+need text that is not shipped, are stored by `data/reading/make.py`.
 """
 
 from collections.abc import Iterable
@@ -30,15 +30,16 @@ def explanation_table(
     model, rows: list[list[int]], among: torch.Tensor, ns: Iterable[int] = (1, 3, 10, 30, 100), kind: str = "ridge",
     given=None, seed: int = 0, alone: Iterable[int] | None = None,
 ) -> pd.DataFrame:  # fmt: skip
-    """The share of a sense's worth that explanations of n words recover, and the mean sense: each sense alone, then all.
+    """The share of a sense's worth that explanations of n words recover, and the mean sense: one by one, then all.
 
-    rows: texts as token ids. among: the words that explanations are made of. given: from (token, sense) to explanations by
-    people, lists of tokens up and down, which take the place of those made here. alone: the senses to replace one by one; None: all.
+    rows: texts as token ids. among: the words that explanations are made of. given: from (token, sense) to explanations
+    by people, lists of tokens up and down, which take the place of those made here. alone: the senses to replace one by
+    one; None: all.
 
     The null gives each word the longest explanation of another word.
 
-    -> a row for each sense ("all": every sense at once), kind of replacement and n: loss in nats per token; worth, by how much
-    taking the sense away raises it; share recovered with its 95 % interval over texts.
+    -> a row for each sense ("all": every sense at once), kind of replacement and n: loss in nats per token; worth, by
+    how much taking the sense away raises it; share recovered with its 95 % interval over texts.
     """
     texts = Replacement(model, rows)
     words = among[~torch.isin(among, texts.tokens)]
@@ -117,7 +118,7 @@ def correlation_table(model, bigrams: Bigrams, tokens: torch.Tensor, among: torc
 
 
 def seeds_table(models: dict, tokens: torch.Tensor, among: torch.Tensor, seed: int = 0) -> tuple[pd.DataFrame, dict]:
-    """Each pair of models: likeness of matched senses, of random ones, and under the null. -> table, and partners by pair."""
+    """Of each pair of models, how alike matched and random senses are, and the null. -> table, partners by pair."""
     names, rows, partners = list(models), [], {}
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
@@ -163,7 +164,7 @@ def returning_roles(roles: pd.DataFrame, partners: dict) -> pd.DataFrame:
 def gender_table(
     models: dict, tokenizer, professions: list[str], templates: list[str], partners: dict, pair=bias.PAIR
 ) -> pd.DataFrame:
-    """Which sense carries the differences between professions most in each model, and is it the partner of the other's?"""
+    """Which sense carries most of the differences between professions in each model; are they partners?"""
     top, share = {}, {}
     for name, model in models.items():
         split = bias.split_odds(model, tokenizer, professions, templates, pair)
@@ -183,9 +184,9 @@ def gender_table(
 def choosing_table(model, tokenizer, texts: list[list[tuple[str, list[str]]]], word: str) -> pd.DataFrame:
     """How the weights on a word's senses change when one earlier word of a text is replaced.
 
-    texts: each a list of (piece, pieces that could stand there instead), whose last piece ends in the word; pieces without
-    others stay. -> a row for each text, place and substitute: change, the sum over senses of how far the weight of the word's
-    own senses moves at its own place.
+    texts: each a list of (piece, pieces that could stand there instead), whose last piece ends in the word; pieces
+    without others stay. -> a row for each text, place and substitute: change, the sum over senses of how far the weight
+    of the word's own senses moves at its own place.
     """
     prompts, places = [], []
     for number, pieces in enumerate(texts):

@@ -1,6 +1,7 @@
 """Teaching by examples: a few senses, against all weights and LoRA, at the same bound on the loss of general text.
 
-    study = TeachingStudy({"Backpack": backpack, "Transformer": transformer}, tokenizer, read_examples(), general, folder)
+    models = {"Backpack": backpack, "Transformer": transformer}
+    study = TeachingStudy(models, tokenizer, read_examples(), general, folder)
     rows = study.run()                   # a row for each set, model, method, bound and held-out example; resumes
     success_table(rows)
 
@@ -52,8 +53,8 @@ def check_methods(methods):
 class TeachingStudy:
     """What is taught, and how. models: "Backpack" and, if there is one, "Transformer", by name.
 
-    sets: a table like `data/canonical.csv`. general: texts on anything. bounds: the loss on them rises by a share of at most
-    each. methods: some of "senses" (of a Backpack), "all weights" and "LoRA" (needs the extra `lora`).
+    sets: a table like `data/canonical.csv`. general: texts on anything. bounds: the loss on them rises by a share of at
+    most each. methods: some of "senses" (of a Backpack), "all weights" and "LoRA" (needs the extra `lora`).
     """
 
     models: dict
@@ -83,7 +84,7 @@ class TeachingStudy:
         return fit.part(sorted(order[cut:])), fit.part(sorted(order[:cut])), test
 
     def run(self) -> pd.DataFrame:
-        """-> a row for each set, model, method, bound and held-out example: success, and of the edit as a whole its setting,
+        """-> a row a set, model, method, bound and held-out example: success, and of the edit as a whole its setting,
         and the rise of the loss, in %, on other general text and on texts with the words of the set.
         """
         rows = []
@@ -108,9 +109,9 @@ class TeachingStudy:
 
     def _taught(self, name: str, model: str, method: str) -> list[dict]:
         what = {
-            "models": self.prints, "model": model, "method": method, "settings": SETTINGS[method], "bounds": self.bounds,
-            "set": self.sets[self.sets["set"] == name].to_csv(), "general": self.general, "sampling": self.sampling,
-            "seed": self.seed,
+            "models": self.prints, "model": model, "method": method, "settings": SETTINGS[method],
+            "bounds": self.bounds, "set": self.sets[self.sets["set"] == name].to_csv(), "general": self.general,
+            "sampling": self.sampling, "seed": self.seed,
         }  # fmt: skip
         return cached_json(Path(self.folder) / "taught", what, lambda: self._teach(name, model, method))
 
@@ -157,7 +158,7 @@ class TeachingStudy:
 
 
 def success_table(rows: pd.DataFrame, seed: int = 0, resamples: int = 2000) -> pd.DataFrame:
-    """The share of held-out examples solved, with its 95 % interval, and what it cost: a row for each set, model, method, bound."""
+    """The share of held-out examples solved (95 % interval), and its cost: a row a set, model, method and bound."""
     found = {}
     for key, some in rows.groupby(KEYS, sort=False):
         mean, low, high = mean_interval(some["success"].to_numpy(dtype=float), resamples, seed)
@@ -170,7 +171,7 @@ def paired(
     rows: pd.DataFrame, name: str, bound: float, one: tuple[str, str], other: tuple[str, str], seed: int = 0,
     resamples: int = 2000,
 ) -> dict[str, float]:  # fmt: skip
-    """How much more of a set's examples one (model, method) solves than another at a bound: difference, low, high (95 %)."""
+    """How much more of a set one (model, method) solves than another at a bound: difference, low, high (95 %)."""
     some = rows[(rows["set"] == name) & (rows["bound"] == bound)]
     some = some.set_index(["model", "method", "example"])["success"].sort_index()
     difference = some.loc[one].astype(float) - some.loc[other].astype(float)

@@ -14,7 +14,7 @@ TEXTS_AT_ONCE = 32
 
 
 def perplexity(model, tokenizer, texts: list[str], prompts: list[str]) -> float:
-    """The perplexity of what was written after the prompts, all tokens together, under a model that did not write it."""
+    """The perplexity of what was written after the prompts, all together, under a model that did not write it."""
     nats = log_probabilities(model, tokenizer, prompts) - log_probabilities(model, tokenizer, texts)
     tokens = sum(len(ids_of_text(tokenizer, t)) - len(ids_of_text(tokenizer, p)) for t, p in zip(texts, prompts))
     return math.exp(nats.sum().item() / max(tokens, 1))

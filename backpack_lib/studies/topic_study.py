@@ -80,8 +80,8 @@ class TopicStudy:
 
         -> a row a text and topic that it is judged on: its own, or, without control, every one.
 
-        Columns: method, strength, temperature, topic, text; nats and tokens, under a model that did not write it; words,
-        topic words and steering words; on topic; runs (of four words) and repeated runs; and seconds.
+        Columns: method, strength, temperature, topic, text; nats and tokens, under a model that did not write it;
+        words, topic words and steering words; on topic; runs (of four words) and repeated runs; and seconds.
         """
         plan = [(method, strength) for method in self.prints for strength in self._strengths(method)]
         total = sum(len(self.topics) * (self.trials if strength else 1) for _, strength in plan)
@@ -164,8 +164,9 @@ class TopicStudy:
         on_topic, counts = self.judge(written)[topic["name"]], self.words.counts(written)[topic["name"]]
         return [
             {
-                "method": method, "strength": float(strength), "temperature": temperature, "topic": topic["name"], "text": text,
-                "nats": nats[n].item(), "on topic": bool(on_topic.iloc[n]), "topic words": int(counts.iloc[n]),
+                "method": method, "strength": float(strength), "temperature": temperature,
+                "topic": topic["name"], "text": text, "nats": nats[n].item(),
+                "on topic": bool(on_topic.iloc[n]), "topic words": int(counts.iloc[n]),
                 "tokens": len(ids_of_text(self.tokenizer, texts[n])) - len(ids_of_text(self.tokenizer, prompts[n])),
                 "words": len(words_of(text)), "steering words": count_among(text, topic["steer"]),
                 **dict(zip(("runs", "repeated runs"), repeated_runs(text))), "seconds": seconds,
@@ -184,8 +185,8 @@ def perplexity_of(texts: pd.DataFrame) -> float:
 
 def settings_table(texts: pd.DataFrame) -> pd.DataFrame:
     """A row for each method, strength and temperature: perplexity, also relative to no control; success, the mean over
-    topics of the share of texts on their topic; words of the topic and words that steer, per 1,000; repetition, the share
-    of runs of four words that the same text had before; and seconds a text.
+    topics of the share of texts on their topic; words of the topic and words that steer, per 1,000; repetition, the
+    share of runs of four words that the same text had before; and seconds a text.
     """
     rows = []
     for setting, made in texts.groupby(SETTING, sort=False):
@@ -235,7 +236,8 @@ def of_setting(texts: pd.DataFrame, setting) -> pd.DataFrame:
 def chosen_elsewhere(texts: pd.DataFrame, fair: pd.DataFrame, method: str) -> tuple[pd.DataFrame, pd.Series]:
     """A method's texts on each topic, at the strength that does best on all *other* topics at equal fluency.
 
-    Where no strength reached equal fluency, at the nearest that it came. -> texts, and the strength chosen for each topic.
+    Where no strength reached equal fluency, at the nearest that it came. -> texts, and the strength chosen for each
+    topic.
     """
     usable = fair[(fair["method"] == method) & (fair["strength"] > 0)]
     usable = usable[usable["reached"]] if usable["reached"].any() else usable

@@ -109,7 +109,8 @@ def _segment(word: str, rank: dict[Merge, int]) -> list[str]:
 def load_tokenizer(name: str):
     """An existing tokenizer, from a folder or from the Hugging Face hub.
 
-    Raises ValueError if there is none, if it is not byte-level BPE, or if it has no end-of-text token to put between documents.
+    Raises ValueError if there is none, if it is not byte-level BPE, or if it has no end-of-text token to put between
+    documents.
     """
     try:
         with reaching_hub(name):

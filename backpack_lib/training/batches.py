@@ -89,7 +89,8 @@ class ShuffledBatches:
 class StreamedBatches:
     """Batches of a stream of blocks, in its own order; each process reads another part of it.
 
-    A stream has no row numbers, so its position in the data has to be kept with a checkpoint. It is read by one process,
+    A stream has no row numbers, so its position in the data has to be kept with a checkpoint. It is read by one
+    process,
     always: with another number, its order and its position would be others.
     """
 

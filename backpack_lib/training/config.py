@@ -107,7 +107,8 @@ class TrainingConfig:
             raise ValueError(f"weight_decay={self.weight_decay} is out of range; it must be at least 0.")
         if self.optimizer == "muon" and self.precision == "fp16":
             raise ValueError(
-                "optimizer='muon' does not go with precision='fp16', whose gradients would be unscaled twice; choose 'bf16' or 'fp32', or 'adamw'."
+                "optimizer='muon' does not go with precision='fp16', whose gradients would be unscaled twice; "
+                "choose 'bf16' or 'fp32', or 'adamw'."
             )
         if not 0 <= self.warmup <= self.steps:
             raise ValueError(f"warmup={self.warmup} is out of range; it must be between 0 and steps={self.steps}.")

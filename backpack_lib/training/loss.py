@@ -28,8 +28,8 @@ AttentionInterface.register(WHOLE_ROWS, sdpa_attention_forward)
 def whole_rows(model):
     """The model without padding: its attention is causal, and nothing else.
 
-    Otherwise transformers looks at each forward pass whether several texts share a row, for which a GPU has to be waited
-    for; and compiled it masks as if they did, so that no fast kernel for causal attention can be taken.
+    Otherwise transformers looks at each forward pass whether several texts share a row, for which a GPU has to be
+    waited for; and compiled it masks as if they did, so that no fast kernel for causal attention can be taken.
     """
     config, before = model.config, model.config._attn_implementation
     config._attn_implementation = WHOLE_ROWS

@@ -56,9 +56,9 @@ def train(config: TrainingConfig, blocks=None):
 
     blocks: `corpora.Blocks` to train on; None prepares `config.corpus`.
 
-    Raises ValueError for settings or data that do not fit or if another process is training into `out`, OSError if `out` cannot hold the run,
-    FloatingPointError if the loss is not finite, and KeyboardInterrupt, once all is saved, if
-    interrupted.
+    Raises ValueError for settings or data that do not fit or if another process is training into `out`, OSError if
+    `out` cannot hold the run, FloatingPointError if the loss is not finite, and KeyboardInterrupt, once all is saved,
+    if interrupted.
     """
     folder = RunFolder(config)
     if not folder.is_finished():

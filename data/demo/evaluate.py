@@ -185,7 +185,7 @@ def evaluate(given) -> dict:
 
 
 def similarity_differences(sets: dict[str, pd.DataFrame], others: dict) -> list[dict]:
-    """How much better the demo Backpack's senses know similarity than its own input embedding, its Transformer, and others."""
+    """How much better the demo's senses know similarity than its input embedding, its Transformer, and others."""
     (backpack, tokenizer), (transformer, _) = load("demo"), load("demo-transformer")
     methods = {
         "Backpack": similarity.of_model(backpack, tokenizer),

@@ -1,4 +1,4 @@
-"""Evidence that only the evaluation of the demo model asks for: word2vec's vectors, and more pairs of words for the roles."""
+"""Evidence that only the evaluation of the demo model asks for: word2vec's vectors, and more pairs for the roles."""
 
 import numpy as np
 import pandas as pd

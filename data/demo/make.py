@@ -58,7 +58,7 @@ def count_words(texts: Iterable[str]) -> Counter:
 
 
 def whole_words(texts: Iterable[str], lexsim: str | None) -> list[str]:
-    """Words that shall be single tokens: the studied, the commonest, and those of the similarity sets that are common."""
+    """Words that shall be single tokens: the studied, the commonest, and the common ones of the similarity sets."""
     counts = count_words(texts)
     rated = []
     for pairs in read_sets(lexsim).values() if lexsim else ():

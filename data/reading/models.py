@@ -2,8 +2,8 @@
 
     python data/reading/models.py --corpus "corpus/simple-*.txt.xz" --valid corpus/simple-valid.txt.xz
 
-All read the same tokens; what was stopped resumes. `seed-0` to `seed-2` are shipped here, in half precision; the others are
-only measured, by `make.py` beside this file.
+All read the same tokens; what was stopped resumes. `seed-0` to `seed-2` are shipped here, in half precision; the others
+are only measured, by `make.py` beside this file.
 """
 
 import argparse
