@@ -1,4 +1,4 @@
-"""Topic control: text drawn toward a topic by turning up the senses that speak of it (Hewitt et al., 2023, section 5).
+"""Topic control: text drawn toward a topic by giving its senses more weight (Hewitt et al., 2023, section 5).
 
     control = TopicControl(model, tokenizer, ["sports"], strength=2)
     texts = control.generate(["The team"] * 8, max_new_tokens=60)
@@ -97,7 +97,7 @@ class TopicControl:
     """Steers a Backpack's generation toward a topic.
 
     words: the topic, one word or several. strength: 0 (nothing changes) to 3; deltas: other factors for senses above
-        the quantiles .95, .80 and .60, and for all the others. annealing: release senses that have had their say.
+        the quantiles .95, .80 and .60, and for all the others. annealing: release senses whose words the text has said.
     largest: a model's `LargestPushes`, to share among topics. Where it is complete (`largest_pushes`), the quantiles
         are those of all tokens, else they are estimated; see `estimated_quantiles`.
     multi_token: see `topic_direction`.

@@ -272,7 +272,7 @@ class EditWorkbench(Explorer):
 
 
 class TopicExplorer(Explorer):
-    """A topic and a strength: the senses that are turned up, and texts without and with control, and by PPLM.
+    """A topic and a strength: the senses that get more weight, and texts without and with control, and by PPLM.
 
     topics: as in `data/topics.json`. baseline: a Transformer with the same tokenizer, for PPLM; None: without.
     largest: the model's `topic.LargestPushes`. temperature: of the Backpack's sampling under control, to begin with.
@@ -317,7 +317,7 @@ class TopicExplorer(Explorer):
     def show(self) -> str:
         control = self.control()
         table = tables.turned_up(control, among=self.among)
-        caption = f"the senses that speak most of {', '.join(control.words)}"
+        caption = f"the senses of highest score for {', '.join(control.words)}"
         return tables.shaded(table, caption=caption, shade=["factor"]).to_html()
 
     def _new_topic(self, _change=None):

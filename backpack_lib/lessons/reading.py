@@ -124,7 +124,7 @@ def given_explanations(file: str, tokenizer, model) -> dict:
 
 
 def explanations_by_model(folder: str, model, tokenizer, words: list[str], senses, target: Path, shown: int = 8) -> str:
-    """Explanations by a language model on this machine: it goes on with the list of the words that a sense pushes up.
+    """Explanations by a language model on this machine: it continues the list of the words that a sense pushes up.
 
     folder: a causal model that transformers can load. Writes a file as `given_explanations` reads it, and returns its
     name. What it says below is that of the sense's own list, since no model lists what does not belong.

@@ -1,7 +1,7 @@
 """A grid of runs of one notebook: once for each combination of some values, several at a time, and a table at the end.
 
 Each run has a folder of its own below `out`. One that is finished is not run again, as long as its parameters and
-the notebook's code are the same; so a grid that was stopped, or killed, goes on when the same line is typed again.
+the notebook's code are the same; so a grid that was stopped, or killed, resumes when the same line is typed again.
 Where the runs take place, here or on a cluster, is the matter of `cluster.py`.
 """
 

@@ -15,7 +15,7 @@ def main() -> int:
     parser = HfArgumentParser(
         TrainingConfig,
         prog="python -m backpack_lib.training",
-        description="Trains a model, or goes on with the run that OUT holds.",
+        description="Trains a model, or resumes the run that OUT holds.",
     )
 
     def work():

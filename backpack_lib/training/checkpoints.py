@@ -55,7 +55,7 @@ class RunFolder:
         if changed:
             raise ValueError(
                 f"{self.config.out!r} already holds a run with {', '.join(changed)}; "
-                "choose another `out`, or the old settings to go on with that run."
+                "choose another `out`, or the old settings to resume that run."
             )
 
     def check_space(self, model):

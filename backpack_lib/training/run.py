@@ -12,7 +12,7 @@ What is notable:
 
 - `out/model` holds the finished model and its tokenizer, `out/history.csv` the history.
 - The order of the data is a function of the seed and the step alone (`batches.py`). So a run that
-  was stopped, even killed, goes on with the same command and ends with the very weights it would
+  was stopped, even killed, resumes with the same command and ends with the very weights it would
   have had, and the number of processes changes the speed only.
 - A checkpoint is a folder that is renamed into place once it is whole (`checkpoints.py`).
 """
@@ -48,7 +48,7 @@ CHECK_EVERY = 20  # steps between looks at the losses; each look makes a GPU wai
 
 
 def train(config: TrainingConfig, blocks=None):
-    """Trains a model, or goes on with the run that `config.out` holds. Returns its history, a DataFrame.
+    """Trains a model, or resumes the run that `config.out` holds. Returns its history, a DataFrame.
 
     One row for each evaluation: step, tokens (seen so far), train_loss (mean nats per token since
     the row before), valid_loss, learning_rate, tokens_per_second, and floor, the loss that no model
@@ -118,9 +118,7 @@ class Run:
                     if saving or stopping:
                         self.save()
                 if stopping:
-                    raise KeyboardInterrupt(
-                        f"Stopped after step {self.step}, which is saved; the same call goes on from there."
-                    )
+                    raise KeyboardInterrupt(f"Stopped after step {self.step}, which is saved; the same call resumes.")
         self.finish()
 
     def train_one_step(self, step: list[Batch]):
@@ -237,7 +235,7 @@ class Run:
             if progress[name] != now:
                 raise ValueError(
                     f"{self.config.out!r} holds a run with {name}={progress[name]}, which is now {now}; "
-                    "go on with the same text and number of processes, or choose another `out`."
+                    "resume with the same text and number of processes, or choose another `out`."
                 )
         self.step, self.history, self.losses = progress["step"], progress["history"], progress["losses"]
         self.batches.load_state_dict(progress["stream"])

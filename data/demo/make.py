@@ -123,7 +123,7 @@ def write_start(folder: Path, config: TrainingConfig, blocks: Blocks, vectors: t
 
 
 def make_demo(corpus: str, valid: str | None, runs: Path, device: str, lexsim: str | None = None):
-    """Trains both models, or goes on with them, and exports each once it is done."""
+    """Trains both models, or resumes them, and exports each once it is done."""
     settings = recipe(device)
     start = settings.pop("start", None)
     blocks = prepare_demo(corpus, valid, lexsim, settings)

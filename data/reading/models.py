@@ -49,7 +49,7 @@ def blocks_of(corpus: str, valid: str) -> Blocks:
 
 
 def train_all(corpus: str, valid: str, runs: Path):
-    """Trains the models one after the other, or goes on with them."""
+    """Trains the models one after the other, or resumes them."""
     blocks = blocks_of(corpus, valid)
     for name, changes in MODELS.items():
         config = TrainingConfig(
