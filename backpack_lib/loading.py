@@ -100,8 +100,8 @@ def load_baseline(name, given: str = "", device: str | torch.device = "cpu"):
     if own.get_vocab() != tokenizer.get_vocab():
         raise ValueError(
             f"baseline={given!r} reads other tokens than {str(name)!r} "
-            f"({len(tokenizer):,} and {len(own):,} in all), so "
-            f"the two cannot be compared; name a Transformer with the same tokenizer, or {NONE!r}."
+            f"({len(tokenizer):,} and {len(own):,} in all), so the two cannot be compared; "
+            f"name a Transformer with the same tokenizer, or {NONE!r}."
         )
     return model, ""
 

@@ -21,7 +21,8 @@ from packaging.specifiers import SpecifierSet
 from backpack_lib.running.pages import pictures
 from backpack_lib.running.parameters import default_parameters
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT, LINE_LENGTH = PYPROJECT["project"], PYPROJECT["tool"]["ruff"]["line-length"]
 
 
 def pinned():
@@ -124,12 +125,14 @@ def test_a_planted_circle_is_found(file, line, tmp_path):
 
 
 def test_lines_are_no_longer_than_the_formatter_makes_them():
-    width = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]["line-length"]
     sources = [path for folder in ("backpack_lib", "data", "tests") for path in (ROOT / folder).rglob("*.py")]
-    lines = {
-        f"{p.relative_to(ROOT)}:{n}": line for p in sources for n, line in enumerate(p.read_text().splitlines(), 1)
-    }
-    assert len(sources) > 100 and not [where for where, line in lines.items() if len(line) > width]
+    too_long = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in sources
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > LINE_LENGTH
+    ]
+    assert len(sources) > 100 and not too_long
 
 
 def test_training_loads_nothing_that_a_bare_gpu_machine_lacks():
@@ -356,7 +359,7 @@ def test_cells_are_short_and_most_lines_are_the_idea(name):
         [line for line in "".join(c["source"]).splitlines() if line.strip()] for c in cells if c["cell_type"] == "code"
     ]
     assert len(code[1]) <= 12 and max(map(len, code[1:])) <= 25
-    assert not [line for cell in code for line in cell if len(line) > 120]
+    assert not [line for cell in code for line in cell if len(line) > LINE_LENGTH]
     lines = [line.strip() for cell in code[1:] for line in cell]
     plumbing = [line for line in lines if PLUMBING.match(line)]
     assert len(plumbing) <= 0.4 * len(lines), f"{len(plumbing)} of {len(lines)}"

@@ -233,7 +233,7 @@ def test_a_grid_that_is_stopped_says_what_is_left_and_goes_on(suite, tmp_path):
     assert other.returncode == 2 and "Another run is writing to" in other.stderr
     err = run.interrupt()
     assert run.returncode == 130
-    assert "Stopped with 2 of 4 runs finished; the same line resumes." in err and "Traceback" not in err
+    assert "Stopped with 2 of 4 runs finished; the same line goes on with the others." in err and "Traceback" not in err
     (tmp_path / "fast").touch()
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

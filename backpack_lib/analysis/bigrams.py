@@ -82,7 +82,7 @@ def losses_by_part(model, rows: list[list[int]]) -> dict[str, np.ndarray]:
 def bigram_correlations(
     model, bigrams: Bigrams, tokens: torch.Tensor, among: torch.Tensor
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Is there a sense that is the bigram model? Spearman's rho of its pushes and counted log p(y | x) - log p(y).
+    """Is a sense the bigram model? Spearman's rho of each sense's pushes and counted log p(y | x) - log p(y).
 
     tokens: words x; among: words y to rank. -> mean over words (k,), and the same with another word's counts in the
     place of each word's (k,), which says what words have in common.

@@ -238,7 +238,9 @@ class SenseTeaching:
         return walk_back(self._loss_at, self.start, eps)
 
     def edits(self, eps: float | None = None, share: float = 1.0) -> SenseEdits:
-        """The added vectors as edits: so far that the loss on general text rises by at most eps, or a given share.
+        """The added vectors as edits, or a share of them.
+
+        eps: instead of a share, as far as the loss on general text rises by a share of at most eps.
 
         Raises ValueError as `walk_back` does.
         """
@@ -269,7 +271,7 @@ def mean_weights(model, rows: list[list[int]]) -> torch.Tensor:
 
 @torch.inference_mode()
 def weights_in(model, tokenizer, prompts: list[str]) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """For each prompt, the weights of senses in its last prediction, (V, k), sparse in rows, and o, (n, d)."""
+    """For each prompt, each token's senses' weights in its last prediction, (V, k) sparse in rows, and o, (n, d)."""
     weights, states = [], []
     for ids, mask, last in prompt_batches(model, tokenizer, prompts):
         out = model.base_model(ids, attention_mask=mask, output_senses=True, use_cache=False)

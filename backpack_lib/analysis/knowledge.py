@@ -200,7 +200,7 @@ def projected_inputs(model, tokenizer, facts: list[Fact], strengths=None) -> Ite
 
 
 def search_strength(model, tokenizer, fact: Fact, wanted: float = WANTED) -> float:
-    """As `dose`, for the projection of a Transformer's input: as its effect is not known, strengths are tried."""
+    """As `dose`, for the projection of a Transformer's input, whose effect is not known: strengths are tried."""
     for strength in STRENGTHS:
         with projected_inputs(model, tokenizer, [fact], [strength]):
             if (margins(model, tokenizer, fact, fact.edit) >= wanted).all():

@@ -1,4 +1,4 @@
-"""Did the senses of a word learn the meanings that were planted? Read off the senses, and tested by removing them.
+"""Did a word's senses learn the meanings that were planted? Read off the senses alone, and tested by removing them.
 
 An ambiguous word of the planted corpus, such as "bat", belongs to two or three topics. Two questions are asked:
 

@@ -84,7 +84,7 @@ def mixed(steered: torch.Tensor, plain: torch.Tensor, gm_scale: float, temperatu
 
 
 def topic_loss(logits: torch.Tensor, bag: torch.Tensor, plain: torch.Tensor, kl_scale: float) -> torch.Tensor:
-    """-log p(bag) + kl_scale KL(steered || plain), summed over the batch; logits and probabilities (B, V)."""
+    """-log p(bag) + kl_scale KL(steered || plain), summed over the batch. logits, plain probabilities: (B, V)."""
     log_probs = logits.log_softmax(-1)
     kl = (log_probs.exp() * (log_probs - (plain + SMALL).log())).sum()
     return kl_scale * kl - log_probs[:, bag].logsumexp(-1).sum()

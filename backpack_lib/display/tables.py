@@ -81,7 +81,7 @@ def by_token(tokenizer, input_ids, values: torch.Tensor) -> pd.DataFrame:
 
 
 def condensed(table: pd.DataFrame, rows: int = 24) -> pd.DataFrame:
-    """A long text's table for a figure: the rows of the greatest entries, in their order, and the sum of all others."""
+    """A long text's table for a figure: the rows of the largest entries by size, in order, and the sum of others."""
     if len(table) <= rows:
         return table
     kept = np.sort(table.abs().max(axis=1).to_numpy().argsort()[::-1][: rows - 1])

@@ -304,7 +304,8 @@ def check_offset_claim(answer) -> str:
         {
             "a": "the ratio is measured on the same templates for all of them.",
             "b": "an offset leaves every difference between professions as it was.",
-            "c": "the ratio counts the lean that all professions share, which an offset takes away; here it is most.",
+            "c": "the ratio counts the lean that all professions share, which an offset takes away "
+            "and which is most of it here.",
             "d": "it was computed on the fitting templates alone.",
         },
     )

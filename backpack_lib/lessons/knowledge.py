@@ -1,4 +1,4 @@
-"""What 05_knowledge alone needs: facts and texts that suit a model, new facts on planted text, exercises."""
+"""What 05_knowledge alone needs: facts and texts that suit a model, planted new facts, stored tables, exercises."""
 
 import re
 from dataclasses import dataclass
@@ -351,7 +351,8 @@ def check_neighbours_claim(answer) -> str:
         "b",
         {
             "a": "five neighbours a fact, over all facts, are hundreds of prompts.",
-            "b": "the edit reaches only texts with its word, so any edit of one word, however bad, leaves these alone.",
+            "b": "the edit reaches only texts that hold its word, "
+            "so any edit of one word, however bad, leaves these alone.",
             "c": "the neighbours were written before any edit was measured.",
             "d": "it is exactly zero, and stays so at any strength.",
         },
@@ -393,7 +394,8 @@ def check_cost_claim(answer) -> str:
         {
             "a": "the same texts bound all methods.",
             "b": "the loss may fall as well as rise, but that is not what makes the claim weak.",
-            "c": "general text hardly holds the edited words, so it cannot show what happens to them; theirs can.",
+            "c": "general text hardly holds the edited words, so it cannot show what happens to them; "
+            "texts with these words can.",
             "d": "a bound on the share of the loss does not depend on the size of the model.",
         },
     )

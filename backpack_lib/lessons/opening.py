@@ -87,7 +87,7 @@ def open_lesson(name: str, model: str = "demo", out: str = "", device: str = "cp
 
 
 def check_stored(weights, lesson: Lesson, command: str):
-    """Raises ValueError if what is stored was measured on other weights. command: what measures it again."""
+    """Raises ValueError if what is stored was measured on other weights; `command` measures it again."""
     if set(weights) != {fingerprint(lesson.model)}:
         raise ValueError(f"What is stored is of other weights than the demo model's; run: {command}")
 

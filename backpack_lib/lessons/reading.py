@@ -387,7 +387,8 @@ def check_recovered_claim(answer) -> str:
         "b",
         {
             "a": "the words were chosen among common ones; rarer ones would say less to a reader.",
-            "b": "the mean sense, which says nothing about any word, may recover as much: the share above it counts.",
+            "b": "the mean sense, which says nothing about any word, may recover as much: "
+            "what counts is the share above it.",
             "c": "texts were drawn again for the interval, which is what an interval needs.",
             "d": "zero ablation is the comparison that the share is defined by.",
         },

@@ -56,7 +56,7 @@ def people_of(lesson: Lesson) -> list[str]:
 
 
 def role_evidence(lesson: Lesson, model: str, corpus: str = "", seed: int = 0):
-    """`roles.evidence` on a corpus; without one, the stored (demo), planted text, or texts that the model writes."""
+    """`roles.evidence` on a corpus; without one, what is stored (demo), or on planted or the model's own texts."""
     stored = stored_evaluation(model)
     if stored and not corpus:
         found = stored["models"]["demo"]["roles"]

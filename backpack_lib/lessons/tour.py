@@ -98,7 +98,8 @@ def check_criticism(answer) -> str:
         "c",
         {
             "a": "they are exact: their sum was the model's own number.",
-            "b": "in a Transformer, attention weighs mixtures of words; here weights belong to senses of single words.",
+            "b": "in a Transformer the values that attention weights go with are mixtures of words; "
+            "here they are senses.",
             "c": "only differences between logits change a probability.",
             "d": "the weights are all that the Transformer has to say in a Backpack.",
         },

@@ -109,7 +109,8 @@ class Grid:
                 except KeyboardInterrupt:
                     finished = sum(map(self.is_finished, points))
                     raise KeyboardInterrupt(
-                        f"Stopped with {finished} of {len(points)} runs finished; the same line resumes."
+                        f"Stopped with {finished} of {len(points)} runs finished; "
+                        "the same line goes on with the others."
                     ) from None
         return outcomes
 

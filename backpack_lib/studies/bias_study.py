@@ -233,7 +233,7 @@ def methods_table(rows: pd.DataFrame, seed: int = 0, resamples: int = 1000) -> p
 def compare(
     rows: pd.DataFrame, one: tuple[str, str], other: tuple[str, str], seed: int = 0, resamples: int = 2000
 ) -> dict[str, float]:
-    """How much more of the excess one method removes than another, paired over professions and templates.
+    """How much more of the excess one method removes than another, on the same drawn professions and templates.
 
     -> difference, low, high (95 %). Each method is held to its own model as it is.
     """

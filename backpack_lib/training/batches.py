@@ -90,8 +90,7 @@ class StreamedBatches:
     """Batches of a stream of blocks, in its own order; each process reads another part of it.
 
     A stream has no row numbers, so its position in the data has to be kept with a checkpoint. It is read by one
-    process,
-    always: with another number, its order and its position would be others.
+    process, always: with another number, its order and its position would be others.
     """
 
     def __init__(self, stream, batch_size: int, accumulate: int, process: int = 0, processes: int = 1, **loading):
