@@ -4,7 +4,7 @@
     texts = control.generate(["The team"] * 8, max_new_tokens=60)
 
 A topic is a few words. The score of a sense is how far it pushes them, as a share of what it pushes most. The senses
-of highest score are weighed more. While a text is written, a sense is released again as soon as the text has said
+of highest score get more weight. While a text is written, a sense is released again as soon as the text has said
 what it pushes (annealing); otherwise it would say so forever.
 """
 
