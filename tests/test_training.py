@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from helpers import RESULTS, ROOT, assert_same_weights, command, run_command
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from backpack_lib import BackpackLMHeadModel, load, train
+from backpack_lib.training import build
 from backpack_lib.training import loss as loss_module
 from backpack_lib.training.build import make_model, make_optimizers
 from backpack_lib.training.checkpoints import RunFolder
@@ -97,6 +99,32 @@ def test_a_run_with_muon_learns_and_resumes_exactly(tiny, architecture, monkeypa
     monkeypatch.undo()
     train(config)
     assert_same_weights(config.out, config.out + "-whole")
+
+
+@pytest.mark.parametrize(
+    "asked, named",
+    [
+        ({"precision": "bf16"}, "precision='bf16',"),
+        ({"precision": "fp32", "optimizer": "muon"}, "optimizer='muon' (which computes in bf16),"),
+        ({"precision": "bf16", "optimizer": "muon"}, "precision='bf16' and optimizer='muon'"),
+        ({"precision": "fp32"}, None),
+    ],
+)
+@pytest.mark.parametrize("slowness", [0.5, 21.0])
+def test_a_cpu_that_only_imitates_bf16_is_warned_of(tiny, asked, named, slowness, monkeypatch):
+    monkeypatch.setattr(build, "slowness_of_bf16", lambda: slowness)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        build.warn_of_slow_bf16(replace(tiny, device="cpu", **asked))
+    expected = [named] if named and slowness > 3 else []
+    assert len(warned) == len(expected)
+    for warning, words in zip(warned, expected):
+        assert words in str(warning.message) and "takes 21 times as long" in str(warning.message)
+
+
+def test_the_slowness_of_bf16_is_a_ratio_of_times():
+    # What it is depends on the machine; imitated, a product of this size takes up to 50 times as long.
+    assert 0.05 < build.slowness_of_bf16() < 500
 
 
 def save_then_stop_at(save, step):

@@ -38,6 +38,7 @@ from backpack_lib.training.build import (
     make_optimizers,
     make_scheduler,
     prepare_blocks,
+    warn_of_slow_bf16,
 )
 from backpack_lib.training.checkpoints import RunFolder
 from backpack_lib.training.config import TrainingConfig
@@ -77,6 +78,7 @@ class Run:
         self.accelerator = make_accelerator(config)
         if self.accelerator.device.type == "cpu":
             keep_freed_memory()
+            warn_of_slow_bf16(config)
         with self.accelerator.local_main_process_first():
             self.blocks = blocks or prepare_blocks(config)
         set_seed(config.seed)
