@@ -1,6 +1,7 @@
 # make run    execute the notebooks in order, show a table of results, and write runs/index.html
 # make test   run the tests, notebooks included, but for the slow ones
-# make test-all   run these, too, and the properties on newly drawn examples
+# make test-slow  run the slow ones, and the properties on newly drawn examples; MINUTES=30: what is begun by then
+# make test-all   run all
 # make lab    open the notebooks in JupyterLab
 # make setup  only install, into .venv
 #
@@ -18,7 +19,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 # An index with another build of PyTorch, such as https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 
-.PHONY: run test test-all lab setup notebooks demo-model evaluate topic-control gender-bias knowledge reading bench clean
+.PHONY: run test test-slow test-all lab setup notebooks demo-model evaluate topic-control gender-bias knowledge reading bench clean
 
 run: setup
 	$(BIN)/python -m backpack_lib.running
@@ -26,8 +27,10 @@ run: setup
 test: .venv/tested-with
 	$(BIN)/python -m pytest
 
-test-all: test
-	$(BIN)/python -m pytest -m "slow or hypothesis" --hypothesis-profile=drawn tests
+test-all: test test-slow
+
+test-slow: .venv/tested-with
+	$(BIN)/python -m pytest -rs -m "slow or hypothesis" --hypothesis-profile=drawn tests $(if $(MINUTES),--minutes $(MINUTES))
 
 lab: setup
 	$(BIN)/jupyter lab notebooks

@@ -8,6 +8,7 @@ import atexit
 import os
 import shutil
 import tempfile
+import time
 from functools import cache
 from pathlib import Path
 
@@ -17,10 +18,12 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # the process that starts the other
     atexit.register(shutil.rmtree, _FOLDER, ignore_errors=True)
     os.environ["BACKPACK_CACHE"] = f"{_FOLDER}/cache"
     os.environ["BACKPACK_RUNS"] = f"{_FOLDER}/runs"
+    os.environ["BACKPACK_TEST_RUNS"] = f"{_FOLDER}/runs-of-tests"
     os.environ["HF_HOME"] = f"{_FOLDER}/huggingface"
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["OMP_WAIT_POLICY"] = "passive"  # several processes share the cores
+    os.environ["BACKPACK_TESTS_BEGAN"] = str(time.time())
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     _CORES = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ["OMP_NUM_THREADS"] = str(max(1, _CORES))
@@ -54,12 +57,15 @@ def shared():
     return SHARED
 
 
+RUNS, RUNS_OF_TESTS = os.environ["BACKPACK_RUNS"], os.environ["BACKPACK_TEST_RUNS"]
+
+
 @cache
 def train_planted() -> Path:
     """The folder of the notebook 01 as it stands, executed once for all processes."""
     from backpack_lib.running.notebook import run_notebook
 
-    folder = Path(os.environ["BACKPACK_RUNS"]) / "01_training"
+    folder = Path(RUNS) / "01_training"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if not (folder / "results.json").is_file():
@@ -73,7 +79,23 @@ def planted_run() -> Path:
     return train_planted()
 
 
+def pytest_addoption(parser):
+    help = "start no test later than so many minutes after the first; those left are skipped, and say so"
+    parser.addoption("--minutes", type=float, default=float("inf"), help=help)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
+    """Starts a test only while there is time for it, and with the models that it is meant to have.
+
+    "planted" is the shipped models to all but the notebooks and the tests that ask for `planted_run`: what is trained
+    here rounds as this machine does, and after some thousand steps is another model than elsewhere.
+    """
+    minutes = item.config.getoption("--minutes")
+    if time.time() - float(os.environ["BACKPACK_TESTS_BEGAN"]) > 60 * minutes:
+        pytest.skip(f"the {minutes:g} minutes of --minutes were over")
+    notebook = item.path.suffix == ".ipynb"
+    os.environ["BACKPACK_RUNS"] = RUNS if notebook or "planted_run" in item.fixturenames else RUNS_OF_TESTS
     if item.path.name == "01_training.ipynb":  # its cells then find their models trained
         train_planted()
 

@@ -80,7 +80,7 @@ def test_contexts_decide_between_planted_meanings_and_the_exercises_on_senses_ar
     assert results["effect of context"] > 5 > abs(results["by the word's own senses"])
 
 
-def test_control_reaches_planted_topics_and_the_exercises_on_topics_are_solved(planted_run, tmp_path):
+def test_control_reaches_planted_topics_and_the_exercises_on_topics_are_solved(tmp_path):
     given = {"model": "planted", "out": str(tmp_path)} | SHORT["03_topic_control"]
     assert_solved(execute("03_topic_control", given, solved=True).answers, 5)
     live = pd.read_csv(tmp_path / "live.csv").set_index(["method", "strength"])["success"]
@@ -91,7 +91,7 @@ def test_control_reaches_planted_topics_and_the_exercises_on_topics_are_solved(p
     assert made >= {"settings.csv", "equal_fluency.csv", "paired.csv", "responses.csv", "annealing.csv", "texts.csv.gz"}
 
 
-def test_the_bias_search_finds_what_was_planted_and_the_edit_takes_it_away(planted_run, tmp_path):
+def test_the_bias_search_finds_what_was_planted_and_the_edit_takes_it_away(tmp_path):
     assert_solved(execute("04_gender_bias", {"model": "planted", "out": str(tmp_path)}, solved=True).answers, 5)
     results = results_of(tmp_path)
     assert results["rho"] >= 0.9 and results["p"] < 0.01 and results["share"] >= 0.9
@@ -122,7 +122,7 @@ def test_the_bias_search_finds_what_was_planted_and_the_edit_takes_it_away(plant
         assert bias.bias_ratio(model, tokenizer, words, templates) < before
 
 
-def test_planted_facts_are_edited_and_taught_and_the_exercises_are_solved(planted_run, tmp_path):
+def test_planted_facts_are_edited_and_taught_and_the_exercises_are_solved(tmp_path):
     given = {"model": "planted", "out": str(tmp_path), "facts_measured": 4, "finetuned_facts": 1}
     assert_solved(execute("05_knowledge", given, solved=True).answers, 5)
     results = results_of(tmp_path)
@@ -150,7 +150,7 @@ def test_planted_facts_are_edited_and_taught_and_the_exercises_are_solved(plante
     }
 
 
-def test_planted_senses_are_read_and_the_exercises_are_solved(planted_run, tmp_path):
+def test_planted_senses_are_read_and_the_exercises_are_solved(tmp_path):
     given = {
         "model": "planted",
         "out": str(tmp_path),
@@ -259,7 +259,7 @@ def test_senses_with_words_texts_and_sets_of_ones_own(tmp_path):
 
 
 @pytest.mark.slow
-def test_topic_control_with_a_judge_a_beginning_and_words_of_ones_own(planted_run, tmp_path):
+def test_topic_control_with_a_judge_a_beginning_and_words_of_ones_own(tmp_path):
     pytest.importorskip("mauve")
     tiny_classifier(tmp_path / "judge", {0: "music", 1: "law"}, bias=[9.0, -9.0])
     (tmp_path / "own.txt").write_text("\n\n".join(text.text for text in planted.generate(300)))

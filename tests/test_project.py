@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -377,3 +378,12 @@ def test_exercises_stand_in_place_from_easy_to_hard(name):
     assert {match[2] for _, match in found} == {"easy", "medium", "hard"}
     places = [n for n, _ in found]
     assert max(places) - min(places) > len(cells) // 3  # not all together at the end
+
+
+@pytest.mark.slow
+def test_what_is_not_begun_in_time_is_skipped_and_says_so():
+    arguments = ["-m", "pytest", "-q", "-n", "0", "-rs", "--minutes", "0", "tests/test_statistics.py"]
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "BACKPACK"))}
+    result = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+    assert re.search(r"^\d+ skipped", result.stdout, re.M) and "the 0 minutes of --minutes were over" in result.stdout
