@@ -163,7 +163,8 @@ def test_planted_senses_are_read_and_the_exercises_are_solved(tmp_path):
     results = results_of(tmp_path)
     assert results["all senses, said in words, 30 words"] > 0.5 > results["all senses, mean sense, 0 words"]
     assert results["loss, counted bigrams"] > results["loss, model"]
-    assert results["place moves the weights most, share of texts"] > 0.6
+    assert results["place moves the weights most, share of texts, first model"] > 0.6
+    assert 0 <= results["place moves the weights most, share of texts, k = 8, seed 1"] <= 1
     assert results["matched, planted text"] > results["null (95 %), planted text"]
     made = {file.name for file in tmp_path.iterdir()}
     assert made >= {

@@ -336,6 +336,19 @@ def test_the_place_chooses_the_sense_on_planted_text(trained):
     assert means.idxmax() == 1  # the place, which decides the topic
 
 
+def test_the_share_of_texts_in_which_the_place_decides_is_counted_over_words_and_texts(trained):
+    moves = reading.weights_moved(*trained, ["bank", "bat"])
+    assert moves.shape == (2 * 12, 4) and set(moves.columns) == set(reading.PLACES.values())
+    slow = reading_study.choosing_table(*trained, reading.choosing_texts("bat"), "bat")
+    slow = slow[(slow["text"] == 3) & (slow["place"] == 4)]["change"].mean()
+    assert moves.loc[("bat", 3), reading.PLACES[4]] == pytest.approx(slow)
+    shares = reading.moves_most(moves)
+    assert shares.sum() == pytest.approx(1) and shares[reading.PLACES[1]] > 0.6  # in this training, not in others
+    one, two, three, four = reading.PLACES.values()
+    counted = reading.moves_most(pd.DataFrame({one: [1.0, 2, 3, 4], two: [2.0, 1, 1, 1], three: 0.0, four: 0.0}))
+    assert counted.to_dict() == {one: 0.75, two: 0.25, three: 0, four: 0}
+
+
 def test_a_text_is_spelled_with_another_piece_at_one_place():
     pieces = [("At the", []), (" zoo", [" lab", " river"]), (",", []), (" Nina", [" Sara"])]
     assert reading.with_piece(pieces) == "At the zoo, Nina"

@@ -18,7 +18,7 @@ from backpack_lib.lessons.exercises import check_choice, check_function, check_n
 from backpack_lib.lessons.opening import PLANTED, Lesson, check_stored
 from backpack_lib.loading import load
 from backpack_lib.model.kinds import check_sense
-from backpack_lib.studies.reading_study import MEAN, SAID, bigram_table
+from backpack_lib.studies.reading_study import MEAN, SAID, bigram_table, choosing_table
 from backpack_lib.text import planted
 from backpack_lib.text.corpora import first_characters, open_corpus
 from backpack_lib.text.words import spell, token_of_word, tokens_of_word
@@ -309,6 +309,18 @@ def choosing_texts(word: str, seed: int = 0, texts: int = 12) -> list[list[tuple
 def with_piece(pieces: list[tuple[str, list[str]]], place: int | None = None) -> str:
     """One of `choosing_texts` as it is, or with the first other piece at a place."""
     return "".join(others[0] if number == place else piece for number, (piece, others) in enumerate(pieces))
+
+
+def weights_moved(model, tokenizer, words: list[str], seed: int = 0) -> pd.DataFrame:
+    """How far the weights on a word's own senses move when another of `PLACES` is replaced: (word, text) x places."""
+    changes = pd.concat([choosing_table(model, tokenizer, choosing_texts(word, seed), word) for word in words])
+    changes["replaced"] = changes["place"].map(PLACES)
+    return changes.groupby(["word", "text", "replaced"])["change"].mean().unstack()
+
+
+def moves_most(moves: pd.DataFrame) -> pd.Series:
+    """In what share of the texts of `weights_moved` each of `PLACES` moves the weights most. By chance: one in four."""
+    return moves.idxmax(axis=1).value_counts(normalize=True).reindex(list(PLACES.values()), fill_value=0.0)
 
 
 def middle_half(values: pd.DataFrame) -> pd.DataFrame:
