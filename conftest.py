@@ -41,6 +41,8 @@ LONGEST_FIRST = (
     "01_training.ipynb",
     ".ipynb",
     "test_notebooks.py",
+    "test_released_size.py",
+    "test_places.py",
     "test_edges.py",
 )
 
