@@ -30,7 +30,7 @@ test: .venv/tested-with
 test-all: test test-slow
 
 test-slow: .venv/tested-with
-	$(BIN)/python -m pytest -rs -m "slow or hypothesis" --hypothesis-profile=drawn tests $(if $(MINUTES),--minutes $(MINUTES))
+	$(BIN)/python -m pytest -rs -m "slow or hypothesis" --hypothesis-profile=drawn tests $(if $(MINUTES),--minutes=$(MINUTES))
 
 lab: setup
 	$(BIN)/jupyter lab notebooks
