@@ -18,7 +18,6 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # the process that starts the other
     atexit.register(shutil.rmtree, _FOLDER, ignore_errors=True)
     os.environ["BACKPACK_CACHE"] = f"{_FOLDER}/cache"
     os.environ["BACKPACK_RUNS"] = f"{_FOLDER}/runs"
-    os.environ["BACKPACK_TEST_RUNS"] = f"{_FOLDER}/runs-of-tests"
     os.environ["HF_HOME"] = f"{_FOLDER}/huggingface"
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -59,7 +58,7 @@ def shared():
     return SHARED
 
 
-RUNS, RUNS_OF_TESTS = os.environ["BACKPACK_RUNS"], os.environ["BACKPACK_TEST_RUNS"]
+RUNS = os.environ["BACKPACK_RUNS"]
 
 
 @cache
@@ -82,7 +81,7 @@ def planted_run() -> Path:
 
 
 def pytest_addoption(parser):
-    help = "start no test later than so many minutes after the first; those left are skipped, and say so"
+    help = "start no test later than so many minutes after the beginning; those left are skipped, and say so"
     parser.addoption("--minutes", type=float, default=float("inf"), help=help)
 
 
@@ -97,7 +96,7 @@ def pytest_runtest_setup(item):
     if time.time() - float(os.environ["BACKPACK_TESTS_BEGAN"]) > 60 * minutes:
         pytest.skip(f"the {minutes:g} minutes of --minutes were over")
     notebook = item.path.suffix == ".ipynb"
-    os.environ["BACKPACK_RUNS"] = RUNS if notebook or "planted_run" in item.fixturenames else RUNS_OF_TESTS
+    os.environ["BACKPACK_RUNS"] = RUNS if notebook or "planted_run" in item.fixturenames else f"{RUNS}-of-tests"
     if item.path.name == "01_training.ipynb":  # its cells then find their models trained
         train_planted()
 

@@ -87,10 +87,10 @@ def warn_of_slow_bf16(config: TrainingConfig):
         "precision='bf16'": config.resolved_precision() == "bf16",
         "optimizer='muon' (which computes in bf16)": config.optimizer == "muon",
     }
-    asked = [name for name, is_asked in asked.items() if is_asked]
-    if asked and slowness_of_bf16() > SLOW:
+    named = " and ".join(name for name, is_asked in asked.items() if is_asked)
+    if named and slowness_of_bf16() > SLOW:
         warnings.warn(
-            f"You asked for {' and '.join(asked)}, but on this CPU a product in bf16 takes {slowness_of_bf16():.0f} "
+            f"You asked for {named}, but on this CPU a product in bf16 takes {slowness_of_bf16():.0f} "
             "times as long as in fp32; precision='fp32' with optimizer='adamw' is likely faster.",
             stacklevel=2,
         )
