@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ import nbformat
 import pandas as pd
 import pytest
 from helpers import ROOT, Interruptible
+from jupyter_client.connect import LocalPortCache
 
 from backpack_lib.files import locked_folder
 from backpack_lib.running.__main__ import main, summary
@@ -135,6 +137,18 @@ display(ipywidgets.interactive(view, x=3))
 def test_a_notebook_without_results_fails(suite):
     suite("03_silent", "pass")
     assert "it wrote no results.json" in run_notebook("03_silent").result
+
+
+@pytest.mark.parametrize("kernels, result", [(1, "3 0.5 a False"), (3, "FAILED: RuntimeError: Kernel died before")])
+def test_a_kernel_that_finds_its_port_taken_is_started_anew(suite, monkeypatch, kernels, result):
+    find = LocalPortCache.find_available_port
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        ports = [other.getsockname()[1]] * 5 * kernels  # a kernel has five
+        monkeypatch.setattr(
+            LocalPortCache, "find_available_port", lambda self, ip: ports.pop() if ports else find(self, ip)
+        )
+        outcome = run_notebook("01_first", progress_bar=False)
+    assert outcome.result.startswith(result) and not ports
 
 
 def test_old_results_are_not_taken_for_new_ones(suite):

@@ -26,6 +26,7 @@ from backpack_lib.running.parameters import (
 )
 
 RESULTS = "results.json"  # written by each notebook beside its executed copy; `headline` is one line
+STARTS = 3  # of a kernel that dies before its first cell, at most
 
 
 @dataclass
@@ -62,7 +63,19 @@ def run_notebook(name: str, given: dict | None = None, progress_bar: bool = True
 
 
 def _execute(source: Path, copy: Path, parameters: dict, progress_bar: bool) -> str | None:
-    """Runs a notebook into `copy`. Returns what went wrong in one line, or None."""
+    """Runs a notebook into `copy`. Returns what went wrong in one line, or None.
+
+    A kernel's ports are chosen before it takes them, and of kernels that start at the same time one can find its
+    port taken by another. It dies then, before the first cell, and another kernel is started.
+    """
+    for _ in range(STARTS):
+        failure = _execute_once(source, copy, parameters, progress_bar)
+        if failure is None or "Kernel died before replying" not in failure:
+            break
+    return failure
+
+
+def _execute_once(source: Path, copy: Path, parameters: dict, progress_bar: bool) -> str | None:
     import papermill
 
     try:
