@@ -151,6 +151,12 @@ def test_a_kernel_that_finds_its_port_taken_is_started_anew(suite, monkeypatch, 
     assert outcome.result.startswith(result) and not ports
 
 
+def test_a_cell_that_speaks_of_a_dead_kernel_is_not_run_again(suite, tmp_path):
+    suite("03_once", "open(f'{default}/ran', 'a').write('x')", "raise RuntimeError('Kernel died before replying')")
+    assert run_notebook("03_once").result == "FAILED: cell 4: RuntimeError: Kernel died before replying"
+    assert (tmp_path / "runs" / "03_once" / "ran").read_text() == "x"
+
+
 def test_old_results_are_not_taken_for_new_ones(suite):
     suite("03_once", WRITE)
     assert not run_notebook("03_once").failed

@@ -27,6 +27,7 @@ from backpack_lib.running.parameters import (
 
 RESULTS = "results.json"  # written by each notebook beside its executed copy; `headline` is one line
 STARTS = 3  # of a kernel that dies before its first cell, at most
+DIED_AT_START = "RuntimeError: Kernel died before replying"  # jupyter_client's; what a cell raises begins with "cell"
 
 
 @dataclass
@@ -70,7 +71,7 @@ def _execute(source: Path, copy: Path, parameters: dict, progress_bar: bool) -> 
     """
     for _ in range(STARTS):
         failure = _execute_once(source, copy, parameters, progress_bar)
-        if failure is None or "Kernel died before replying" not in failure:
+        if failure is None or not failure.startswith(DIED_AT_START):
             break
     return failure
 
