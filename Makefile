@@ -5,8 +5,9 @@
 # make lab    open the notebooks in JupyterLab
 # make setup  only install, into .venv
 #
-# make demo-model CORPUS='part-*.txt.xz' VALID=valid.txt.xz   train the models that are shipped in data/demo
-# make evaluate TEXT=valid.txt.xz LEXSIM=folder               measure them; BLIMP=folder, CORPUS=... for word2vec
+# make demo-model OLDER='part-*.txt.xz' OLDER_VALID=valid.txt.xz CORPUS='simple-*.txt.xz' VALID=simple-valid.txt.xz
+#                                                             train the models that are shipped in data/demo
+# make evaluate TEXT=simple-valid.txt.xz LEXSIM=folder        measure them; BLIMP=folder, OLDER=... CORPUS=... for word2vec
 # make topic-control                                          measure how they are drawn to topics
 # make knowledge                                              edit all facts that they know, and teach them by all methods
 # make reading CORPUS='part-*.txt.xz' VALID=valid.txt.xz LEXSIM=folder   train the small models of 06_reading, and measure its tables
@@ -56,11 +57,13 @@ notebooks: setup
 		pathlib.Path('data/tour.png').write_bytes(pictures(nbformat.read('notebooks/00_tour.ipynb', 4))[0])"
 
 demo-model: setup
-	$(BIN)/python data/demo/make.py --corpus '$(CORPUS)' $(if $(VALID),--valid '$(VALID)')
+	$(BIN)/python data/demo/make.py --older '$(OLDER)' $(if $(OLDER_VALID),--older-valid '$(OLDER_VALID)') \
+		--corpus '$(CORPUS)' $(if $(VALID),--valid '$(VALID)')
 
 evaluate: .venv/evaluates-with
 	$(BIN)/python data/demo/evaluate.py --text '$(TEXT)' --lexsim '$(LEXSIM)' $(if $(BLIMP),--blimp '$(BLIMP)') \
-		$(if $(CORPUS),--corpus '$(CORPUS)')
+		$(if $(OLDER),--older '$(OLDER)') $(if $(CORPUS),--corpus '$(CORPUS)') \
+		$(if $(wildcard runs/demo/*/older-exported),--before runs/demo)
 
 topic-control: setup
 	$(BIN)/python -m backpack_lib.running 03_topic_control -p topics '[all]' -p strengths '[1, 2, 3]' \

@@ -43,9 +43,10 @@ def scripts(monkeypatch):
 
 TINY = """
 both: {n_layer: 1, n_head: 2, n_embd: 16, num_senses: 2, vocab_size: 6000, block_size: 32, batch_size: 4,
-       warmup: 1, eval_every: 4, eval_blocks: 4, optimizer: muon, schedule: wsd, learning_rate: 3.0e-3}
-cpu: {steps: 8}
-cuda: {steps: 8}
+       warmup: 1, eval_every: 4, eval_blocks: 4, learning_rate: 3.0e-3}
+cpu:
+  older: {steps: 8, optimizer: muon, schedule: wsd}
+  plain: {steps: 4}
 """
 
 
@@ -59,18 +60,25 @@ def small(scripts, tmp_path, monkeypatch):
     for name in ("professions.csv", "topics.json", "prompts.json"):
         (folder.parent / name).write_text((ROOT / "data" / name).read_text())
     (folder / "recipe.yaml").write_text(TINY)
+    (folder / "failures.csv").write_text('prompt,failure\nThe nurse,"It is small, and it shows."\n')
     for module in (scripts.make, scripts.cards, scripts.evaluate):
         monkeypatch.setattr(module, "HERE", folder)
-    texts = [text.text for text in planted.generate(600)]
-    (tmp_path / "text.txt").write_text("\n\n".join(texts[:550]))
-    (tmp_path / "valid.txt").write_text("\n\n".join(texts[550:]))
+    texts = [text.text for text in planted.generate(1000)]
+    for name, part in (("older", texts[:550]), ("plain", texts[550:850]), ("valid", texts[850:])):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(part))
     return scripts, folder, tmp_path
 
 
-def test_making_trains_both_on_the_same_tokens_and_exports_half_precision(small, capsys):
+def make_small(small):
+    """Trains both models of a small demo folder on both texts."""
+    scripts, _, tmp_path = small
+    texts = {name: (str(tmp_path / f"{name}.txt"), str(tmp_path / "valid.txt")) for name in ("older", "plain")}
+    scripts.make.make_demo(texts, tmp_path / "runs", "cpu")
+
+
+def test_making_trains_both_on_one_text_after_the_other_and_exports_half_precision(small, capsys):
     scripts, folder, tmp_path = small
-    arguments = (str(tmp_path / "text.txt"), str(tmp_path / "valid.txt"), tmp_path / "runs", "cpu")
-    scripts.make.make_demo(*arguments)
+    make_small(small)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["backpack", "transformer"] and "bits per byte" in lines[0]
     for architecture, kind in (("backpack", BackpackLMHeadModel), ("transformer", GPT2LMHeadModel)):
@@ -78,15 +86,21 @@ def test_making_trains_both_on_the_same_tokens_and_exports_half_precision(small,
         assert isinstance(model, kind) and model.dtype == torch.float32
         with safe_open(folder / architecture / "model.safetensors", "pt") as file:
             assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}
-        trained, _ = load(tmp_path / "runs" / architecture / "model")
+        trained, _ = load(tmp_path / "runs" / architecture / "plain" / "model")
         for name, p in trained.named_parameters():
             torch.testing.assert_close(model.get_parameter(name), p, atol=1e-4, rtol=1e-3)
+        settings = json.loads((tmp_path / "runs" / architecture / "plain" / "settings.json").read_text())
+        assert settings["init_from"] == str(tmp_path / "runs" / architecture / "older-exported")
         history = pd.read_csv(folder / architecture / "history.csv")
-        assert history["tokens"].iloc[-1] == 8 * 4 * 32
+        assert list(history["text"]) == ["older", "older", "plain"] and list(history["step"]) == [4, 8, 4]
+        read = scripts.evaluate.training_of(architecture)
+        assert read["tokens_of"] == {"older": 8 * 4 * 32, "plain": 4 * 4 * 32} and read["tokens_seen"] == 12 * 4 * 32
+        seconds = (4 * 4 * 32 / history["tokens_per_second"]).sum()
+        assert read["hours"] == pytest.approx(seconds / 3600)
         missed = [w for w in scripts.make.studied_words() if len(tokens_of_word(tokenizer, w)) > 1]
         assert not missed
     before = (folder / "backpack" / "model.safetensors").read_bytes()
-    scripts.make.make_demo(*arguments)  # nothing is left to do
+    make_small(small)  # nothing is left to do
     assert (folder / "backpack" / "model.safetensors").read_bytes() == before
 
 
@@ -98,9 +112,11 @@ def test_common_words_are_counted_as_they_are_written_after_a_space(scripts):
 @pytest.mark.slow
 def test_the_evaluation_fills_the_file_and_the_cards(small, monkeypatch):
     scripts, folder, tmp_path = small
-    scripts.make.make_demo(str(tmp_path / "text.txt"), str(tmp_path / "valid.txt"), tmp_path / "runs", "cpu")
+    make_small(small)
     architecture_of = scripts.cards.ARCHITECTURE_OF
-    monkeypatch.setattr(scripts.evaluate, "load", lambda name, **kw: load(folder / architecture_of[name], **kw))
+    monkeypatch.setattr(
+        scripts.evaluate, "load", lambda name, **kw: load(folder / architecture_of.get(name, name), **kw)
+    )
     monkeypatch.setattr(scripts.evaluate, "TIMED_TOKENS", 20)
     monkeypatch.setattr(scripts.evaluate, "TIMED_STEPS", 2)
     monkeypatch.setattr(scripts.evaluate, "SAMPLE_SETTINGS", {"max_new_tokens": 4})
@@ -108,6 +124,7 @@ def test_the_evaluation_fills_the_file_and_the_cards(small, monkeypatch):
     pair = {"sentence_good": "He sleeps.", "sentence_bad": "He sleep.", "UID": "agreement"}
     (tmp_path / "set.jsonl").write_text(json.dumps(pair) + "\n")
     arguments = ["--text", tmp_path / "valid.txt", "--lexsim", tmp_path, "--blimp", tmp_path, "--device", "cpu"]
+    arguments += ["--before", tmp_path / "runs"]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
     assert scripts.evaluate.main() == 0
     found = json.loads((folder / "evaluation.json").read_text())
@@ -119,9 +136,14 @@ def test_the_evaluation_fills_the_file_and_the_cards(small, monkeypatch):
         assert measured["parameters"] == sum(p.numel() for p in model.parameters())
         assert set(measured["similarity"]) == {"WS-353"} and set(measured["blimp"]["by_set"]) == {"agreement"}
         assert measured["training_tokens_per_second"] > 0 and measured["generation_tokens_per_second"] > 0
-        assert len(measured["samples"]) == 10
+        assert len(measured["samples"]) == 10 and len(measured["failures"]) == 1
+        before = found["before"][name]
+        earlier = load(tmp_path / "runs" / architecture / "older-exported")
+        assert before["bits_per_byte"] == pytest.approx(bits_per_byte(*earlier, texts), rel=1e-4)
+        assert before["weights"] == fingerprint(earlier[0]) != measured["weights"]
         card = (folder / architecture / "README.md").read_text()
-        assert f"{measured['bits_per_byte']:.3f}" in card and "$" not in card
+        assert all(f"{part['bits_per_byte']:.3f}" in card for part in (measured, before)) and "$" not in card
+        assert "It is small, and it shows.\n\n> The nurse" in card or name != "demo"
     assert set(found["models"]["demo"]["roles"]["auc"]) >= {"next word", "words nearby", "related word"}
 
 
@@ -129,17 +151,20 @@ def test_the_evaluation_fills_the_file_and_the_cards(small, monkeypatch):
 def test_word2vec_learns_from_the_first_characters_of_the_corpus(scripts, tmp_path):
     texts = [text.text for text in planted.generate(3000)]
     (tmp_path / "text.txt").write_text("\n\n".join([*texts, "zebra " * 9]))
-    vectors = scripts.evaluate.word2vec(str(tmp_path / "text.txt"), characters=100_000, width=16)
-    assert "concert" in vectors and "zebra" not in vectors and vectors.vector_size == 16
+    (tmp_path / "more.txt").write_text("The lion sleeps. " * 9)
+    characters = {str(tmp_path / "text.txt"): 100_000, str(tmp_path / "more.txt"): 1000}
+    vectors = scripts.evaluate.word2vec(characters, width=16)
+    assert "concert" in vectors and "lion" in vectors and "zebra" not in vectors and vectors.vector_size == 16
 
 
 def test_wrong_places_are_one_sentence(small, monkeypatch, capsys):
     scripts, _, tmp_path = small
-    monkeypatch.setattr(sys, "argv", ["make.py", "--corpus", str(tmp_path / "none.txt"), "--device", "cpu"])
+    none = str(tmp_path / "none.txt")
+    monkeypatch.setattr(sys, "argv", ["make.py", "--older", none, "--corpus", none, "--device", "cpu"])
     assert scripts.make.main() == 1
     assert capsys.readouterr().err.startswith("error: No file matches")
     (tmp_path / "WS353.csv").write_text("a,b,c\nnurse,doctor,8\n")
-    arguments = ["--text", tmp_path / "none.txt", "--lexsim", tmp_path]
+    arguments = ["--text", none, "--lexsim", tmp_path]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
     assert scripts.evaluate.main() == 1
     assert capsys.readouterr().err.startswith("error: No file matches")
@@ -253,14 +278,14 @@ def test_the_commonest_words_of_the_corpus_are_single_tokens(demo, scripts, shar
 
 def test_the_recipe_is_the_models(demo, baseline, scripts):
     recipe = yaml.safe_load((DEMO / "recipe.yaml").read_text())
-    for device in ("cpu", "cuda"):
-        settings = scripts.make.recipe(device)
+    for settings in (part for device in ("cpu", "cuda") for part in scripts.make.recipe(device).values()):
         TrainingConfig(corpus="x", out="x", **settings)
         for model, _ in (demo, baseline):
             for name in ("n_layer", "n_head", "n_embd", "vocab_size"):
                 assert getattr(model.config, name) == settings[name]
             assert model.config.n_positions == settings["block_size"]
     assert set(recipe) == {"both", "cpu", "cuda"}
+    assert all(list(recipe[device]) == ["older", "plain"] for device in ("cpu", "cuda"))
 
 
 def test_the_cards_say_what_the_evaluation_found(scripts, evaluation):
@@ -274,7 +299,14 @@ def test_the_cards_say_what_the_evaluation_found(scripts, evaluation):
 def test_the_backpack_is_as_good_as_its_baseline(evaluation):
     backpack, transformer = (evaluation["models"][name] for name in ("demo", "demo-transformer"))
     assert backpack["tokens_seen"] == transformer["tokens_seen"]
-    assert backpack["bits_per_byte"] <= 1.02 * transformer["bits_per_byte"]
+    assert backpack["bits_per_byte"] <= 1.01 * transformer["bits_per_byte"]
+
+
+def test_the_plain_text_made_both_better(evaluation):
+    for name, now in evaluation["models"].items():
+        before = evaluation["before"][name]
+        assert now["bits_per_byte"] < before["bits_per_byte"] and now["blimp"]["mean"] > before["blimp"]["mean"]
+        assert now["pronouns"]["mass"] > before["pronouns"]["mass"]
 
 
 @pytest.mark.parametrize("name", ["demo", "demo-transformer"])
@@ -287,7 +319,10 @@ def test_figures_of_the_evaluation_come_out_again(demo, evaluation, shared):
     """BLiMP's first sets, and bits per byte of a tenth of the text, since all of it takes minutes."""
     from backpack_lib.text.corpora import open_corpus
 
-    found, texts = evaluation["models"]["demo"], list(open_corpus(str(shared / "corpus" / "valid.txt.xz")).read())
+    found, texts = (
+        evaluation["models"]["demo"],
+        list(open_corpus(str(shared / "corpus" / "simple-valid.txt.xz")).read()),
+    )
     assert len(texts) == evaluation["text"]["documents"]
     assert bits_per_byte(*demo, texts[::10]) == pytest.approx(found["bits_per_byte_of_a_tenth"], rel=1e-3)
     pairs = read_blimp(str(shared / "blimp"))

@@ -38,6 +38,9 @@ def fields(found: dict, name: str) -> dict[str, str]:
     return {
         "parameters": f"{model['parameters'] / 1e6:.1f}",
         "tokens_seen": f"{model['tokens_seen'] / 1e6:.1f}",
+        "tokens_older": f"{model['tokens_of']['older'] / 1e6:.1f}",
+        "tokens_plain": f"{model['tokens_of']['plain'] / 1e6:.1f}",
+        "hours": f"{model['hours']:.1f}",
         "bits_per_byte": f"{model['bits_per_byte']:.3f}",
         "recipe": (HERE / "recipe.yaml").read_text().strip(),
         "machine": found["machine"],
@@ -52,23 +55,49 @@ def fields(found: dict, name: str) -> dict[str, str]:
         "blimp_sets": blimp_sets(found),
         "trials": table(pd.read_csv(HERE / "trials.csv")),
         "roles": sense_table(model["roles"]) if "roles" in model else "",
-        "samples": "\n\n".join("> " + text.replace("\n", " ") for text in model["samples"]),
+        "samples": "\n\n".join(map(quoted, model["samples"])),
+        "failures": "\n\n".join(f"{case['failure']}\n\n{quoted(case['text'])}" for case in model["failures"]),
     }
 
 
+def quoted(text: str) -> str:
+    """A text as a quotation of one paragraph."""
+    return "> " + text.replace("\n", " ")
+
+
 def figures(found: dict) -> str:
-    """The main figures, one column for each model."""
+    """The main figures, one column for each model, and for what each was before the plain text."""
     rows = {
         "parameters (millions)": lambda m: f"{m['parameters'] / 1e6:.2f}",
         "tokens of training (millions)": lambda m: f"{m['tokens_seen'] / 1e6:.1f}",
         "bits per byte of validation text": lambda m: f"{m['bits_per_byte']:.3f}",
         f"BLiMP, accuracy over {found['blimp_pairs']:,} pairs": lambda m: f"{m['blimp']['mean']:.1%}",
+        "word similarity, mean rho over the sets": lambda m: f"{mean_rho(m):.3f}",
         "p(he) + p(she) after a profession, mean": lambda m: f"{m['pronouns']['mass']:.1%}",
-        "training, tokens per second": lambda m: f"{m['training_tokens_per_second']:,.0f}",
-        "generation, tokens per second": lambda m: f"{m['generation_tokens_per_second']:,.0f}",
+        "log p(he)/p(she) and the share of men, rho": lambda m: "{rho:.2f} [{rho_low:.2f}, {rho_high:.2f}]".format(
+            **m["pronouns"]
+        ),
+        "training, tokens per second": lambda m: speed(m, "training"),
+        "generation, tokens per second": lambda m: speed(m, "generation"),
     }
-    columns = {name: {label: show(model) for label, show in rows.items()} for name, model in found["models"].items()}
+    models = found["models"] | {
+        f"{name}, before the plain text": model | {"tokens_seen": found["models"][name]["tokens_of"]["older"]}
+        for name, model in found.get("before", {}).items()
+    }
+    columns = {name: {label: show(model) for label, show in rows.items()} for name, model in models.items()}
     return table(pd.DataFrame(columns).rename_axis("").reset_index())
+
+
+def speed(model: dict, of: str) -> str:
+    """Tokens per second; empty for what a model was before, whose speed is the same."""
+    key = f"{of}_tokens_per_second"
+    return f"{model[key]:,.0f}" if key in model else ""
+
+
+def mean_rho(model: dict) -> float:
+    """The mean over the sets of the held-out choice of similarity."""
+    sets = model["similarity_held_out"]
+    return sum(row["rho"] for row in sets.values()) / len(sets)
 
 
 def similarity(found: dict) -> str:

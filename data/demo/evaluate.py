@@ -1,6 +1,7 @@
 """Measures the demo model and its baseline, and writes what it found into this folder.
 
-    python data/demo/evaluate.py --text valid.txt.xz --lexsim lexsim --corpus "part-*.txt.xz"
+    python data/demo/evaluate.py --text simple-valid.txt.xz --lexsim lexsim \\
+        --older "part-*.txt.xz" --corpus "simple-*.txt.xz" --before runs/demo
 
 `evaluation.json` holds every figure; each model's card is written from it by `cards.py`.
 """
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import time
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -78,7 +80,12 @@ def generation_speed(model) -> float:
 
 def training_speed(name: str, blocks, device: str) -> float:
     """Tokens per second of `TIMED_STEPS` training steps at the recipe's settings, after as many for warming up."""
-    settings = recipe(device) | {"steps": 2 * TIMED_STEPS, "eval_every": TIMED_STEPS, "eval_blocks": 1, "warmup": 1}
+    settings = recipe(device)["plain"] | {
+        "steps": 2 * TIMED_STEPS,
+        "eval_every": TIMED_STEPS,
+        "eval_blocks": 1,
+        "warmup": 1,
+    }
     with tempfile.TemporaryDirectory() as out:
         history = train(
             TrainingConfig(corpus="planted", out=out, architecture=ARCHITECTURE_OF[name], device=device, **settings),
@@ -118,39 +125,66 @@ def word_similarity(senses_of, sets: dict[str, pd.DataFrame]) -> dict:
     }
 
 
-def word2vec(corpus: str, characters: int, width: int, seed: int = 0):
-    """gensim's skip-gram with negative sampling, five passes over the first `characters` of a corpus.
+def word2vec(characters: dict[str, int], width: int, seed: int = 0):
+    """gensim's skip-gram with negative sampling, five passes over the first so many characters of each corpus.
 
     Its two workers race, so its figures differ by a hair from run to run.
     """
     from gensim.models import Word2Vec
     from gensim.utils import simple_preprocess
 
-    words = [simple_preprocess(text) for text in first_characters(open_corpus(corpus).read(), characters)]
+    words = [
+        simple_preprocess(text)
+        for corpus, most in characters.items()
+        for text in first_characters(open_corpus(corpus).read(), most)
+    ]
     made = Word2Vec(words, vector_size=width, window=5, min_count=5, sg=1, negative=5, epochs=5, workers=2, seed=seed)
     return made.wv
 
 
-def evaluate_model(name: str, texts: list[str], blimp, sets, professions, blocks, device: str) -> dict:
-    """Every figure of one model."""
-    model, tokenizer = load(name, device=device)
-    history = pd.read_csv(HERE / ARCHITECTURE_OF[name] / "history.csv")
+def training_of(architecture: str) -> dict:
+    """What a model has read, in tokens and bytes of each text, and the hours that this took."""
+    history = pd.read_csv(HERE / architecture / "history.csv")
+    parts = history.groupby("text", sort=False)
+    read = history["tokens"] - parts["tokens"].shift(fill_value=0)  # since the row before
+    ends = parts.last()
+    return {
+        "tokens_seen": int(ends["tokens"].sum()),
+        "tokens_of": ends["tokens"].astype(int).to_dict(),
+        "bytes_of": (ends["tokens"] * ends["bytes_per_token"]).astype(int).to_dict(),
+        "hours": (read / history["tokens_per_second"]).sum() / 3600,
+    }
+
+
+def what_it_knows(model, tokenizer, texts: list[str], blimp, sets, professions) -> dict:
+    """How well a model predicts text and grammar, how alike it finds words, and which pronouns it expects."""
     accuracy = blimp_accuracy(model, tokenizer, blimp)
-    found = {
+    return {
         "weights": fingerprint(model),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "tokens_seen": int(history["tokens"].iloc[-1]),
         "bits_per_byte": bits_per_byte(model, tokenizer, texts),
         "bits_per_byte_of_a_tenth": bits_per_byte(model, tokenizer, texts[::10]),  # quick to measure again
         "blimp": {"mean": accuracy.mean(), "by_set": accuracy.to_dict()},
         **word_similarity(similarity.of_model(model, tokenizer), sets),
         "pronouns": pronouns(model, tokenizer, professions),
+    }
+
+
+def evaluate_model(name: str, texts: list[str], blimp, sets, professions, blocks, device: str) -> dict:
+    """Every figure of one model."""
+    model, tokenizer = load(name, device=device)
+
+    def continued(prompts):
+        return [continue_text(model, tokenizer, prompt, **SAMPLE_SETTINGS) for prompt in prompts]
+
+    failures = pd.read_csv(HERE / "failures.csv")
+    found = {
+        **training_of(ARCHITECTURE_OF[name]),
+        **what_it_knows(model, tokenizer, texts, blimp, sets, professions),
         "generation_tokens_per_second": generation_speed(model),
         "training_tokens_per_second": training_speed(name, blocks, device),
-        "samples": [
-            continue_text(model, tokenizer, prompt, **SAMPLE_SETTINGS)
-            for prompt in (HERE / "prompts.txt").read_text().splitlines()
-        ],
+        "samples": continued((HERE / "prompts.txt").read_text().splitlines()),
+        "failures": failures.assign(text=continued(failures["prompt"])).to_dict("records"),
     }
     if name == "demo":
         found["roles"] = sense_roles(model, tokenizer, texts, sets, professions)
@@ -158,11 +192,11 @@ def evaluate_model(name: str, texts: list[str], blimp, sets, professions, blocks
 
 
 def evaluate(given) -> dict:
-    """All figures: of both models, and of word2vec on as much text as they saw."""
+    """All figures: of both models, of what they were before the plain text, and of word2vec on as much text."""
     text = open_corpus(given.text)
     texts, sets, blimp = list(text.read()), similarity.read_sets(given.lexsim), read_blimp(given.blimp)
     professions = pd.read_csv(HERE.parent / "professions.csv")
-    settings, (_, tokenizer) = recipe(given.device), load("demo")
+    settings, (_, tokenizer) = recipe(given.device)["plain"], load("demo")
     blocks = prepare(text, settings["block_size"], tokenizer=tokenizer)
     found = {
         "machine": f"{given.device}, {torch.get_num_threads()} threads, {platform.machine()}",
@@ -174,11 +208,17 @@ def evaluate(given) -> dict:
     for name in ARCHITECTURE_OF:
         print(f"evaluating {name}", flush=True)
         found["models"][name] = evaluate_model(name, texts, blimp, sets, professions, blocks, given.device)
-    if given.corpus:
+    if given.before:
+        print("evaluating what they were before the plain text", flush=True)
+        found["before"] = {
+            name: what_it_knows(*load(given.before / architecture / "older-exported"), texts, blimp, sets, professions)
+            for name, architecture in ARCHITECTURE_OF.items()
+        }
+    if given.older and given.corpus:
         print("training word2vec", flush=True)
-        characters = int(found["models"]["demo"]["tokens_seen"] * blocks.bytes_per_token)
-        vectors = word2vec(given.corpus, characters, settings["n_embd"])
-        found["word2vec"] = {"characters": characters, "words": len(vectors)}
+        read = found["models"]["demo"]["bytes_of"]
+        vectors = word2vec({given.older: read["older"], given.corpus: read["plain"]}, settings["n_embd"])
+        found["word2vec"] = {"characters": sum(read.values()), "words": len(vectors)}
         found["word2vec"] |= word_similarity(of_word2vec(vectors), sets)
         found["similarity_differences"] = similarity_differences(sets, {"word2vec": of_word2vec(vectors)})
     return found
@@ -202,7 +242,9 @@ def main() -> int:
     )
     parser.add_argument("--lexsim", required=True, help="folder or URL of the word similarity sets")
     parser.add_argument("--blimp", default="nyu-mll/blimp", help="folder of BLiMP's .jsonl files, or a hub id")
-    parser.add_argument("--corpus", help="the training text, for word2vec; left out without it")
+    parser.add_argument("--older", help="the older training text, for word2vec; left out without it")
+    parser.add_argument("--corpus", help="the plain training text, likewise")
+    parser.add_argument("--before", type=Path, help="the runs of make.py, to measure what the older text alone gave")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
 
