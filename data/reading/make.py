@@ -2,7 +2,8 @@
 
     python data/reading/make.py --corpus "corpus/simple-*.txt.xz" --valid corpus/simple-valid.txt.xz --lexsim lexsim
 
-Ships `seed-0` to `seed-2` here, in half precision, and writes a CSV for each table.
+Ships `seed-0` to `seed-2` here, in half precision, and writes a CSV for each table. `--demo-only` renews the tables of
+the demo model, which need none of the small ones.
 """
 
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from models import HERE, MODELS, SHIPPED, arguments
+from models import HERE, MODELS, SHIPPED, parser
 
 from backpack_lib.analysis import similarity
 from backpack_lib.analysis.bigrams import Bigrams
@@ -48,12 +49,14 @@ def bigrams_of(tokenizer, corpus: str) -> Bigrams:
     return Bigrams(rows, len(tokenizer))
 
 
-def tables_of_demo(valid: str):
-    """Explanations, on held-out text by people."""
+def tables_of_demo(corpus: str, valid: str):
+    """Explanations, and the bigram part, on held-out text by people."""
     lesson = open_lesson("06_reading")
     rows = valid_rows(lesson.model, lesson.tokenizer, valid)
-    table = study.explanation_table(lesson.model, rows, lesson.common)
-    save(table.assign(weights=fingerprint(lesson.model)), "explanations")
+    weights = fingerprint(lesson.model)
+    save(study.explanation_table(lesson.model, rows, lesson.common).assign(weights=weights), "explanations")
+    bigrams = study.bigram_table({"demo": lesson.model}, rows, bigrams_of(lesson.tokenizer, corpus))
+    save(bigrams.rename_axis("of").reset_index().assign(weights=weights), "bigrams_of_demo")
 
 
 def tables_of_seeds(valid: str, runs: Path):
@@ -78,7 +81,7 @@ def tables_of_seeds(valid: str, runs: Path):
 
 
 def tables_of_bigrams(corpus: str, valid: str, runs: Path):
-    """The bigram part over training, by frequency, and by sense, of the first small model; and of the demo model."""
+    """The bigram part over training, by frequency, and by sense, of the first small model."""
     small, tokenizer = load(HERE / "seed-0")
     counted = bigrams_of(tokenizer, corpus)
     rows = valid_rows(small, tokenizer, valid)
@@ -89,11 +92,6 @@ def tables_of_bigrams(corpus: str, valid: str, runs: Path):
     save(study.frequency_table(small, rows, counted).reset_index(), "bigrams_by_frequency")
     tokens, among = words_to_compare(tokenizer)
     save(study.correlation_table(small, counted, tokens, among).reset_index(), "bigrams_by_sense")
-    demo, its_tokenizer = load("demo")
-    its_counts = bigrams_of(its_tokenizer, corpus)
-    its_rows = valid_rows(demo, its_tokenizer, valid)
-    whole = study.bigram_table({"demo": demo}, its_rows, its_counts).rename_axis("of").reset_index()
-    save(whole.assign(weights=fingerprint(demo)), "bigrams_of_demo")
 
 
 def similarity_by_k(loaded: dict, lexsim: str) -> pd.DataFrame:
@@ -128,13 +126,18 @@ def table_of_k(valid: str, runs: Path, lexsim: str):
 
 
 def main() -> int:
-    given = arguments(__doc__.splitlines()[0], lexsim="folder or URL of the word similarity sets")
+    options = parser(__doc__.splitlines()[0])
+    options.add_argument("--lexsim", required=True, help="folder or URL of the word similarity sets")
+    options.add_argument("--demo-only", action="store_true", help="measure the demo model, and leave the others")
+    given = options.parse_args()
 
     def make():
         torch.manual_seed(0)
+        tables_of_demo(given.corpus, given.valid)
+        if given.demo_only:
+            return
         for name in SHIPPED:
             export(given.runs / name, HERE / name)
-        tables_of_demo(given.valid)
         tables_of_seeds(given.valid, given.runs)
         tables_of_bigrams(given.corpus, given.valid, given.runs)
         table_of_k(given.valid, given.runs, given.lexsim)

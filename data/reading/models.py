@@ -59,19 +59,17 @@ def train_all(corpus: str, valid: str, runs: Path):
         print(f"{name}: {history['valid_loss'].iloc[-1]:.3f} nats")
 
 
-def arguments(description: str, **also: str) -> argparse.Namespace:
-    """What is given on the command line, of this script and of `make.py`, which needs `also` (name -> what it is)."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--corpus", required=True, help="training text: paths or globs, commas between them")
-    parser.add_argument("--valid", required=True, help="validation text")
-    parser.add_argument("--runs", type=Path, default=runs_folder() / "reading", help="where the runs are kept")
-    for name, what in also.items():
-        parser.add_argument(f"--{name}", required=True, help=what)
-    return parser.parse_args()
+def parser(description: str) -> argparse.ArgumentParser:
+    """What is given on the command line, of this script and of `make.py`."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--corpus", required=True, help="training text: paths or globs, commas between them")
+    made.add_argument("--valid", required=True, help="validation text")
+    made.add_argument("--runs", type=Path, default=runs_folder() / "reading", help="where the runs are kept")
+    return made
 
 
 def main() -> int:
-    given = arguments(__doc__.splitlines()[0])
+    given = parser(__doc__.splitlines()[0]).parse_args()
     return exit_status(lambda: train_all(given.corpus, given.valid, given.runs))
 
 
