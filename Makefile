@@ -10,9 +10,9 @@
 # make evaluate TEXT=simple-valid.txt.xz LEXSIM=folder        measure them; BLIMP=folder, OLDER=... CORPUS=... for word2vec
 # make topic-control                                          measure how they are drawn to topics
 # make knowledge                                              edit all facts that they know, and teach them by all methods
-# make reading CORPUS='part-*.txt.xz' VALID=valid.txt.xz LEXSIM=folder   train the small models of 06_reading, and measure its tables
+# make reading CORPUS='simple-*.txt.xz' VALID=simple-valid.txt.xz LEXSIM=folder   train the small models of 06_reading, and measure its tables
 # make bench                                                  measure speed and memory; BENCH='--device cuda' on a GPU
-# make gender-bias TEXT=valid.txt.xz                          measure what turning their bias down costs on text
+# make gender-bias TEXT=simple-valid.txt.xz                       measure what turning their bias down costs on text
 
 PYTHON ?= python3
 BIN = .venv/bin
