@@ -75,8 +75,8 @@ def test_numbers_are_noted_under_their_labels(tmp_path):
 
 
 def test_a_text_without_a_question_gets_the_likeliest_words(tmp_path):
-    example = opening.open_lesson("00_tour", out=str(tmp_path), text="The film was a complete waste of").example
-    assert example.target == "time" and example.contrast not in ("time", "money", "")
+    example = opening.open_lesson("00_tour", out=str(tmp_path), text="He opened the").example
+    assert (example.target, example.contrast) == ("door", "window")
     asked = opening.open_lesson("00_tour", out=str(tmp_path), text="The film", target="was").example
     assert asked.target == "was"
 
