@@ -106,18 +106,29 @@ def test_a_strength_is_chosen_on_other_topics_than_it_is_scored_on():
     assert chosen_elsewhere(texts, at_equal_fluency(settings_table(texts)), "PPLM")[0].empty
 
 
-def test_responses_do_not_depend_on_how_much_was_written_and_few_words_are_marked():
+def test_responses_do_not_depend_on_how_much_was_written():
     rate = made("Backpack", 2, 1.0, {"a": 0.5, "b": 0.5}, n=200)
     few = made("Backpack", 0, 1.0, {"a": 0.5, "b": 0.5}, n=20)
     rate.loc[rate["topic"] == "b", "topic words"] = 0
     few.loc[few["topic"] == "b", "topic words"] = 0
     found = responses(rate, few)
-    assert found.loc["a", "times"] == pytest.approx(1) and found.loc["b", "times"] == pytest.approx(
-        1
-    )  # no word on either side
-    assert found.loc["a", "told"] and not found.loc["b", "told"]
+    assert list(found["times"]) == pytest.approx([1, 1]) and (found["p"] > 0.3).all()  # b: no word on either side
     twice = responses(rate.assign(**{"topic words": 4}), few.assign(**{"topic words": 2}))
     assert twice.loc["a", "times"] == pytest.approx(2, rel=0.02) and twice.loc["a", "low"] > 1.5
+    assert (twice["p"] < 0.001).all()
+
+
+def test_a_response_is_tested_by_permuted_texts_and_for_as_many_topics_as_there_are():
+    """Ten words in one of 16 texts are one lucky text, however high the rate; one word in 12 of 16 are a response."""
+    topics = dict.fromkeys(["lucky", "responds", *TOPICS[:8]], 0.0)
+    ours, none = (made("Backpack", strength, 1.0, topics, n=16).assign(**{"topic words": 0}) for strength in (2, 0))
+    ours.loc[ours.index[ours["topic"] == "lucky"][0], "topic words"] = 10
+    ours.loc[ours.index[ours["topic"] == "responds"][:12], "topic words"] = 1
+    found = responses(ours, none)
+    assert found.loc["lucky", "times"] > 10 and found.loc["lucky", "p"] == pytest.approx(0.5, abs=0.03)
+    assert found.loc["responds", "p"] < 0.001
+    assert found.loc["responds", "adjusted p"] == pytest.approx(10 * found.loc["responds", "p"])  # ten topics, the best
+    assert (found.loc[TOPICS[:8], "p"] == 1).all()
 
 
 def test_texts_without_control_are_judged_on_every_topic_if_they_begin_alike(tmp_path):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 from tqdm.auto import tqdm
 
 from backpack_lib.analysis import pplm
@@ -33,7 +34,6 @@ BACKPACK, PPLM = "Backpack", "PPLM"
 SETTING = ["method", "strength", "temperature"]
 TOLERANCE = 0.05  # of the perplexity of no control, within which fluency counts as equal
 PSEUDO_RATE = 0.5 / 1000  # topic words per word that are added to every count, so that none divides by zero
-FEWEST_WORDS = 10  # of a topic, in all texts compared, below which its response cannot be told
 
 
 @dataclass
@@ -280,24 +280,37 @@ def paired_difference(one: pd.DataFrame, other: pd.DataFrame, seed: int = 0, res
     }  # fmt: skip
 
 
-def responses(texts: pd.DataFrame, none: pd.DataFrame, seed: int = 0, resamples: int = 2000) -> pd.DataFrame:
+def responses(
+    texts: pd.DataFrame, none: pd.DataFrame, seed: int = 0, resamples: int = 2000, permutations: int = 10_000
+) -> pd.DataFrame:
     """How many times as many words of its topic texts have under control as without, a row for each topic.
 
-    Every rate gets the same pseudo-rate, whatever the length of its texts. low, high: 95 % bootstrap over texts. told:
-    whether the topic has at least `FEWEST_WORDS` words in both together; else its response cannot be told.
+    Every rate gets the same pseudo-rate, whatever the length of its texts. low, high: 95 % bootstrap over texts. p: how
+    often texts of permuted labels differ as far in that direction; adjusted p: the same for as many topics as there are
+    (Benjamini-Hochberg's), since some of many topics always seem to respond.
     """
     rng, rows = np.random.default_rng(seed), {}
     for topic in sorted(set(texts["topic"])):
         both = [made[made["topic"] == topic][["topic words", "words"]].to_numpy() for made in (texts, none)]
-        draws = [made[rng.integers(len(made), size=(resamples, len(made)))].sum(1) for made in both]
-        times = _rate(draws[0]) / _rate(draws[1])
-        found = [made.sum(0, keepdims=True) for made in both]
-        low, high = np.quantile(times, MIDDLE)
-        rows[topic] = {
-            "times": float((_rate(found[0]) / _rate(found[1]))[0]), "low": float(low), "high": float(high),
-            "told": bool(found[0][0, 0] + found[1][0, 0] >= FEWEST_WORDS),
-        }  # fmt: skip
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("topic")
+        drawn = _times(*(made[rng.integers(len(made), size=(resamples, len(made)))].sum(1) for made in both))
+        found = _times(*(made.sum(0, keepdims=True) for made in both))[0]
+        (low, high), p = np.quantile(drawn, MIDDLE), p_value(_permuted_times(*both, permutations, rng), found)
+        rows[topic] = {"times": float(found), "low": float(low), "high": float(high), "p": p}
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("topic")
+    return table.assign(**{"adjusted p": stats.false_discovery_control(table["p"])})
+
+
+def _permuted_times(ours: np.ndarray, theirs: np.ndarray, permutations: int, rng) -> np.ndarray:
+    """What `times` would be if the texts' labels meant nothing; ours, theirs: (n, 2), words of the topic and words."""
+    pooled = np.concatenate([ours, theirs])
+    order = rng.permuted(np.tile(np.arange(len(pooled)), (permutations, 1)), axis=1)
+    drawn = pooled[order[:, : len(ours)]].sum(1)
+    return _times(drawn, pooled.sum(0) - drawn)
+
+
+def _times(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """How many times as often topic words come in ours as in theirs, each (n, 2) -> (n,)."""
+    return _rate(ours) / _rate(theirs)
 
 
 def _rate(counts: np.ndarray) -> np.ndarray:
