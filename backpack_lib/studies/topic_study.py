@@ -280,9 +280,7 @@ def paired_difference(one: pd.DataFrame, other: pd.DataFrame, seed: int = 0, res
     }  # fmt: skip
 
 
-def responses(
-    texts: pd.DataFrame, none: pd.DataFrame, seed: int = 0, resamples: int = 2000, permutations: int = 10_000
-) -> pd.DataFrame:
+def responses(texts: pd.DataFrame, none: pd.DataFrame, seed: int = 0, resamples: int = 2000) -> pd.DataFrame:
     """How many times as many words of its topic texts have under control as without, a row for each topic.
 
     Every rate gets the same pseudo-rate, whatever the length of its texts. low, high: 95 % bootstrap over texts. p: how
@@ -294,7 +292,7 @@ def responses(
         both = [made[made["topic"] == topic][["topic words", "words"]].to_numpy() for made in (texts, none)]
         drawn = _times(*(made[rng.integers(len(made), size=(resamples, len(made)))].sum(1) for made in both))
         found = _times(*(made.sum(0, keepdims=True) for made in both))[0]
-        (low, high), p = np.quantile(drawn, MIDDLE), p_value(_permuted_times(*both, permutations, rng), found)
+        (low, high), p = np.quantile(drawn, MIDDLE), p_value(_permuted_times(*both, resamples, rng), found)
         rows[topic] = {"times": float(found), "low": float(low), "high": float(high), "p": p}
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("topic")
     return table.assign(**{"adjusted p": stats.false_discovery_control(table["p"])})
@@ -303,8 +301,8 @@ def responses(
 def _permuted_times(ours: np.ndarray, theirs: np.ndarray, permutations: int, rng) -> np.ndarray:
     """What `times` would be if the texts' labels meant nothing; ours, theirs: (n, 2), words of the topic and words."""
     pooled = np.concatenate([ours, theirs])
-    order = rng.permuted(np.tile(np.arange(len(pooled)), (permutations, 1)), axis=1)
-    drawn = pooled[order[:, : len(ours)]].sum(1)
+    any_texts = (rng.choice(len(pooled), len(ours), replace=False, shuffle=False) for _ in range(permutations))
+    drawn = np.array([pooled[places].sum(0) for places in any_texts])
     return _times(drawn, pooled.sum(0) - drawn)
 
 
