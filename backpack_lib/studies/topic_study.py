@@ -291,9 +291,9 @@ def responses(texts: pd.DataFrame, none: pd.DataFrame, seed: int = 0, resamples:
     for topic in sorted(set(texts["topic"])):
         both = [made[made["topic"] == topic][["topic words", "words"]].to_numpy() for made in (texts, none)]
         drawn = _times(*(made[rng.integers(len(made), size=(resamples, len(made)))].sum(1) for made in both))
-        found = _times(*(made.sum(0, keepdims=True) for made in both))[0]
+        found = _times(*(made.sum(0) for made in both))
         (low, high), p = np.quantile(drawn, MIDDLE), p_value(_permuted_times(*both, resamples, rng), found)
-        rows[topic] = {"times": float(found), "low": float(low), "high": float(high), "p": p}
+        rows[topic] = {"times": found, "low": float(low), "high": float(high), "p": p}
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("topic")
     return table.assign(**{"adjusted p": stats.false_discovery_control(table["p"])})
 
@@ -307,10 +307,10 @@ def _permuted_times(ours: np.ndarray, theirs: np.ndarray, permutations: int, rng
 
 
 def _times(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """How many times as often topic words come in ours as in theirs, each (n, 2) -> (n,)."""
+    """How many times as often topic words come in ours as in theirs, each (..., 2) -> (...)."""
     return _rate(ours) / _rate(theirs)
 
 
 def _rate(counts: np.ndarray) -> np.ndarray:
-    """Topic words per word, (n, 2) -> (n,), with the pseudo-rate."""
-    return counts[:, 0] / np.maximum(counts[:, 1], 1) + PSEUDO_RATE
+    """Topic words per word, (..., 2) -> (...), with the pseudo-rate."""
+    return counts[..., 0] / np.maximum(counts[..., 1], 1) + PSEUDO_RATE
