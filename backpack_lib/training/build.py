@@ -6,6 +6,7 @@ import re
 import sys
 import timeit
 import warnings
+from dataclasses import replace
 from functools import cache, partial
 
 import torch
@@ -14,11 +15,15 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from transformers import GPT2Config, GPT2LMHeadModel, get_scheduler
 
-from backpack_lib.loading import load_model, load_tokenizer_of, pick_device
+from backpack_lib.loading import SMOLLM2, SMOLLM2_ON_HUB, load_model, load_tokenizer_of, pick_device
 from backpack_lib.model.backpack import BackpackConfig, BackpackLMHeadModel
-from backpack_lib.model.kinds import suppress_unused_rows
+from backpack_lib.model.kinds import has_senses, suppress_unused_rows
+from backpack_lib.model.lens import SenseLens, SenseLensConfig
 from backpack_lib.training.batches import ShuffledBatches, StreamedBatches, make_batch
+from backpack_lib.training.checkpoints import RunFolder
 from backpack_lib.training.config import AUTO, PRECISIONS, SCHEDULES, TrainingConfig
+from backpack_lib.training.lens import KeptStates, LensLoss, count_tokens, start
+from backpack_lib.training.loss import LanguageModelLoss
 
 HIDDEN_MATRIX = re.compile(r"\.(attn|mlp)\.c_\w+\.weight$|final_mlp\.c_fc\.weight$|sense_weight_net")
 # Rows of a large vocabulary are a multiple of this, as a GPU's products want them; a small one would gain nothing.
@@ -100,20 +105,27 @@ def prepare_blocks(config: TrainingConfig):
     from backpack_lib.text.corpora import open_corpus, prepare
 
     valid = config.valid_corpus and open_corpus(config.valid_corpus, config.per_file)
-    return prepare(
+    existing = config.init_from or config.lens_of
+    blocks = prepare(
         open_corpus(config.corpus, config.per_file, config.streaming),
         block_size=config.block_size,
         vocab_size=config.vocab_size,
-        tokenizer=load_tokenizer_of(config.init_from) if config.init_from else config.tokenizer,
+        tokenizer=load_tokenizer_of(existing) if existing else config.tokenizer,
         valid_corpus=valid or None,
         valid_fraction=config.valid_fraction,
     )
+    if 0 < config.max_blocks < len(blocks.train):
+        shuffled = blocks.train.shuffle(seed=config.seed)  # a corpus may be sorted
+        blocks = replace(blocks, train=shuffled.select(range(config.max_blocks)))
+    return blocks
 
 
 def make_model(config: TrainingConfig, tokenizer):
     """A new model of the configured sizes, or the one to start from."""
     kinds = {"backpack": BackpackLMHeadModel, "transformer": GPT2LMHeadModel}
     dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
+    if config.lens_of:
+        return make_lens(config)
     if config.init_from:
         model = load_model(config.init_from, **dropout)
         if not isinstance(model, kinds[config.architecture]):
@@ -145,6 +157,26 @@ def make_model(config: TrainingConfig, tokenizer):
     model.generation_config.pad_token_id = tokenizer.eos_token_id
     suppress_unused_rows(model)
     return model
+
+
+def make_lens(config: TrainingConfig) -> SenseLens:
+    """A new sense lens on the Transformer that the settings name. Raises ValueError if none can be put on it."""
+    base = load_model(config.lens_of)
+    if has_senses(base):
+        raise ValueError(f"lens_of={config.lens_of!r} is a {type(base).__name__}, which has senses already.")
+    name = SMOLLM2_ON_HUB if config.lens_of == SMOLLM2 else config.lens_of
+    return SenseLens(SenseLensConfig.of_base(base, name, num_senses=config.num_senses), base)
+
+
+def make_loss(model, config: TrainingConfig, blocks, folder: RunFolder, quiet: bool):
+    """The loss that a run trains by; a new lens is also given its start."""
+    if not isinstance(model, SenseLens):
+        return LanguageModelLoss(model)
+    states = KeptStates(model, folder.path / "states", config.states_gb * 1e9)
+    counts = count_tokens(blocks.train, model.config.vocab_size)
+    if not folder.checkpoints():
+        start(model, states, blocks.train, counts, blocks.tokenizer.eos_token_id, quiet)
+    return LensLoss(model, states, counts)
 
 
 def padded_vocabulary(tokens: int) -> int:

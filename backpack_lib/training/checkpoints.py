@@ -136,7 +136,7 @@ class RunFolder:
     def finish(self, model, weights: dict, tokenizer):
         """Writes the finished model, of these weights, and its tokenizer; the checkpoints are no longer needed."""
         self.write_model("model", model, weights, tokenizer)
-        for folder in self.path.glob("checkpoint-*"):
+        for folder in (*self.path.glob("checkpoint-*"), self.path / "states"):
             shutil.rmtree(folder, ignore_errors=True)
 
     def write_model(self, name: str, model, weights: dict, tokenizer):

@@ -11,7 +11,7 @@ from backpack_lib.loading import DEVICES, pick_device
 from backpack_lib.model.backpack import check_sizes
 from backpack_lib.text.corpora import check_valid_fraction
 
-ARCHITECTURES = ("backpack", "transformer")
+ARCHITECTURES = ("backpack", "transformer", "lens")
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
 OPTIMIZERS = ("adamw", "muon")
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -28,7 +28,7 @@ AT_LEAST_ONE = (
     *("steps", "eval_every", "save_every", "eval_blocks"),
 )
 # What may change between a run's start and its resumption without changing its result.
-HOW_NOT_WHAT = ("out", "device", "compile", "save_every", "keep_models", "workers")
+HOW_NOT_WHAT = ("out", "device", "compile", "save_every", "keep_models", "workers", "states_gb")
 AUTO = -1
 
 
@@ -48,6 +48,8 @@ class TrainingConfig:
     )
     out: str = field(metadata={"help": "folder of the run"})
     architecture: str = option("backpack", "'backpack', or 'transformer': GPT-2 with the same trunk, the baseline")
+    lens_of: str | None = option(None, "folder or hub id of a Transformer to train a sense lens on; its sizes are kept")
+    states_gb: float = option(20.0, "disk for the states of a lens' base; those beyond it are computed when needed")
     init_from: str | None = option(None, "folder or hub id of a model to start from; its sizes and tokenizer are kept")
     n_layer: int = option(4, "layers of the trunk")
     n_head: int = option(4, "attention heads of the trunk")
@@ -58,6 +60,7 @@ class TrainingConfig:
     block_size: int = option(256, "tokens per sequence, and the longest text that the model will read")
     batch_size: int = option(16, "sequences that a process takes at once")
     accumulate: int = option(1, "batches per step; a step sees batch_size x accumulate x processes sequences")
+    max_blocks: int = option(0, "train on so many sequences of the corpus, in several passes; 0: on all")
     steps: int = option(1000, "optimiser steps")
     learning_rate: float = option(1e-3, "highest learning rate")
     warmup: int = option(100, "steps over which the learning rate rises")
@@ -83,6 +86,10 @@ class TrainingConfig:
 
     def __post_init__(self):
         self.out = str(self.out)
+        if self.lens_of:
+            self.architecture = "lens"
+        elif self.architecture == "lens":
+            raise ValueError("architecture='lens' needs a Transformer to train on; name it by lens_of.")
         if not str(self.corpus).strip():
             raise ValueError("The corpus is empty; give 'planted', text files, or a data set of the Hugging Face hub.")
         for name, allowed in CHOICES.items():
@@ -118,7 +125,9 @@ class TrainingConfig:
             raise ValueError(
                 f"warmup={self.warmup} of steps={self.steps} leave no room for decay={self.decay}; lower one of them."
             )
-        if self.init_from is None:
+        if self.lens_of and (self.init_from or self.tokenizer or self.streaming):
+            raise ValueError("A lens takes all from its base; give lens_of without init_from, tokenizer and streaming.")
+        if self.init_from is None and self.lens_of is None:
             check_sizes(self.n_embd, self.n_head, self.num_senses if self.architecture == "backpack" else 1)
 
     def resolved_precision(self) -> str:

@@ -34,6 +34,7 @@ from backpack_lib.training.build import (
     keep_freed_memory,
     make_accelerator,
     make_batches,
+    make_loss,
     make_model,
     make_optimizers,
     make_scheduler,
@@ -42,7 +43,6 @@ from backpack_lib.training.build import (
 )
 from backpack_lib.training.checkpoints import RunFolder
 from backpack_lib.training.config import TrainingConfig
-from backpack_lib.training.loss import LanguageModelLoss
 from backpack_lib.training.progress import make_progress
 
 CHECK_EVERY = 20  # steps between looks at the losses; each look makes a GPU wait
@@ -84,7 +84,8 @@ class Run:
         set_seed(config.seed)
         model = make_model(config, self.blocks.tokenizer)
         folder.check_space(model)
-        loss = LanguageModelLoss(model)
+        model.to(self.accelerator.device)
+        loss = make_loss(model, config, self.blocks, folder, not self.accelerator.is_main_process)
         if config.compile:
             loss.compile()
         optimizers = make_optimizers(model, config, self.accelerator.device)

@@ -1,0 +1,380 @@
+"""The sense lens: any pretrained Transformer, its predictions split into the senses of words.
+
+Beside a frozen Transformer, the base, whose last state h its output embedding E reads, a sense network gives each
+token k vectors C(x), as in a Backpack, and sense weights alpha are read off the base's states. Both are trained so
+that o = mean state + sum over j, l of alpha_lij C(x_j)_l comes as near as it can to h. What senses do not say,
+
+    residual_i = h_i - sum over positions j <= i and senses l of alpha_lij C(x_j)_l,
+
+is kept. So without an edit the logits are the base's own, bit for bit, and every logit is a sum of (word, sense)
+contributions and one residual; an edit C -> C' moves the logits by exactly E sum alpha (C' - C).
+
+What is notable:
+
+- The base is any model of `AutoModelForCausalLM` whose logits are linear in its last state, which is measured when
+  the lens is put on it (`attach`); there is no list of architectures.
+- The base stays outside of the lens' weights: it is neither trained nor saved with them.
+- Edits and `weight_hooks` change the last state on its way from the base's body to its output embedding, so that
+  `generate()`, caches, labels and whatever else the base does are the base's own. Where nothing is active, no sense
+  is computed.
+
+Shapes are those of `backpack.py`.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.generation import GenerationMixin
+from transformers.utils import can_return_tuple
+
+from backpack_lib.model.backpack import (
+    BackpackLMOutput,
+    SenseNetwork,
+    allowed_positions,
+    check_sizes,
+    distinct_tokens,
+)
+from backpack_lib.model.cache import CACHE
+from backpack_lib.model.mixing import at_positions, contextualize, mix_senses, weighted_sum
+
+EMBEDDINGS_KEPT = 100  # rows of the base's input embedding, by which a base is recognised
+LEAST_COSINE = 0.95  # their mean; a base that was quantised is the same base still
+LINEAR = 1e-3  # relative error up to which logits count as linear in the last state
+
+
+class SenseLensConfig(PreTrainedConfig):
+    """Sizes of a sense lens, and the base that it belongs to.
+
+    base: folder or hub id of the Transformer. n_embd: d, the width of its states and of its input embedding.
+    vocab_size: its rows. n_positions: the longest text it reads. middle_layer: whose states the sense weights read
+    beside the last. num_senses: k. sense_intermediate_scale: hidden width of the last sense MLP, in multiples of d.
+
+    Raises ValueError if the sizes do not fit each other.
+    """
+
+    model_type = "sense_lens"
+    attribute_map = {"hidden_size": "n_embd", "max_position_embeddings": "n_positions"}
+
+    base: str = ""
+    n_embd: int = 576
+    vocab_size: int = 49152
+    n_positions: int = 8192
+    middle_layer: int = 15
+    num_senses: int = 16
+    sense_intermediate_scale: int = 3
+    activation_function: str = "gelu_pytorch_tanh"
+    layer_norm_epsilon: float = 1e-5
+    embd_pdrop: float = 0.0
+    resid_pdrop: float = 0.0
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        check_sizes(self.n_embd, 1, self.num_senses)
+
+    @classmethod
+    def of_base(cls, base, name: str = "", **sizes) -> "SenseLensConfig":
+        """The configuration of a lens on a base. name: that it is loaded by, if its own configuration does not say."""
+        text = base.config.get_text_config()
+        vocab_size, n_embd = base.get_output_embeddings().weight.shape
+        return cls(
+            base=name or base.config.name_or_path,
+            n_embd=n_embd,
+            vocab_size=vocab_size,
+            n_positions=text.max_position_embeddings,
+            middle_layer=text.num_hidden_layers // 2,
+            **sizes,
+        )
+
+
+@dataclass
+class SenseLensOutput(BackpackLMOutput):
+    """What a lens returns: the base's output, and with `output_senses=True` what a Backpack returns, and
+
+    residual: (B, T, d), what no sense says of each position's last state.
+    """
+
+    residual: torch.Tensor | None = None
+
+
+class LensWeightNetwork(nn.Module):
+    """One query and one key per sense and position, read off the base's last and middle states."""
+
+    def __init__(self, config: SenseLensConfig):
+        super().__init__()
+        self.shape = (2, config.num_senses, config.n_embd // config.num_senses)
+        self.c_attn = nn.Linear(2 * config.n_embd, 2 * config.num_senses * self.shape[-1])
+
+    def forward(self, states):
+        """(B, T, 2 d) -> queries and keys, each (B, k, T, d_s)"""
+        return self.c_attn(states).unflatten(-1, self.shape).permute(2, 0, 3, 1, 4)
+
+
+class SenseLens(PreTrainedModel, GenerationMixin):
+    """A Transformer with the senses of a Backpack; see the module's text."""
+
+    config_class = SenseLensConfig
+    main_input_name = "input_ids"
+    _no_split_modules = ["SenseNetwork"]
+
+    def __init__(self, config: SenseLensConfig, base=None):
+        super().__init__(config)
+        self.sense_network = SenseNetwork(config)
+        self.sense_weight_net = LensWeightNetwork(config)
+        d = config.n_embd
+        # Means and standard deviations of the base's states, the last and the middle one: without them training diverges.
+        self.register_buffer("state_mean", torch.zeros(2 * d))
+        self.register_buffer("state_std", torch.ones(2 * d))
+        self.register_buffer("constant", torch.zeros(d))  # what o says in every context
+        self.register_buffer("embedding_std", torch.ones(()))
+        self.register_buffer("embedding_rows", torch.zeros(EMBEDDINGS_KEPT, d))
+        # As a Backpack's: (token_ids, senses) -> senses, and (alpha, senses, input_ids, attention_mask) -> alpha.
+        self.patches, self.weight_hooks = [], []
+        self._keep_base(None)
+        self.post_init()
+        if base is not None:
+            with torch.no_grad():
+                self.embedding_rows.copy_(self._rows_of(base))
+                self.embedding_std.copy_(base.get_input_embeddings().weight.std())
+            self.attach(base)
+
+    # ------------------------------------------------------------ the base
+
+    def attach(self, base) -> "SenseLens":
+        """Puts the lens on its base, in evaluation mode and frozen.
+
+        Raises ValueError for a model that is no decoder, another one than the lens was trained on, or one whose
+        logits are not linear in its last state.
+        """
+        name = name_of(base)
+        inputs, outputs = base.get_input_embeddings(), base.get_output_embeddings()
+        if outputs is None or base.config.is_encoder_decoder:
+            raise ValueError(
+                f"{name!r} is not a decoder with an output embedding; a lens needs a causal language model."
+            )
+        expected = (self.config.vocab_size, self.config.n_embd)
+        for embedding in (inputs, outputs):
+            if tuple(embedding.weight.shape) != expected:
+                raise ValueError(
+                    f"{name!r} has embeddings of {tuple(embedding.weight.shape)} (tokens, width), "
+                    f"but this lens takes {expected}; load the base it belongs to, {self.config.base!r}."
+                )
+        cosine = torch.cosine_similarity(self._rows_of(base).to(self.embedding_rows), self.embedding_rows).mean().item()
+        if not cosine >= LEAST_COSINE:
+            raise ValueError(
+                f"{name!r} is another model than this lens was trained on: its embeddings differ (mean cosine "
+                f"{cosine:.2f}); load {self.config.base!r}."
+            )
+        base = base.to(self.device).eval().requires_grad_(False)
+        self._keep_base(base, logit_scale(base))
+        self.generation_config = base.generation_config
+        return self
+
+    def _keep_base(self, base, scale: float = 1.0):
+        # Not as a submodule, whose weights would be saved and trained with the lens' own.
+        object.__setattr__(self, "base", base)
+        self.logit_scale = scale
+
+    def _rows_of(self, base):
+        rows = base.get_input_embeddings().weight
+        kept = torch.linspace(0, len(rows) - 1, EMBEDDINGS_KEPT, device=rows.device).long()
+        return rows[kept].detach()
+
+    def _apply(self, fn, *args, **kwargs):
+        if self.base is not None:
+            self.base._apply(fn, *args, **kwargs)
+        return super()._apply(fn, *args, **kwargs)
+
+    def get_input_embeddings(self):
+        return self.base and self.base.get_input_embeddings()
+
+    def get_output_embeddings(self):
+        return self.base and self.base.get_output_embeddings()
+
+    @classmethod
+    def from_pretrained(cls, name, *args, base=None, **kwargs):
+        """A lens from a folder or the hub, on its base. base: that Transformer, where it is at hand."""
+        loaded = super().from_pretrained(name, *args, **kwargs)
+        lens = loaded[0] if isinstance(loaded, tuple) else loaded
+        lens.attach(AutoModelForCausalLM.from_pretrained(lens.config.base, dtype=lens.dtype) if base is None else base)
+        return loaded
+
+    # ------------------------------------------------------------ senses and their weights
+
+    def sense_vectors(self, token_ids, patched: bool = True):
+        """Sense vectors of each token, without any context. (n,) -> (n, k, d)"""
+        embeddings = self.get_input_embeddings()(token_ids).to(self.dtype) / self.embedding_std
+        scale = self.state_std[: self.config.n_embd] / self.config.num_senses**0.5
+        senses = self.sense_network(embeddings) * scale
+        for patch in self.patches if patched else []:
+            senses = patch(token_ids, senses)
+        return senses
+
+    def states(self, input_ids, attention_mask=None):
+        """The base's last and middle states, side by side. (B, T) -> (B, T, 2 d)"""
+        out = self.base.get_decoder()(
+            input_ids, attention_mask=attention_mask, output_hidden_states=True, use_cache=False
+        )
+        return torch.cat([out.last_hidden_state, out.hidden_states[self.config.middle_layer]], -1)
+
+    def queries_and_keys(self, states):
+        """(B, T, 2 d) -> queries and keys, each (B, k, T, d_s)"""
+        return self.sense_weight_net((states.to(self.dtype) - self.state_mean) / self.state_std)
+
+    def explain(self, input_ids, states, distinct=None, attention_mask=None):
+        """o, what senses alone make of the last state. (B, T), (B, T, 2 d) -> (B, T, d)
+
+        distinct: what `distinct_tokens(input_ids)` returned, if it has been asked.
+        """
+        tokens, inverse = distinct_tokens(input_ids) if distinct is None else distinct
+        queries, keys = self.queries_and_keys(states)
+        n = input_ids.shape[1]
+        allowed = allowed_positions(attention_mask, n, n, 0, input_ids.device)
+        return self.constant + mix_senses(queries, keys, self.sense_vectors(tokens), inverse, allowed)
+
+    def logits_of(self, states):
+        """The base's logits of last states, (..., d) -> (..., V)"""
+        return self.get_output_embeddings()(states) * self.logit_scale
+
+    @torch.no_grad()
+    def centre(self, counts):
+        """Moves each sense's mean over a text into `constant`, which leaves o as it is, since weights sum to one.
+
+        counts: how often each token stands in the text, (V,).
+        """
+        tokens = counts.nonzero()[:, 0]
+        share = (counts[tokens] / counts.sum()).to(self.dtype)
+        parts = zip(tokens.split(1024), share.split(1024))
+        mean = sum(torch.einsum("n,nkd->kd", p, self.sense_vectors(t, patched=False)) for t, p in parts)
+        scale = self.state_std[: self.config.n_embd] / self.config.num_senses**0.5
+        self.sense_network.final_mlp.c_proj.bias -= (mean / scale).flatten()
+        self.constant += mean.sum(0)
+
+    # ------------------------------------------------------------ the base with edits
+
+    @can_return_tuple
+    def forward(self, input_ids=None, attention_mask=None, output_senses=False, **kwargs) -> SenseLensOutput:
+        """The base's own forward pass, under the active edits; it takes the base's arguments.
+
+        output_senses: also return the contextualisation weights, the sense vectors and the residual.
+        """
+        with self._watched(output_senses) as seen:
+            outputs = self.base(input_ids, attention_mask=attention_mask, **kwargs)
+        names = {field.name for field in fields(SenseLensOutput)}
+        return SenseLensOutput(**{name: value for name, value in outputs.items() if name in names}, **seen)
+
+    def generate(self, *args, **kwargs):
+        """The base's `generate()`, under the active edits."""
+        with self._watched():
+            return self.base.generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        return self.base.prepare_inputs_for_generation(*args, **kwargs)
+
+    @contextmanager
+    def _watched(self, output_senses=False):
+        """While it lasts, edits change the last state of the base's body. Yields a dict for what it sees of senses."""
+        seen = {}
+        if not (self.patches or self.weight_hooks or output_senses):
+            yield seen
+            return
+
+        def before(body, args, kwargs):
+            return args, kwargs | {"output_hidden_states": True, "return_dict": True}
+
+        def after(body, args, kwargs, outputs):
+            named = {"input_ids": args[0]} | kwargs if args else kwargs
+            ids, mask = named.get("input_ids"), named.get("attention_mask")
+            if ids is None:
+                raise ValueError("Edits of senses need token ids; give `input_ids` instead of `inputs_embeds`.")
+            outputs.last_hidden_state = self._edited(ids, mask, outputs, output_senses, seen)
+            return outputs
+
+        body = self.base.get_decoder()
+        hooks = [
+            body.register_forward_pre_hook(before, with_kwargs=True),
+            body.register_forward_hook(after, with_kwargs=True),
+        ]
+        try:
+            yield seen
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _edited(self, input_ids, attention_mask, outputs, output_senses, seen):
+        """The last state under the active edits: what the base says, less what senses said, plus what they say now."""
+        h, cache = outputs.last_hidden_state, outputs.get(CACHE)
+        queries, keys = self.queries_and_keys(torch.cat([h, outputs.hidden_states[self.config.middle_layer]], -1))
+        ids = input_ids
+        if cache is not None:
+            keys, ids = self._remember(cache, keys, input_ids)
+        tokens, inverse = ids.unique(return_inverse=True)
+        old = self.sense_vectors(tokens, patched=False)
+        new = old
+        for patch in self.patches:
+            new = patch(tokens, new)
+        n_new, n_all = input_ids.shape[1], keys.shape[2]
+        allowed = allowed_positions(attention_mask, n_new, n_all, n_all - n_new, ids.device)
+        if n_new == n_all and not (output_senses or self.weight_hooks):
+            return h + mix_senses(queries, keys, new - old, inverse, allowed).to(h)
+        alpha = contextualize(queries, keys, allowed)
+        said, senses = weighted_sum(alpha, at_positions(old, inverse)), at_positions(new, inverse)
+        for hook in self.weight_hooks:
+            alpha = hook(alpha, senses, input_ids, attention_mask)
+        residual = h - said.to(h)
+        if output_senses:
+            seen.update(contextualization=alpha, senses=senses, residual=residual)
+        return residual + weighted_sum(alpha, senses).to(h)
+
+    def _remember(self, cache, keys, input_ids):
+        """Keys and token ids of the text so far, which a layer of the base's cache keeps beside the base's own.
+
+        Raises ValueError for a cache that was filled without edits, since it holds no keys of senses.
+        """
+        n_layer = self.base.config.get_text_config().num_hidden_layers
+        if len(cache.layers) == n_layer:
+            cache.layers.append(DynamicLayer())
+        keys, ids = cache.update(keys, input_ids[:, None, :, None], n_layer)
+        if keys.shape[2] != cache.get_seq_length():
+            raise ValueError("This cache was filled while no edit was active; read the text anew under the edit.")
+        return keys, ids[:, 0, :, 0]
+
+
+def name_of(base) -> str:
+    return base.config.name_or_path or type(base).__name__
+
+
+@torch.no_grad()
+def logit_scale(base) -> float:
+    """The factor s in logits = s head(state), where head is a base's output embedding.
+
+    Raises ValueError if the logits are not of this form, as with a soft cap.
+    """
+    head = base.get_output_embeddings()
+    state = torch.randn(1, 1, head.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(head.weight)
+    state *= 100 / head(state).float().std()  # far beyond the size of any logit, where a soft cap would bend it
+
+    def give(body, args, outputs):
+        outputs.last_hidden_state = state
+        return outputs
+
+    hook = base.get_decoder().register_forward_hook(give)
+    try:
+        logits = base(torch.zeros(1, 1, dtype=torch.long, device=base.device), use_cache=False, return_dict=True).logits
+    finally:
+        hook.remove()
+    logits, plain = logits.double().flatten(), head(state).double().flatten()
+    scale = (logits @ plain / (plain @ plain)).item()
+    if not (logits - scale * plain).norm() <= LINEAR * logits.norm():
+        raise ValueError(
+            f"The logits of {name_of(base)!r} are not linear in its last state (it has a soft cap, say), "
+            "so they are no sum of contributions; choose another base for the lens."
+        )
+    return 1.0 if abs(scale - 1) < LINEAR else scale
+
+
+AutoConfig.register(SenseLensConfig.model_type, SenseLensConfig)
+AutoModelForCausalLM.register(SenseLensConfig, SenseLens)

@@ -1,0 +1,142 @@
+"""What is special in training a sense lens: its base's states, where it starts, and its loss.
+
+The base is frozen, so its states of a block never change: they are computed once and kept on disk. The lens starts
+from a regression: a token's senses, summed, should be the base's state when it reads that token alone. Then it is
+taught the base's own predictions.
+"""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm.auto import tqdm
+
+from backpack_lib.files import written_whole
+from backpack_lib.model.lens import SenseLens
+
+SAMPLE_BLOCKS = 128  # of which means and deviations are taken
+COUNTED_BLOCKS = 10_000  # of which tokens are counted
+START_TOKENS, START_STEPS, START_BATCH, START_RATE = 20_000, 250, 512, 2e-3
+FREQUENT, RARE = 8_000, 4_000  # tokens whose probabilities are taught at a step: the most frequent, others by lot
+
+
+class KeptStates(nn.Module):
+    """The base's states of blocks, computed once: a file a block in a folder, in half precision.
+
+    most_bytes: blocks beyond it are computed whenever they are needed.
+    """
+
+    def __init__(self, lens: SenseLens, folder: Path, most_bytes: float):
+        super().__init__()
+        self.lens, self.folder, self.most_bytes = lens, folder, most_bytes
+        folder.mkdir(parents=True, exist_ok=True)
+        self.bytes = sum(file.stat().st_size for file in folder.glob("*.npy"))
+
+    @torch.no_grad()
+    def forward(self, input_ids):
+        """(B, T) -> (B, T, 2 d), as they are read from the files, so that a resumed run sees the same numbers."""
+        files = [self._file(row) for row in input_ids.cpu()]
+        # One missing: all are computed again, since rounding depends on what a product computes beside.
+        if all(file.is_file() for file in files):
+            states = torch.from_numpy(np.stack([np.load(file) for file in files]))
+            return states.to(input_ids.device).float()
+        largest = torch.finfo(torch.float16).max
+        states = self.lens.states(input_ids).clamp(-largest, largest).half()
+        for file, row in zip(files, states.cpu().numpy()):
+            if self.bytes + row.nbytes <= self.most_bytes and not file.is_file():
+                with written_whole(file) as building, open(building, "wb") as target:
+                    np.save(target, row)
+                self.bytes += row.nbytes
+        return states.float()
+
+    def _file(self, row) -> Path:
+        return self.folder / f"{hashlib.blake2b(row.numpy().tobytes(), digest_size=12).hexdigest()}.npy"
+
+
+class LensLoss(nn.Module):
+    """The loss of a lens on some sequences: (B, T) -> scalar.
+
+    In training: KL from the base's prediction to that of the senses alone, in nats, over the most frequent tokens and
+    others drawn by lot, and the share of the variance of the logits that senses leave unexplained, over all tokens.
+    In evaluation: mean nats per token of the text under the senses alone.
+    """
+
+    def __init__(self, lens: SenseLens, states: KeptStates, counts: torch.Tensor):
+        super().__init__()
+        self.model = lens
+        object.__setattr__(self, "states", states)  # it holds the lens, whose weights should not be listed twice
+        self._no_split_modules = lens._no_split_modules
+        E = lens.get_output_embeddings().weight.detach().float()
+        E = E - E.mean(0)  # logits less their mean over the vocabulary
+        self.register_buffer("gram", E.T @ E / len(E), persistent=False)
+        self.register_buffer("by_frequency", counts.argsort(descending=True).to(E.device), persistent=False)
+
+    def forward(self, input_ids, tokens=None, inverse=None):
+        distinct = None if tokens is None else (tokens, inverse)
+        states = self.states(input_ids)
+        h, o = states[..., : self.model.config.n_embd], self.model.explain(input_ids, states, distinct)
+        if self.training:
+            return self.distance(h.flatten(0, 1), o.flatten(0, 1))
+        logits = self.model.logits_of(o[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1).float(), input_ids[:, 1:].flatten())
+
+    def distance(self, h, o):
+        """From the base's states to what the senses say. (n, d), (n, d) -> scalar"""
+        head = self.model.get_output_embeddings()
+        rare = torch.randperm(max(0, len(self.by_frequency) - FREQUENT))[:RARE].to(h.device) + FREQUENT
+        taught = torch.cat([self.by_frequency[:FREQUENT], self.by_frequency[rare]])
+        rows, bias = head.weight[taught], None if head.bias is None else head.bias[taught]
+        with torch.no_grad():
+            p = (F.linear(h, rows, bias) * self.model.logit_scale).float().log_softmax(-1)
+        q = (F.linear(o, rows, bias) * self.model.logit_scale).float().log_softmax(-1)
+        kl = F.kl_div(q, p, reduction="batchmean", log_target=True)
+        return kl + self.energy(h - o) / self.energy(h - h.mean(0))
+
+    def energy(self, states):
+        """The squared logits of states, less their mean over the vocabulary: (n, d) -> mean over both."""
+        return ((states @ self.gram) * states).sum(-1).mean()
+
+
+@torch.no_grad()
+def count_tokens(rows, vocab_size: int) -> torch.Tensor:
+    """How often each token stands in a data set's first blocks, (V,)."""
+    return torch.bincount(ids_of_rows(rows, COUNTED_BLOCKS).flatten(), minlength=vocab_size)
+
+
+def ids_of_rows(rows, most: int) -> torch.Tensor:
+    """The token ids of a data set's first blocks, (n, T)."""
+    rows = rows.select(range(min(most, len(rows)))).with_format("numpy")
+    return torch.from_numpy(rows[:]["input_ids"].astype(np.int64))
+
+
+def start(lens: SenseLens, states: KeptStates, rows, counts: torch.Tensor, separator: int, quiet: bool):
+    """Gives a new lens the means of its base's states, and senses that sum to the state of their token alone.
+
+    separator: the token id that a text begins with.
+    """
+    d = lens.config.n_embd
+    sample = ids_of_rows(rows, SAMPLE_BLOCKS).to(lens.device)
+    of_sample = torch.cat([states(batch) for batch in tqdm(sample.split(8), "states", disable=quiet)]).flatten(0, 1)
+    lens.state_mean.copy_(of_sample.mean(0))
+    lens.state_std.copy_(of_sample.std(0))
+    lens.constant.copy_(of_sample[:, :d].mean(0))
+
+    tokens = counts.argsort(descending=True)[: min(START_TOKENS, int((counts > 0).sum()))].to(lens.device)
+    pairs = torch.stack([torch.full_like(tokens, separator), tokens], 1)
+    with torch.no_grad():
+        alone = torch.cat([lens.states(part)[:, 1, :d] for part in tqdm(pairs.split(256), "tokens alone", disable=quiet)])
+    scale, target = lens.state_std[:d], alone - lens.constant
+    optimizer = torch.optim.AdamW(lens.sense_network.parameters(), lr=START_RATE, betas=(0.9, 0.95))
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, START_STEPS)
+    for _ in tqdm(range(START_STEPS), "regression", disable=quiet):
+        chosen = torch.randint(len(tokens), (START_BATCH,), device=tokens.device)
+        senses = lens.sense_vectors(tokens[chosen])
+        # The second term keeps senses small, so that they sum to the state instead of cancelling each other.
+        loss = ((senses.sum(1) - target[chosen]) / scale).square().mean() + 0.02 * (senses / scale).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        decay.step()
