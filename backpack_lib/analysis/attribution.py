@@ -21,23 +21,34 @@ class Reading:
     weights: alpha of the position, (T, k): how much of each sense of each token goes in; sums to one over tokens.
     senses: the tokens' sense vectors, (T, k, d).
     logits: the model's own, (V,).
-    embeddings: the output embedding E, (V, d).
+    embeddings: the output embedding E, (V, d), in the scale of the logits.
+    residual: of a sense lens, what no sense says of the Transformer's last state, (d,).
+    bias: of the output embedding, (V,), where it has one; it counts with the residual.
     """
 
     weights: torch.Tensor
     senses: torch.Tensor
     logits: torch.Tensor
     embeddings: torch.Tensor
+    residual: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
 
     def contributions(self, target: int, contrast: int | None = None) -> torch.Tensor:
         """The share of each (token, sense) in the target's logit, or in its log-odds to the contrast, (T, k).
 
+        Of a sense lens (T + 1, k): the last row begins with the residual's share and is zero otherwise.
+
         Raises ValueError if one of the two is no row of the vocabulary.
         """
-        direction = self.embeddings[self._row(target)].float()
-        if contrast is not None:
-            direction = direction - self.embeddings[self._row(contrast)].float()
-        return self.weights.float() * (self.senses.float() @ direction)
+        direction = self._difference(self.embeddings, target, contrast)
+        shares = self.weights.float() * (self.senses.float() @ direction)
+        if self.residual is None:
+            return shares
+        rest = shares.new_zeros(1, shares.shape[1])
+        rest[0, 0] = self.residual.float() @ direction
+        if self.bias is not None:
+            rest[0, 0] += self._difference(self.bias, target, contrast)
+        return torch.cat([shares, rest])
 
     def total(self, target: int, contrast: int | None = None) -> float:
         """What the contributions should sum to: the model's own logit, or log-odds in nats."""
@@ -47,6 +58,11 @@ class Reading:
     def log_probs(self) -> torch.Tensor:
         """Log-probabilities of the next token in nats, (V,)."""
         return self.logits.float().log_softmax(-1)
+
+    def _difference(self, table: torch.Tensor, target: int, contrast: int | None) -> torch.Tensor:
+        """The target's row of a table less the contrast's, if there is one."""
+        row = table[self._row(target)].float()
+        return row if contrast is None else row - table[self._row(contrast)].float()
 
     def _row(self, token: int) -> int:
         if not 0 <= token < len(self.embeddings):
@@ -60,7 +76,7 @@ def read(model, input_ids, position: int = -1) -> Reading:
 
     input_ids: (T,) or (1, T). position: whose next token is predicted; negative ones count from the end.
 
-    Raises ValueError for an empty text or several, a position outside the text, or a model that is no Backpack.
+    Raises ValueError for an empty text or several, a position outside the text, or a model without senses.
     """
     require_senses(model)
     ids = torch.as_tensor(input_ids)
@@ -77,16 +93,22 @@ def read(model, input_ids, position: int = -1) -> Reading:
     ids = ids.to(model.device)[: position % len(ids) + 1]  # what comes after a position does not reach it
     whole = torch.ones_like(ids)[None]  # said openly, since transformers takes the end of text for padding
     out = model(ids[None], attention_mask=whole, output_senses=True, use_cache=False, logits_to_keep=1)
+    head, scale = model.get_output_embeddings(), getattr(model, "logit_scale", 1.0)
+    bias = getattr(head, "bias", None)
     return Reading(
         weights=out.contextualization[0, :, -1].T,
         senses=out.senses[0].transpose(0, 1),
         logits=out.logits[0, -1],
-        embeddings=model.get_output_embeddings().weight.detach(),
+        embeddings=head.weight.detach() if scale == 1 else head.weight.detach() * scale,
+        residual=out.residual[0, -1] if "residual" in out else None,
+        bias=None if bias is None else bias.detach() * scale,
     )
 
 
 def attribute(model, input_ids, target: int, contrast: int | None = None, position: int = -1) -> torch.Tensor:
     """The contribution of each sense of each token to a logit, or to log-odds, at a position; (T, k).
+
+    Of a sense lens (T + 1, k), with a row for the residual; see `Reading.contributions`.
 
     They sum to the model's own logit of `target`, or to log p(target) - log p(contrast), up to rounding.
     Takes one forward pass and T k products of width d, whatever the size of the vocabulary.

@@ -210,7 +210,7 @@ class SenseEdits:
                 senses = edit(token_ids, senses)
             return senses
 
-        with hooked(model.backpack.patches, patch):
+        with hooked(model.patches, patch):
             yield model
 
     # ------------------------------------------------------------ saving and loading
@@ -350,9 +350,8 @@ def vocabulary_fingerprint(tokenizer) -> str:
 def probe(model) -> torch.Tensor:
     """The lengths of the unedited senses of a few tokens, by which a model is recognised, (`PROBES`, k)."""
     require_senses(model)
-    backpack = model.backpack
     ids = torch.linspace(0, model.config.vocab_size - 1, PROBES, device=model.device).long()
-    return backpack.sense_network(backpack.gpt2_model.wte(ids)).float().norm(dim=-1).cpu()
+    return model.sense_vectors(ids, patched=False).float().norm(dim=-1).cpu()
 
 
 def check_fit(model, expected: torch.Tensor, name: str = "These edits"):

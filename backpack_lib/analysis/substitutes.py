@@ -15,8 +15,8 @@ from backpack_lib.text.writing import ids_of_text
 
 
 def contributions_of_tokens(model, ids: list[int], a: int, b: int) -> torch.Tensor:
-    """The exact contribution of each token to the log-odds of a to b in a Backpack, summed over its senses, (T,)."""
-    return read(model, ids).contributions(a, b).sum(1)
+    """The exact contribution of each token to the log-odds of a to b, summed over its senses, (T,)."""
+    return read(model, ids).contributions(a, b).sum(1)[: len(ids)]
 
 
 def weights_of_tokens(model, ids: list[int]) -> torch.Tensor:

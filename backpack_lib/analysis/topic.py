@@ -181,11 +181,11 @@ class TopicControl:
             yield self.model
             return
         if not self.annealing:
-            with hooked(self.model.backpack.patches, self.patch):
+            with hooked(self.model.patches, self.patch):
                 yield self.model
             return
         annealing = Annealing(self.model, self.factors_of, max(self.deltas) / GREATEST_RELEASE)
-        with hooked(self.model.backpack.weight_hooks, annealing):
+        with hooked(self.model.weight_hooks, annealing):
             yield self.model
 
     def generate(self, prompts: list[str], max_new_tokens: int = 100, seed: int = 0, **settings) -> list[str]:
@@ -290,8 +290,7 @@ def _evenly(ids: torch.Tensor, n: int) -> torch.Tensor:
 
 def own_senses(model, ids: torch.Tensor) -> torch.Tensor:
     """Sense vectors as the model has them, without what edits and control do to them. (n,) -> (n, k, d)"""
-    backpack = model.backpack
-    return backpack.sense_network(backpack.get_input_embeddings()(ids))
+    return model.sense_vectors(ids, patched=False)
 
 
 def released(said: torch.Tensor, factors: torch.Tensor, rate: float, positions: torch.Tensor) -> torch.Tensor:

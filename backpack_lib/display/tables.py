@@ -20,6 +20,7 @@ from backpack_lib.text.words import spell, spell_text
 
 UP, DOWN = "1, 115, 178", "222, 143, 5"  # of seaborn's colour-blind-safe palette
 DEEPEST = 0.6  # opacity of the largest value's colour
+RESIDUAL = "residual"  # the row of what no sense contributes
 
 
 # ---------------------------------------------------------------- tables
@@ -77,6 +78,7 @@ def word_lists(tokenizer, rows: torch.Tensor) -> list[str]:
 def by_token(tokenizer, input_ids, values: torch.Tensor) -> pd.DataFrame:
     """Contributions or weights, (T, k), as a table: a row for each token of the text, a column for each sense."""
     names = [f"{position} {name}" for position, name in enumerate(spell_text(tokenizer, input_ids[: len(values)]))]
+    names += [RESIDUAL] * (len(values) - len(names))  # of a sense lens
     return pd.DataFrame(values.cpu().numpy(), index=pd.Index(names, name="token")).rename_axis(columns="sense")
 
 
@@ -242,7 +244,7 @@ def reading_html(tokenizer, input_ids, reading, target: int, contrast: int | Non
     shown = condensed(by_token(tokenizer, input_ids, reading.weights) if what == "weights" else table)
     watched = [target] if contrast is None else [target, contrast]
     parts = [
-        colored_tokens(tokenizer, input_ids, contributions.sum(1)),
+        colored_tokens(tokenizer, input_ids, contributions.sum(1)[: len(reading.weights)]),
         f"<p>{escape(sentence)}</p>",
         shaded(shown, caption=f"{what}: tokens and senses").to_html(),
         shaded(largest(table), caption="largest contributions").to_html(),

@@ -276,13 +276,14 @@ class BackpackModel(BackpackPreTrainedModel):
     def set_input_embeddings(self, embeddings):
         self.gpt2_model.wte = embeddings
 
-    def sense_vectors(self, token_ids, embeddings=None):
+    def sense_vectors(self, token_ids, embeddings=None, patched=True):
         """Sense vectors of each token, without any context. (n,) -> (n, k, d)
 
         embeddings: the tokens' rows of the input embedding, (n, d), if they are at hand.
+        patched: under the active edits.
         """
         senses = self.sense_network(self.gpt2_model.wte(token_ids) if embeddings is None else embeddings)
-        for patch in self.patches:
+        for patch in self.patches if patched else []:
             senses = patch(token_ids, senses)
         return senses
 
@@ -414,9 +415,17 @@ class BackpackLMHeadModel(BackpackPreTrainedModel, GenerationMixin):
         self.loss_type = "ForCausalLM"
         self.post_init()
 
-    def sense_vectors(self, token_ids):
-        """Sense vectors of each token, without any context. (n,) -> (n, k, d)"""
-        return self.backpack.sense_vectors(token_ids)
+    @property
+    def patches(self) -> list:
+        return self.backpack.patches
+
+    @property
+    def weight_hooks(self) -> list:
+        return self.backpack.weight_hooks
+
+    def sense_vectors(self, token_ids, patched=True):
+        """Sense vectors of each token, without any context. (n,) -> (n, k, d). patched: under the active edits."""
+        return self.backpack.sense_vectors(token_ids, patched=patched)
 
     @can_return_tuple
     def forward(

@@ -305,7 +305,7 @@ class SenseLens(PreTrainedModel, GenerationMixin):
                 hook.remove()
 
     def _edited(self, input_ids, attention_mask, outputs, output_senses, seen):
-        """The last state under the active edits: what the base says, less what senses said, plus what they say now."""
+        """The base's last state, less what senses say without edits, plus what they say with them."""
         h, cache = outputs.last_hidden_state, outputs.get(CACHE)
         queries, keys = self.queries_and_keys(torch.cat([h, outputs.hidden_states[self.config.middle_layer]], -1))
         ids = input_ids
@@ -321,13 +321,14 @@ class SenseLens(PreTrainedModel, GenerationMixin):
         if n_new == n_all and not (output_senses or self.weight_hooks):
             return h + mix_senses(queries, keys, new - old, inverse, allowed).to(h)
         alpha = contextualize(queries, keys, allowed)
-        said, senses = weighted_sum(alpha, at_positions(old, inverse)), at_positions(new, inverse)
+        before, senses = weighted_sum(alpha, at_positions(old, inverse)), at_positions(new, inverse)
         for hook in self.weight_hooks:
             alpha = hook(alpha, senses, input_ids, attention_mask)
-        residual = h - said.to(h)
         if output_senses:
-            seen.update(contextualization=alpha, senses=senses, residual=residual)
-        return residual + weighted_sum(alpha, senses).to(h)
+            seen.update(contextualization=alpha, senses=senses, residual=h - before.to(h))
+        if not (self.patches or self.weight_hooks):
+            return h
+        return h + (weighted_sum(alpha, senses) - before).to(h)
 
     def _remember(self, cache, keys, input_ids):
         """Keys and token ids of the text so far, which a layer of the base's cache keeps beside the base's own.
