@@ -45,3 +45,13 @@ def _ask(address: str, _when: int) -> bool:
     asking.start()
     asking.join(PATIENCE)
     return bool(answers)
+
+
+def local_first(load, name, **settings):
+    """What `load`, a `from_pretrained`, makes of a name: of a folder, of the hub's cache here, or of the hub."""
+    try:
+        return load(name, local_files_only=True, **settings)
+    except (OSError, ValueError):
+        if Path(name).exists():
+            raise
+        return load(name, **settings)

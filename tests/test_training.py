@@ -2,19 +2,16 @@
 
 import os
 import re
-import subprocess
-import warnings
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import RESULTS, ROOT, assert_same_weights, command, run_command
+from helpers import RESULTS, assert_same_weights, run_command
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from backpack_lib import BackpackLMHeadModel, load, train
-from backpack_lib.training import build
 from backpack_lib.training import loss as loss_module
 from backpack_lib.training.build import make_model, make_optimizers
 from backpack_lib.training.checkpoints import RunFolder
@@ -99,32 +96,6 @@ def test_a_run_with_muon_learns_and_resumes_exactly(tiny, architecture, monkeypa
     monkeypatch.undo()
     train(config)
     assert_same_weights(config.out, config.out + "-whole")
-
-
-@pytest.mark.parametrize(
-    "asked, named",
-    [
-        ({"precision": "bf16"}, "precision='bf16',"),
-        ({"precision": "fp32", "optimizer": "muon"}, "optimizer='muon' (which computes in bf16),"),
-        ({"precision": "bf16", "optimizer": "muon"}, "precision='bf16' and optimizer='muon'"),
-        ({"precision": "fp32"}, None),
-    ],
-)
-@pytest.mark.parametrize("slowness", [0.5, 21.0])
-def test_a_cpu_that_only_imitates_bf16_is_warned_of(tiny, asked, named, slowness, monkeypatch):
-    monkeypatch.setattr(build, "slowness_of_bf16", lambda: slowness)
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        build.warn_of_slow_bf16(replace(tiny, device="cpu", **asked))
-    expected = [named] if named and slowness > 3 else []
-    assert len(warned) == len(expected)
-    for warning, words in zip(warned, expected):
-        assert words in str(warning.message) and "takes 21 times as long" in str(warning.message)
-
-
-def test_the_slowness_of_bf16_is_a_ratio_of_times():
-    # What it is depends on the machine; imitated, a product of this size takes up to 50 times as long.
-    assert 0.05 < build.slowness_of_bf16() < 500
 
 
 def save_then_stop_at(save, step):
@@ -231,36 +202,6 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_checkpoint(
     assert_same_weights(tiny.out, whole.out)
 
 
-def test_no_space_is_an_error_before_the_first_step(tiny, monkeypatch):
-    import shutil
-
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    with pytest.raises(OSError, match="needs about .* MB for its checkpoints.*0 MB left"):
-        train(tiny)
-    assert not [name for name in os.listdir(tiny.out) if name.startswith("checkpoint")]
-
-
-def test_a_disk_that_fills_up_leaves_the_last_whole_checkpoint(tiny):
-    """A limit on file sizes stands for the full disk: the optimiser's state no longer fits."""
-    config = replace(tiny, n_embd=64, n_head=2, steps=6)
-    limited = [
-        "-c",
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000)); sys.argv[0] = 'train';"
-        "import runpy; runpy.run_module('backpack_lib.training', run_name='__main__')",
-    ]
-    cmd = command(config)
-    result = subprocess.run([cmd[0], *limited, *cmd[3:]], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 1, result.stderr
-    assert "The checkpoint of step 2 could not be written" in result.stderr.splitlines()[-1]
-    assert not [name for name in os.listdir(config.out) if name.startswith("checkpoint")]
-
-
-def test_an_unwritable_folder_is_one_sentence(tiny, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="cannot be written.*choose another `out`"):
-        train(replace(tiny, out=str(tmp_path / "file" / "run")))
-
-
 @pytest.mark.parametrize(
     "changes, words",
     [
@@ -272,7 +213,7 @@ def test_an_unwritable_folder_is_one_sentence(tiny, tmp_path):
         (dict(device="tpu"), "device='tpu' is unknown"),
         (dict(steps=0), "steps=0 is out of range"),
         (dict(batch_size=-1), "batch_size=-1 is out of range"),
-        (dict(block_size=1), "block_size=1 is too short"),
+        (dict(block_size=1), "block_size=1 is out of range; it must be at least 2"),
         (dict(learning_rate=float("nan")), "learning_rate=nan is out of range"),
         (dict(dropout=1.0), "dropout=1.0 is out of range"),
         (dict(weight_decay=-0.1), "weight_decay=-0.1 is out of range"),
@@ -297,7 +238,7 @@ def test_settings_that_do_not_fit_are_one_sentence(tiny, changes, words):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_is_one_sentence(tiny):
-    with pytest.raises(ValueError, match="device='cuda' needs a CUDA GPU"):
+    with pytest.raises(ValueError, match="device='cuda' needs a GPU that is not here"):
         train(replace(tiny, device="cuda"))
 
 
@@ -342,8 +283,8 @@ def test_a_name_without_a_model_is_one_sentence(name, words, tmp_path, monkeypat
 
 
 def test_a_model_of_another_kind_is_one_sentence(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ValueError, match="type 'bert'; this suite reads backpack and gpt2"):
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(ValueError, match="type 't5', which is no causal language model"):
         load(tmp_path)
 
 

@@ -4,10 +4,9 @@ import ctypes
 import os
 import re
 import sys
-import timeit
 import warnings
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -29,7 +28,6 @@ HIDDEN_MATRIX = re.compile(r"\.(attn|mlp)\.c_\w+\.weight$|final_mlp\.c_fc\.weigh
 # Rows of a large vocabulary are a multiple of this, as a GPU's products want them; a small one would gain nothing.
 VOCABULARY_MULTIPLE, LARGE_VOCABULARY = 64, 10_000
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-SLOW = 3  # times as long as float32, from which on bf16 is worth a warning
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
@@ -70,35 +68,6 @@ def keep_freed_memory():
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 2**25)  # its upper bound
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-@cache
-def slowness_of_bf16(width: int = 512, times: int = 3) -> float:
-    """How many times as long a product of matrices takes on this CPU in bf16 as in float32.
-
-    Below 1 where it has instructions for bf16; about 20 where AVX2 is its best.
-    """
-
-    def seconds(dtype):
-        matrix = torch.ones(width, width, dtype=dtype)
-        return min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=times))
-
-    return seconds(torch.bfloat16) / seconds(torch.float32)
-
-
-def warn_of_slow_bf16(config: TrainingConfig):
-    """Says so if a CPU is asked for bf16 but only imitates it. Muon always takes its products in bf16."""
-    asked = {
-        "precision='bf16'": config.resolved_precision() == "bf16",
-        "optimizer='muon' (which computes in bf16)": config.optimizer == "muon",
-    }
-    named = " and ".join(name for name, is_asked in asked.items() if is_asked)
-    if named and slowness_of_bf16() > SLOW:
-        warnings.warn(
-            f"You asked for {named}, but on this CPU a product in bf16 takes {slowness_of_bf16():.0f} "
-            "times as long as in fp32; precision='fp32' with optimizer='adamw' is likely faster.",
-            stacklevel=2,
-        )
 
 
 def prepare_blocks(config: TrainingConfig):
@@ -168,14 +137,14 @@ def make_lens(config: TrainingConfig) -> SenseLens:
     return SenseLens(SenseLensConfig.of_base(base, name, num_senses=config.num_senses), base)
 
 
-def make_loss(model, config: TrainingConfig, blocks, folder: RunFolder, quiet: bool):
+def make_loss(model, config: TrainingConfig, blocks, folder: RunFolder):
     """The loss that a run trains by; a new lens is also given its start."""
     if not isinstance(model, SenseLens):
         return LanguageModelLoss(model)
     states = KeptStates(model, folder.path / "states", config.states_gb * 1e9)
     counts = count_tokens(blocks.train, model.config.vocab_size)
     if not folder.checkpoints():
-        start(model, states, blocks.train, counts, blocks.tokenizer.eos_token_id, quiet)
+        start(model, states, blocks.train, counts, blocks.tokenizer.eos_token_id)
     return LensLoss(model, states, counts)
 
 

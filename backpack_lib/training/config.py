@@ -9,7 +9,6 @@ import torch
 
 from backpack_lib.loading import DEVICES, pick_device
 from backpack_lib.model.backpack import check_sizes
-from backpack_lib.text.corpora import check_valid_fraction
 
 ARCHITECTURES = ("backpack", "transformer")  # trained from nothing; a lens is trained on a model
 LENS = "lens"
@@ -17,6 +16,7 @@ SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_
 OPTIMIZERS = ("adamw", "muon")
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
+AUTO = -1
 CHOICES = {
     "architecture": (*ARCHITECTURES, LENS),
     "schedule": tuple(SCHEDULES),
@@ -24,13 +24,22 @@ CHOICES = {
     "precision": ("auto", *PRECISIONS),
     "device": DEVICES,
 }
-AT_LEAST_ONE = (
-    *("n_layer", "n_head", "n_embd", "num_senses", "vocab_size", "batch_size", "accumulate"),
-    *("steps", "eval_every", "save_every", "eval_blocks"),
-)
+RANGES = {  # lowest and highest
+    **dict.fromkeys(("n_layer", "n_head", "n_embd", "num_senses", "vocab_size", "batch_size"), (1, math.inf)),
+    **dict.fromkeys(("accumulate", "steps", "eval_every", "save_every", "eval_blocks"), (1, math.inf)),
+    **dict.fromkeys(("max_blocks", "warmup", "states_gb"), (0, math.inf)),
+    "block_size": (2, math.inf),  # a token needs one before it
+    "learning_rate": (1e-12, 1e3),
+    "clip": (1e-12, 1e12),
+    "dropout": (0, 0.99),
+    "weight_decay": (0, 1e3),
+    "decay": (0, 1),
+    "valid_fraction": (1e-9, 0.5),
+    "workers": (AUTO, math.inf),
+    "seed": (0, 2**32 - 1),
+}
 # What may change between a run's start and its resumption without changing its result.
 HOW_NOT_WHAT = ("out", "device", "compile", "save_every", "keep_models", "workers", "states_gb")
-AUTO = -1
 
 
 def option(default, help: str):
@@ -89,47 +98,49 @@ class TrainingConfig:
         self.out = str(self.out)
         if self.lens_of:
             self.architecture = LENS
-        elif self.architecture == LENS:
-            raise ValueError("architecture='lens' needs a Transformer to train on; name it by lens_of.")
-        if not str(self.corpus).strip():
-            raise ValueError("The corpus is empty; give 'planted', text files, or a data set of the Hugging Face hub.")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}.")
-        for name in AT_LEAST_ONE:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is out of range; it must be at least 1.")
-        if self.workers < AUTO:
-            raise ValueError(f"workers={self.workers} is out of range; it must be at least 0, or {AUTO}.")
-        if self.block_size < 2:
-            raise ValueError(f"block_size={self.block_size} is too short; a token needs one before it: at least 2.")
-        for name in ("learning_rate", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} is out of range; it must be above 0 and finite.")
-        check_valid_fraction(self.valid_fraction)
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed} is out of range; it must be between 0 and 2**32 - 1.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} is out of range; it must be at least 0 and below 1.")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay={self.weight_decay} is out of range; it must be at least 0.")
-        if self.optimizer == "muon" and self.precision == "fp16":
-            raise ValueError(
-                "optimizer='muon' does not go with precision='fp16', whose gradients would be unscaled twice; "
-                "choose 'bf16' or 'fp32', or 'adamw'."
-            )
-        if not 0 <= self.warmup <= self.steps:
-            raise ValueError(f"warmup={self.warmup} is out of range; it must be between 0 and steps={self.steps}.")
-        if not 0 <= self.decay <= 1:
-            raise ValueError(f"decay={self.decay} is out of range; it must be between 0 and 1.")
-        if self.schedule == "wsd" and self.warmup > round(self.steps * (1 - self.decay)):
-            raise ValueError(
-                f"warmup={self.warmup} of steps={self.steps} leave no room for decay={self.decay}; lower one of them."
-            )
-        if self.lens_of and (self.init_from or self.tokenizer or self.streaming):
-            raise ValueError("A lens takes all from its base; give lens_of without init_from, tokenizer and streaming.")
-        if self.init_from is None and self.lens_of is None:
+        for name, (low, high) in RANGES.items():
+            if not low <= getattr(self, name) <= high:
+                allowed = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+                raise ValueError(f"{name}={getattr(self, name)} is out of range; it must be {allowed}.")
+        for wrong, sentence in self.contradictions():
+            if wrong:
+                raise ValueError(sentence)
+        if not (self.init_from or self.lens_of):
             check_sizes(self.n_embd, self.n_head, self.num_senses if self.architecture == "backpack" else 1)
+
+    def contradictions(self) -> list[tuple[bool, str]]:
+        """Whether settings contradict each other, and what to say of it."""
+        return [
+            (
+                not str(self.corpus).strip(),
+                "The corpus is empty; give 'planted', text files, or a data set of the Hugging Face hub.",
+            ),
+            (
+                self.architecture == LENS and not self.lens_of,
+                f"architecture={LENS!r} needs a Transformer to train on; name it by lens_of.",
+            ),
+            (
+                bool(self.lens_of and (self.init_from or self.tokenizer or self.streaming)),
+                "A lens takes its tokenizer and its start from its base; give lens_of without init_from, tokenizer "
+                "and streaming.",
+            ),
+            (
+                self.optimizer == "muon" and self.precision == "fp16",
+                "optimizer='muon' does not go with precision='fp16', whose gradients would be unscaled twice; "
+                "choose 'bf16' or 'fp32', or 'adamw'.",
+            ),
+            (
+                self.warmup > self.steps,
+                f"warmup={self.warmup} is out of range; it must be at most steps={self.steps}.",
+            ),
+            (
+                self.schedule == "wsd" and self.warmup > round(self.steps * (1 - self.decay)),
+                f"warmup={self.warmup} of steps={self.steps} leave no room for decay={self.decay}; lower one of them.",
+            ),
+        ]
 
     def resolved_precision(self) -> str:
         """The precision itself where "auto" was asked for: bf16 on a GPU that computes in it, else fp32."""

@@ -112,14 +112,14 @@ def ids_of_rows(rows, most: int) -> torch.Tensor:
     return torch.from_numpy(rows[:]["input_ids"].astype(np.int64))
 
 
-def start(lens: SenseLens, states: KeptStates, rows, counts: torch.Tensor, separator: int, quiet: bool):
+def start(lens: SenseLens, states: KeptStates, rows, counts: torch.Tensor, separator: int):
     """Gives a new lens the means of its base's states, and senses that sum to the state of their token alone.
 
     separator: the token id that a text begins with.
     """
     d = lens.config.n_embd
     sample = ids_of_rows(rows, SAMPLE_BLOCKS).to(lens.device)
-    of_sample = torch.cat([states(batch) for batch in tqdm(sample.split(8), "states", disable=quiet)]).flatten(0, 1)
+    of_sample = torch.cat([states(batch) for batch in tqdm(sample.split(8), "states", leave=False)]).flatten(0, 1)
     lens.state_mean.copy_(of_sample.mean(0))
     lens.state_std.copy_(of_sample.std(0))
     lens.constant.copy_(of_sample[:, :d].mean(0))
@@ -127,11 +127,11 @@ def start(lens: SenseLens, states: KeptStates, rows, counts: torch.Tensor, separ
     tokens = counts.argsort(descending=True)[: min(START_TOKENS, int((counts > 0).sum()))].to(lens.device)
     pairs = torch.stack([torch.full_like(tokens, separator), tokens], 1)
     with torch.no_grad():
-        alone = torch.cat([lens.states(part)[:, 1, :d] for part in tqdm(pairs.split(256), "tokens alone", disable=quiet)])
+        alone = torch.cat([lens.states(part)[:, 1, :d] for part in tqdm(pairs.split(256), "tokens alone", leave=False)])
     scale, target = lens.state_std[:d], alone - lens.constant
     optimizer = torch.optim.AdamW(lens.sense_network.parameters(), lr=START_RATE, betas=(0.9, 0.95))
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, START_STEPS)
-    for _ in tqdm(range(START_STEPS), "regression", disable=quiet):
+    for _ in tqdm(range(START_STEPS), "regression", leave=False):
         chosen = torch.randint(len(tokens), (START_BATCH,), device=tokens.device)
         senses = lens.sense_vectors(tokens[chosen])
         # The second term keeps senses small, so that they sum to the state instead of cancelling each other.

@@ -1,4 +1,4 @@
-"""The training loop: one process or many, CPU or GPU, a Backpack or the Transformer of the same trunk.
+"""The training loop: one process or many, CPU or GPU, a Backpack, the Transformer of the same trunk, or a lens.
 
     history = train(TrainingConfig(corpus="planted", out="runs/first", steps=500))
 
@@ -14,19 +14,19 @@ What is notable:
 - The order of the data is a function of the seed and the step alone (`batches.py`). So a run that
   was stopped, even killed, resumes with the same command and ends with the very weights it would
   have had, and the number of processes changes the speed only.
-- A checkpoint is a folder that is renamed into place once it is whole (`checkpoints.py`).
+- A checkpoint is a folder that is renamed into place once it is whole (`checkpoints.py`), and none is written of
+  numbers that are not finite.
 """
 
 import contextlib
 import math
 import os
-import signal
-import threading
 import time
 from itertools import islice
 
 import torch
 from accelerate.utils import set_seed
+from tqdm.auto import tqdm
 
 from backpack_lib.files import locked_folder
 from backpack_lib.training.batches import Batch, make_batch
@@ -39,11 +39,9 @@ from backpack_lib.training.build import (
     make_optimizers,
     make_scheduler,
     prepare_blocks,
-    warn_of_slow_bf16,
 )
 from backpack_lib.training.checkpoints import RunFolder
 from backpack_lib.training.config import TrainingConfig
-from backpack_lib.training.progress import make_progress
 
 CHECK_EVERY = 20  # steps between looks at the losses; each look makes a GPU wait
 
@@ -57,9 +55,8 @@ def train(config: TrainingConfig, blocks=None):
 
     blocks: `corpora.Blocks` to train on; None prepares `config.corpus`.
 
-    Raises ValueError for settings or data that do not fit or if another process is training into `out`, OSError if
-    `out` cannot hold the run, FloatingPointError if the loss is not finite, and KeyboardInterrupt, once all is saved,
-    if interrupted.
+    Raises ValueError for settings or data that do not fit or if another process is training into `out`, and
+    FloatingPointError if the loss or a weight is not finite.
     """
     folder = RunFolder(config)
     if not folder.is_finished():
@@ -78,14 +75,11 @@ class Run:
         self.accelerator = make_accelerator(config)
         if self.accelerator.device.type == "cpu":
             keep_freed_memory()
-            warn_of_slow_bf16(config)
         with self.accelerator.local_main_process_first():
             self.blocks = blocks or prepare_blocks(config)
         set_seed(config.seed)
-        model = make_model(config, self.blocks.tokenizer)
-        folder.check_space(model)
-        model.to(self.accelerator.device)
-        loss = make_loss(model, config, self.blocks, folder, not self.accelerator.is_main_process)
+        model = make_model(config, self.blocks.tokenizer).to(self.accelerator.device)
+        loss = make_loss(model, config, self.blocks, folder)
         if config.compile:
             loss.compile()
         optimizers = make_optimizers(model, config, self.accelerator.device)
@@ -99,30 +93,37 @@ class Run:
         self.history: list[dict] = []
         self.losses: list[float] = []  # of each step since the last row of the history
         self.unread: list[torch.Tensor] = []  # the same, still on the device
+        self.seconds = 0.0  # of training since then
+        if self.accelerator.is_main_process:
+            folder.claim()
         self.resume()
 
     def to_the_end(self):
-        config, clock = self.config, Clock(self.tokens())
-        with Interrupts() as interrupts, make_progress(self, self.accelerator.is_main_process) as progress:
-            for step in islice(self.batches.steps_from(self.step), config.steps - self.step):
+        config, main = self.config, self.accelerator.is_main_process
+        steps = islice(self.batches.steps_from(self.step), config.steps - self.step)
+        with tqdm(
+            total=config.steps, initial=self.step, desc=config.architecture, unit="step", leave=False, disable=not main
+        ) as bar:
+            for step in steps:
+                start = time.perf_counter()
                 self.train_one_step(step)
                 last = self.step == config.steps
-                evaluating, saving = (last or self.step % n == 0 for n in (config.eval_every, config.save_every))
-                stopping = self.any_process(interrupts.seen)
-                if evaluating or saving or stopping or self.step % CHECK_EVERY == 0:
+                evaluating = last or self.step % config.eval_every == 0
+                saving = last or self.step % config.save_every == 0
+                if evaluating or saving or self.step % CHECK_EVERY == 0:
                     self.read_losses()
-                progress.step()
-                with clock.paused():
-                    if evaluating:
-                        self.add_row(clock)
-                        progress.row()
-                        if self.accelerator.is_main_process:
-                            self.folder.write_history(self.history)
-                    if saving or stopping:
-                        self.save()
-                if stopping:
-                    raise KeyboardInterrupt(f"Stopped after step {self.step}, which is saved; the same call resumes.")
-        self.finish()
+                self.seconds += time.perf_counter() - start
+                bar.update()
+                if evaluating or saving:
+                    self.check_weights()
+                if evaluating:
+                    self.add_row()
+                    bar.set_postfix(valid_loss=f"{self.history[-1]['valid_loss']:.3f}")
+                if saving:
+                    self.save()
+        self.write_model("model")
+        if main:
+            self.folder.finish()
 
     def train_one_step(self, step: list[Batch]):
         """One optimiser step on `accumulate` batches. Nothing in it has a GPU waited for."""
@@ -162,72 +163,73 @@ class Run:
         nats, count = self.accelerator.reduce(total, "sum").tolist()
         return nats / count
 
+    def add_row(self):
+        """Adds a row to the history, and writes it."""
+        tokens = self.step * self.sequences_per_step * self.config.block_size
+        row = {
+            "step": self.step,
+            "tokens": tokens,
+            "train_loss": sum(self.losses) / len(self.losses),
+            "valid_loss": self.evaluate(),
+            "learning_rate": self.schedulers[0].get_last_lr()[0],
+            "tokens_per_second": len(self.losses) * tokens / self.step / self.seconds,
+        }
+        self.history.append(row if self.blocks.floor is None else row | {"floor": self.blocks.floor})
+        self.losses, self.seconds = [], 0.0
+        if self.accelerator.is_main_process:
+            self.folder.write_history(self.history)
+
+    # ------------------------------------------------------------ nothing that is not finite is kept
+
     def read_losses(self):
         """Brings the losses of the latest steps over from the device, the mean over processes.
 
         Raises FloatingPointError if one of them is not finite.
         """
         fresh = self.accelerator.reduce(torch.stack(self.unread), "mean").tolist() if self.unread else []
-        first = self.step - len(fresh) + 1
-        for step, loss in enumerate(fresh, start=first):
+        for step, loss in enumerate(fresh, start=self.step - len(fresh) + 1):
             if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"The loss of step {step} is {loss}; try a lower learning_rate (now {self.config.learning_rate}). "
-                    f"{self.folder.last_checkpoint()}"
-                )
+                self.stop(f"The loss of step {step} is {loss}")
         self.losses += fresh
         self.unread = []
 
-    def tokens(self) -> int:
-        """How many tokens the run has seen so far."""
-        return self.step * self.sequences_per_step * self.config.block_size
+    def check_weights(self):
+        """Raises FloatingPointError if a weight is not finite: the last step's, which no loss has seen yet."""
+        finite = torch.stack([parameter.detach().isfinite().all() for parameter in self.loss.parameters()]).all()
+        if self.accelerator.reduce((~finite).float(), "sum").item():
+            self.stop(f"After step {self.step} a weight is not finite")
 
-    def add_row(self, clock: "Clock"):
-        row = {
-            "step": self.step,
-            "tokens": self.tokens(),
-            "train_loss": sum(self.losses) / len(self.losses),
-            "valid_loss": self.evaluate(),
-            "learning_rate": self.schedulers[0].get_last_lr()[0],
-            "tokens_per_second": clock.rate(self.tokens()),
-        }
-        self.history.append(row if self.blocks.floor is None else row | {"floor": self.blocks.floor})
-        self.losses = []
+    def stop(self, reason: str):
+        raise FloatingPointError(
+            f"{reason}; resume with a smaller learning_rate (now {self.config.learning_rate}) in another `out`. "
+            f"{self.folder.last_checkpoint()}"
+        )
 
-    def any_process(self, mine: bool) -> bool:
-        """Whether any process says so. Asked of the others now and then only, since each asking makes all wait."""
-        if self.accelerator.num_processes == 1:
-            return mine
-        if self.step % CHECK_EVERY:
-            return False
-        said = torch.tensor(float(mine), device=self.accelerator.device)
-        return self.accelerator.reduce(said, "sum").item() > 0
+    # ------------------------------------------------------------ saving and resuming
 
     def save(self):
         progress = {
             "step": self.step,
             "history": self.history,
             "losses": self.losses,
+            "seconds": self.seconds,
             "sequences_per_step": self.sequences_per_step,
             "text": self.blocks.fingerprint,
             "stream": self.batches.state_dict(),
         }
         self.folder.save(self.accelerator, progress)
         if self.config.keep_models:
-            self.write_model(lambda *model: self.folder.write_model(f"model-{self.step:08d}", *model))
+            self.write_model(f"model-{self.step:08d}")
 
-    def finish(self):
-        self.write_model(self.folder.finish)
-
-    def write_model(self, write):
-        """Has the first process write the model, its weights and its tokenizer, by a function of these three."""
+    def write_model(self, name: str):
+        """Has the first process write the model and its tokenizer into a folder of the run."""
         whole = self.accelerator.get_state_dict(self.loss)  # gathered from all processes, if it is divided among them
         if self.accelerator.is_main_process:
             model = self.accelerator.unwrap_model(self.loss).model
-            weights = {name.removeprefix("model."): tensor for name, tensor in whole.items()}
+            weights = {key.removeprefix("model."): tensor for key, tensor in whole.items()}
             for tied in model.all_tied_weights_keys:
                 weights.pop(tied, None)
-            write(model, weights, self.blocks.tokenizer)
+            self.folder.write_model(name, model, weights, self.blocks.tokenizer)
         self.accelerator.wait_for_everyone()
 
     def resume(self):
@@ -240,48 +242,6 @@ class Run:
                     f"{self.config.out!r} holds a run with {name}={progress[name]}, which is now {now}; "
                     "resume with the same text and number of processes, or choose another `out`."
                 )
-        self.step, self.history, self.losses = progress["step"], progress["history"], progress["losses"]
+        self.step, self.history = progress["step"], progress["history"]
+        self.losses, self.seconds = progress["losses"], progress["seconds"]
         self.batches.load_state_dict(progress["stream"])
-
-
-# ---------------------------------------------------------------- the parts of a run
-
-
-class Clock:
-    """Measures tokens per second of training, without the time that evaluation and saving take."""
-
-    def __init__(self, tokens: int):
-        self.tokens, self.seconds, self.running_since = tokens, 0.0, time.perf_counter()
-
-    @contextlib.contextmanager
-    def paused(self):
-        self.seconds += time.perf_counter() - self.running_since
-        yield
-        self.running_since = time.perf_counter()
-
-    def rate(self, tokens: int) -> float:
-        """Tokens per second since the last call, from within a pause; `tokens` counts from the run's start."""
-        rate = (tokens - self.tokens) / self.seconds
-        self.tokens, self.seconds = tokens, 0.0
-        return rate
-
-
-class Interrupts:
-    """While active, Ctrl-C and SIGTERM are noted instead of breaking into the middle of a step."""
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __enter__(self):
-        self.seen = False
-        self.before = {}
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            self.before = {number: signal.signal(number, self._note) or signal.SIG_DFL for number in self.SIGNALS}
-        return self
-
-    def _note(self, number, frame):
-        self.seen = True
-        signal.signal(number, self.before[number])  # a second one breaks in at once
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
