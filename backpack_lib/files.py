@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -43,25 +45,9 @@ def runs_folder() -> Path:
     return Path(os.environ.get("BACKPACK_RUNS", project_folder() / "runs"))
 
 
-def home_folder() -> Path:
-    """The home folder, or `.home` in the runs where there is none that can be written, as in some containers."""
-    try:
-        home = Path.home()
-    except RuntimeError:  # no such user
-        return runs_folder() / ".home"
-    return home if os.access(home, os.W_OK) else runs_folder() / ".home"
-
-
-def use_writable_home():
-    """For kernels that this process starts: Jupyter, Matplotlib and others write into the home folder."""
-    home = home_folder()
-    home.mkdir(parents=True, exist_ok=True)
-    os.environ["HOME"] = str(home)
-
-
 def cache_folder() -> Path:
     """Where tokenised corpora are kept: $BACKPACK_CACHE, else `.cache/backpack_lib` in the home folder."""
-    return Path(os.environ.get("BACKPACK_CACHE", home_folder() / ".cache" / "backpack_lib"))
+    return Path(os.environ.get("BACKPACK_CACHE", Path.home() / ".cache" / "backpack_lib"))
 
 
 @contextmanager
@@ -69,10 +55,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     """Another path to write to, renamed to `path` at the end, so that the file is there whole or not at all."""
     building = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        building.touch()
-        permissions = building.stat().st_mode
         yield building
-        building.chmod(permissions)  # safetensors writes for the owner alone
         building.replace(path)
     finally:
         building.unlink(missing_ok=True)
@@ -84,29 +67,15 @@ def write_text(path: Path, text: str):
         building.write_text(text, encoding="utf-8")
 
 
-def let_others_read(model: Path):
-    """Gives a model's weights, which safetensors writes for the owner alone, the permissions of its `config.json`."""
-    permissions = (model / "config.json").stat().st_mode
-    for file in model.iterdir():
-        file.chmod(permissions)
-
-
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Makes a folder and keeps other runs out. Raises ValueError if one is in it, OSError if it can't be written."""
-    from filelock import FileLock, Timeout
-
+    """Makes a folder and keeps other runs out. Raises ValueError if one is in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=0)
         lock.acquire()
     except Timeout:
         raise ValueError(f"Another run is writing to {str(folder)!r}; wait for it, or choose another `out`.") from None
-    except OSError as error:
-        raise OSError(
-            f"The folder {str(folder)!r} cannot be written ({error.strerror}); "
-            "choose another `out`, or set BACKPACK_RUNS."
-        ) from error
     try:
         yield
     finally:
@@ -123,8 +92,7 @@ def cached_json(folder: Path, what: dict, make: Callable):
     if not file.is_file():
         value = make()
         file.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(file) as building:
-            building.write_text(json.dumps({"what": what, "value": value}, ensure_ascii=False), encoding="utf-8")
+        write_text(file, json.dumps({"what": what, "value": value}, ensure_ascii=False))
     return json.loads(file.read_text(encoding="utf-8"))["value"]
 
 

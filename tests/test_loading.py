@@ -18,8 +18,8 @@ def test_devices_are_chosen_by_name(monkeypatch):
     assert pick_device("mps").type == "mps"
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
     for name, message in (
-        ("cuda", "needs a CUDA GPU"),
-        ("mps", "needs an Apple GPU"),
+        ("cuda", "needs a GPU that is not here"),
+        ("mps", "needs a GPU that is not here"),
         ("gpu", "is unknown; choose one"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -6,7 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from backpack_lib.files import notebooks_folder, runs_folder, use_writable_home
+from backpack_lib.files import notebooks_folder, runs_folder
 from backpack_lib.running.notebook import Outcome, run_notebook
 from backpack_lib.running.parameters import (
     check_parameters,
@@ -45,7 +45,6 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.notebooks:
             return _copy_notebooks(Path(options.notebooks))
-        use_writable_home()
         return _run_grid(options) if options.grid else _run_in_order(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

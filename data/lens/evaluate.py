@@ -1,6 +1,6 @@
 """Measures how much of a Transformer's prediction the senses of its lens explain; writes figures and card here.
 
-    python data/lens/evaluate.py --lens smollm2 --text corpus/simple-valid.txt.xz
+python data/lens/evaluate.py --lens smollm2 --text corpus/simple-valid.txt.xz
 """
 
 import argparse
@@ -9,10 +9,12 @@ import math
 import sys
 import time
 from pathlib import Path
+from string import Template
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
+import yaml
 
 from backpack_lib import load
 from backpack_lib.analysis.attribution import read
@@ -28,6 +30,10 @@ HERE = Path(__file__).resolve().parent
 TOKENS = 24_576  # of the text that are read, at each length
 LENGTHS = (128, 256)
 WORDS = ("bank", "light", "nurse", "Paris", "king", "ate", "because")
+BASE_LICENCES = {
+    "smollm2": "The Transformer itself is SmolLM2-135M-Instruct of Hugging Face (Apache-2.0).",
+    "demo": "The Transformer itself is that of the demo.",
+}
 TEMPLATES = ("The {profession} said that", "The {profession} was late, because", "When the {profession} came in,")
 
 
@@ -134,9 +140,43 @@ def evaluate(name: str, text: str):
     for length in LENGTHS:
         figures[f"T={length}"] = ladder(lens, *rows_of_text(text, tokenizer, length))
     write_text(HERE / name / "evaluation.json", json.dumps(figures, indent=1))
+    write_text(HERE / name / "README.md", card(name, lens, figures))
     for word in WORDS:
         print(word_senses(lens, tokenizer, word, n=6).to_string(), end="\n\n")
     print(json.dumps(figures, indent=1))
+
+
+def card(name: str, lens: SenseLens, figures: dict) -> str:
+    """The card of a lens, from the template beside this file."""
+    recipe = yaml.safe_load((HERE / "recipe.yaml").read_text(encoding="utf-8"))[name]
+    a_step = recipe["block_size"] * recipe["batch_size"]
+    tables = [
+        pd.DataFrame(figures[f"T={length}"]).T.add_suffix(f", T={length}").rename(columns=lambda c: c.replace("_", " "))
+        for length in LENGTHS
+    ]
+    values = {
+        "name": name,
+        "base": lens.config.base,
+        "base_licence": BASE_LICENCES[name],
+        "num_senses": lens.config.num_senses,
+        "parameters": f"{lens.num_parameters() / 1e6:.1f}",
+        "tokens_different": f"{recipe['max_blocks'] * recipe['block_size'] / 1e6:.1f}",
+        "tokens_seen": f"{recipe['steps'] * a_step / 1e6:.1f}",
+        "tokens_read": f"{TOKENS:,}",
+        "recipe": yaml.safe_dump(recipe, sort_keys=False).strip(),
+        "figures": "\n\n".join(map(markdown, tables)),
+        "pronoun_r": f"{figures['pronouns']['r']:.2f}",
+        "templates": figures["pronouns"]["templates"],
+        "speeds": ", ".join(f"{who} {rate:.0f}" for who, rate in figures["tokens_per_second"].items()),
+        "block_size": recipe["block_size"],
+    }
+    return Template((HERE / "card.md").read_text(encoding="utf-8")).substitute(values)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    lines = [["", *table.columns], ["---"] * (1 + table.shape[1])]
+    lines += [[name, *(f"{number:.3f}" for number in row)] for name, *row in table.itertuples()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main() -> int:

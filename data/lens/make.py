@@ -50,7 +50,9 @@ def export(lens, target: Path):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lens", choices=["smollm2", "demo"], help="only this one; otherwise both, the small one first")
+    parser.add_argument(
+        "--lens", choices=["smollm2", "demo"], help="only this one; otherwise both, the small one first"
+    )
     parser.add_argument("--corpus", required=True, help="text: paths or globs, commas between them")
     parser.add_argument("--valid", help="its validation text; without it, a part of the text is set aside")
     parser.add_argument("--runs", type=Path, default=runs_folder() / "lens", help="where runs and checkpoints are kept")
