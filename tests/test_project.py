@@ -2,17 +2,15 @@
 
 import ast
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
-from graphlib import CycleError, TopologicalSorter
+from graphlib import TopologicalSorter
 
 import nbformat
-import pandas as pd
 import pytest
 import yaml
 from helpers import ROOT
@@ -105,35 +103,6 @@ def check_one_way(package):
 
 def test_files_and_wings_import_one_way():
     check_one_way(ROOT / "backpack_lib")
-
-
-@pytest.mark.parametrize(
-    "file, line",
-    {
-        "a wing below": ("files.py", "from backpack_lib.model.kinds import has_senses"),
-        "inside a function": ("model/kinds.py", "def late():\n    from backpack_lib.loading import load"),
-        "a circle in a wing": ("model/mixing.py", "import backpack_lib.model.backpack"),
-        "running on its own": ("running/pages.py", "from backpack_lib import figures"),
-        "the whole package": ("analysis/topic.py", "import backpack_lib"),
-    }.values(),
-)
-def test_a_planted_circle_is_found(file, line, tmp_path):
-    package = shutil.copytree(ROOT / "backpack_lib", tmp_path / "backpack_lib")
-    with open(package / file, "a") as target:
-        target.write(f"\n\n{line}\n")
-    with pytest.raises((AssertionError, CycleError)):
-        check_one_way(package)
-
-
-def test_lines_are_no_longer_than_the_formatter_makes_them():
-    sources = [path for folder in ("backpack_lib", "data", "tests") for path in (ROOT / folder).rglob("*.py")]
-    too_long = [
-        f"{path.relative_to(ROOT)}:{number}"
-        for path in sources
-        for number, line in enumerate(path.read_text().splitlines(), 1)
-        if len(line) > LINE_LENGTH
-    ]
-    assert len(sources) > 100 and not too_long
 
 
 def test_training_loads_nothing_that_a_bare_gpu_machine_lacks():
@@ -235,13 +204,6 @@ def test_widgets_are_stored_with_their_state_and_a_page_to_show_without_it(noteb
 README = (ROOT / "README.md").read_text()
 
 
-def outputs_of(name):
-    """All text that a notebook shows."""
-    cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())["cells"]
-    shown = [output for cell in cells for output in cell.get("outputs", ())]
-    return "\n".join("".join(o.get("text", "")) + "".join(o.get("data", {}).get("text/plain", "")) for o in shown)
-
-
 def test_the_readme_lists_every_notebook_and_only_parameters_that_they_have():
     rows = dict(re.findall(r"^\| \[(\d\d_\w+)\]\(notebooks/\1\.ipynb\) \|.*\| ([^|]+) \|$", README, re.M))
     assert list(rows) == [path.stem for path in NOTEBOOKS]
@@ -260,130 +222,3 @@ def test_links_of_the_readmes_lead_somewhere():
 def test_the_readmes_picture_is_the_one_that_the_tour_shows():
     tour = nbformat.read(ROOT / "notebooks" / "00_tour.ipynb", as_version=4)
     assert (ROOT / "data" / "tour.png").read_bytes() == pictures(tour)[0], "run: make notebooks"
-
-
-def test_the_readmes_figures_are_those_that_were_measured():
-    measured = json.loads((ROOT / "data" / "demo" / "evaluation.json").read_text())
-    ours, theirs = (measured["models"][name] for name in ("demo", "demo-transformer"))
-
-    def similarity(part):
-        return sum(row["rho"] for row in part["similarity_held_out"].values()) / len(part["similarity_held_out"])
-
-    millions = [model["parameters"] / 1e6 for model in (ours, theirs)]
-    bench = {
-        (r["key"], r["size"]): r["against"] for r in json.loads((ROOT / "data/benchmark/cpu.json").read_text())["rows"]
-    }
-    ratios = {key: {name: f"{found['ratio']:.2f}" for name, found in row.items()} for key, row in bench.items()}
-    generated = {("generation", "demo"), ("generation", "small")}
-    training, small = ratios["training", "demo"], ratios["memory-1024", "small"]
-    bias = re.search(
-        r"removing them takes (\d+)% of the excess, all senses (\d+)%, a constant offset (\d+)%",
-        outputs_of("04_gender_bias"),
-    )
-    topics = re.search(
-        r"at equal fluency no control ([\d.]+)%, Backpack ([\d.]+)%, PPLM ([\d.]+)% on topic",
-        outputs_of("03_topic_control"),
-    )
-    edited = re.search(
-        r"(\d+) facts known; dosed projection: efficacy \d+%, paraphrases (\d+)%, KL about the subject ([\d.]+); "
-        r".*finetuned, 1.0% (\d+)% and ([\d.]+);",
-        outputs_of("05_knowledge"),
-    )
-    taught = pd.read_csv(ROOT / "data" / "demo" / "knowledge" / "taught.csv.gz")
-    taught = taught[(taught["bound"] == 0.001) & (taught["model"] == "Backpack")]
-    solved = (100 * taught.groupby(["set", "method"])["success"].mean()).round().astype(int)
-    reading = {
-        name: pd.read_csv(ROOT / "data" / "reading" / f"{name}.csv") for name in ("seeds", "gender", "explanations")
-    }
-    whole = reading["explanations"].query("sense == 'all'").set_index(["replaced by", "words"])["share"]
-    senses, embeddings = (
-        some.mean(numeric_only=True) for _, some in reading["seeds"].groupby(reading["seeds"]["what"] != "senses")
-    )
-    assert not reading["gender"]["partners"].any()
-    exchanged = 100 * whole["another word's words", 100]
-    for said in (
-        f"a mean correlation of {senses['matched']:.2f} ({senses['null (95 %)']:.2f} by chance)",
-        f"agree far better, {embeddings['matched']:.2f}",
-        f"keep {100 * whole['said in words', 10]:.0f} % of their worth ({100 * whole['mean sense', 0]:.0f} % by a mean "
-        f"sense, {exchanged:.0f} % by another word's words)",
-        f"Of {edited[1]} facts that both models know",
-        f"likelier in {edited[2]} % of paraphrases and hardly touches other texts about the subject "
-        f"(KL {edited[3]} nats)",
-        f"reaches {edited[4]} % at a KL of {edited[5]}",
-        f"({solved['capitals', 'senses']} % and {solved['capitals', 'all weights']} % of held-out examples)",
-        f"({solved['agreement', 'senses']} % and {solved['agreement', 'all weights']} %, "
-        f"{solved['pronouns', 'senses']} % and {solved['pronouns', 'all weights']} %)",
-        f"on topic in {topics[2]} % of texts ({topics[1]} % without control, {topics[3]} % by PPLM)",
-        f"a Backpack of {millions[0]:.0f} million parameters",
-        f"({millions[1]:.0f} million)",
-        f"{millions[0] - millions[1]:.0f} million parameters less",
-        f"{ours['bits_per_byte']:.3f} and {theirs['bits_per_byte']:.3f} bits per byte",
-        f"BLiMP {100 * ours['blimp']['mean']:.1f} % and {100 * theirs['blimp']['mean']:.1f} %",
-        f"mean ρ {similarity(ours):.2f} and {similarity(measured['word2vec']):.2f}",
-        f"take {bias[1]} % of the excess",
-        f"all 16 senses {bias[2]} %",
-        f"an offset that edits nothing {bias[3]} %",
-        f"| {training['plain']} | {training['GPT-2']} ({training['GPT-2, our loss']} against",
-        *(f"| {row['plain']} | {row['GPT-2']} |" for key, row in ratios.items() if key in generated),
-        f"| {small['plain']} | {small['GPT-2']} |",
-    ):
-        assert said in README, said
-
-
-def test_the_course_asks_each_exercise_of_each_notebook_once_and_rates_it_as_the_notebook_does():
-    rows = re.findall(r"^\| \d \| (.*) \|$", (ROOT / "notebooks" / "README.md").read_text(), re.M)
-    asked = {path.stem: [] for path in NOTEBOOKS}
-    for notebook, _, in_class, at_home, _ in (row.split(" | ") for row in rows):
-        for cell in (in_class, at_home):
-            parts = re.split(r"(\d\d): ", cell)  # a week of two notebooks says which is meant
-            for number, part in zip(parts[1::2], parts[2::2]) if len(parts) > 1 else [(notebook[1:3], cell)]:
-                (name,) = (name for name in asked if name.startswith(number))
-                asked[name] += re.findall(r"\b(\d) ([emh])\b", part)
-    for path in NOTEBOOKS:
-        text = "".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"])
-        assert sorted(asked[path.stem]) == re.findall(r"\*\*Exercise (\d)\*\* \(([emh])", text), path.stem
-
-
-# ---------------------------------------------------------------- the notebooks as lessons
-
-REWRITTEN = tuple(path.stem for path in NOTEBOOKS)
-PLUMBING = re.compile(
-    r"^(from |import |(lesson|results)\.(keep|note|numbers|close)|\"[^\"]*\", model, out|\)$|E, k = |"
-    r"backpack, tokenizer)"
-)
-
-
-@pytest.mark.parametrize("name", REWRITTEN)
-def test_cells_are_short_and_most_lines_are_the_idea(name):
-    cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())["cells"]
-    code = [
-        [line for line in "".join(c["source"]).splitlines() if line.strip()] for c in cells if c["cell_type"] == "code"
-    ]
-    assert len(code[1]) <= 12 and max(map(len, code[1:])) <= 25
-    assert not [line for cell in code for line in cell if len(line) > LINE_LENGTH]
-    lines = [line.strip() for cell in code[1:] for line in cell]
-    plumbing = [line for line in lines if PLUMBING.match(line)]
-    assert len(plumbing) <= 0.4 * len(lines), f"{len(plumbing)} of {len(lines)}"
-    assert not any(re.search(r"\bif (is_planted|on_planted|is_demo|model ==)", line) for line in lines)
-
-
-@pytest.mark.parametrize("name", REWRITTEN)
-def test_exercises_stand_in_place_from_easy_to_hard(name):
-    cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())["cells"]
-    found = [
-        (n, re.search(r"\*\*Exercise (\d)\*\* \((easy|medium|hard)", "".join(c["source"]))) for n, c in enumerate(cells)
-    ]
-    found = [(n, match) for n, match in found if match]
-    assert 5 <= len(found) <= 8 and [match[1] for _, match in found] == [str(i + 1) for i in range(len(found))]
-    assert {match[2] for _, match in found} == {"easy", "medium", "hard"}
-    places = [n for n, _ in found]
-    assert max(places) - min(places) > len(cells) // 3  # not all together at the end
-
-
-@pytest.mark.slow
-def test_what_is_not_begun_in_time_is_skipped_and_says_so():
-    arguments = ["-m", "pytest", "-q", "-n", "0", "-rs", "--minutes", "0", "tests/test_statistics.py"]
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "BACKPACK"))}
-    result = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout
-    assert re.search(r"^\d+ skipped", result.stdout, re.M) and "the 0 minutes of --minutes were over" in result.stdout

@@ -20,7 +20,7 @@ from backpack_lib.model.lens import SenseLens
 SAMPLE_BLOCKS = 128  # of which means and deviations are taken
 COUNTED_BLOCKS = 10_000  # of which tokens are counted
 START_TOKENS, START_STEPS, START_BATCH, START_RATE = 20_000, 250, 512, 2e-3
-FREQUENT, RARE = 8_000, 4_000  # tokens whose probabilities are taught at a step: the most frequent, others by lot
+FREQUENT, RARE = 6_000, 2_000  # tokens whose probabilities are taught at a step: the most frequent, others by lot
 
 
 class KeptStates(nn.Module):
