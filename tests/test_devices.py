@@ -18,7 +18,7 @@ def edit_of_all_kinds(model, tokenizer):
 
 
 @pytest.mark.parametrize("edited", [False, True])
-def test_a_forward_and_a_backward_pass_mix_no_devices(model, tokenizer, edited):
+def test_a_forward_pass_mixes_no_devices(model, tokenizer, edited):
     model, edits = copy.deepcopy(model), edit_of_all_kinds(model, tokenizer) if edited else []
     model.to("meta")
     model.patches.extend(edit.on(torch.device("meta")) for edit in edits)
@@ -26,8 +26,6 @@ def test_a_forward_and_a_backward_pass_mix_no_devices(model, tokenizer, edited):
     distinct = torch.ones(6, dtype=torch.long, device="meta"), torch.zeros_like(ids)
     out = model(ids, distinct=distinct, output_senses=True)
     assert {out.logits.device.type, out.senses.device.type, out.contextualization.device.type} == {"meta"}
-    out.logits.sum().backward()
-    assert model.backpack.sense_weight_net.c_attn.weight.grad.device.type == "meta"
 
 
 needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
