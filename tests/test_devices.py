@@ -24,7 +24,7 @@ def test_a_forward_pass_mixes_no_devices(model, tokenizer, edited):
     model.patches.extend(edit.on(torch.device("meta")) for edit in edits)
     ids = torch.ones(2, 12, dtype=torch.long, device="meta")
     distinct = torch.ones(6, dtype=torch.long, device="meta"), torch.zeros_like(ids)
-    out = model(ids, distinct=distinct, output_senses=True)
+    out = model(ids, distinct=distinct, output_senses=True, use_cache=False)
     assert {out.logits.device.type, out.senses.device.type, out.contextualization.device.type} == {"meta"}
 
 

@@ -7,19 +7,19 @@ What is notable:
 - `SenseWeightNetwork` reads the trunk's hidden states and says how much of each sense of
   each earlier token goes into each prediction (the contextualisation weights, alpha).
 - A prediction is their weighted sum, so every logit is linear in the sense vectors.
-- Senses are computed for the distinct tokens of a batch only; `mixing.py` sums them.
+- Senses are computed for distinct tokens only, as the rows of a table; `mixing.py` sums them.
 - `patches` may change senses as they are computed, and `weight_hooks` the weights, which is how `SenseEdits` and
   topic control work.
-- The sense layer is one more attention layer whose values are sense vectors, so it lives in
-  transformers' cache as layer number `n_layer` (`cache.py`), and `generate()` works unchanged.
+- While a text is written, the keys and tokens of the sense layer are in transformers' cache, as layer number
+  `n_layer`, and the table is beside it (`cache.py`); so `generate()` works unchanged.
 - Parameter names are those of the released checkpoint (stanfordnlp/backpack-gpt2), which
   therefore loads without remote code.
 
-Shapes: batch B, new tokens T, all tokens so far S (= T without a cache), width d, senses k,
+Shapes: batch B, new tokens T, all tokens so far S (= T without a cache), width d, senses k, distinct tokens n,
 vocabulary V, and d_s = floor(d / k), the width of a sense's queries and keys.
 """
 
-import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -27,21 +27,27 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     DynamicCache,
     GPT2Config,
     GPT2Model,
     GPT2PreTrainedModel,
+    initialization,
 )
 from transformers.activations import ACT2FN, NewGELUActivation
 from transformers.generation import GenerationMixin
+from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 
-from backpack_lib.model.cache import CACHE, SenseLayer, make_room_for_senses
+from backpack_lib.model.cache import CACHE, SenseTable, sense_layer
+from backpack_lib.model.kinds import suppress_unused_rows
 from backpack_lib.model.mixing import at_positions, contextualize, mix_senses, weighted_sum
+from backpack_lib.model.output import IGNORED, OutputEmbedding
 
 # The released model pads GPT-2's 50257 tokens to a multiple of 8; its config does not say so.
 GPT2_TOKENS, GPT2_TOKENS_PADDED = 50257, 50264
@@ -68,6 +74,10 @@ class BackpackConfig(GPT2Config):
         super().__post_init__(**kwargs)
         check_sizes(self.n_embd, self.n_head, self.num_senses)
 
+    def to_dict(self):
+        register_with_peft(self.model_type)
+        return super().to_dict()
+
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
@@ -78,6 +88,16 @@ class BackpackConfig(GPT2Config):
                 "not a Backpack."
             )
         return config, kwargs
+
+
+def register_with_peft(model_type: str):
+    """Has peft, if it is loaded, adapt by default the layers that it adapts in a GPT-2.
+
+    It looks a model's type up in tables of its own, after it asked for the model's configuration as a dictionary.
+    """
+    for table in vars(sys.modules.get("peft.utils.constants", sys)).values():
+        if isinstance(table, dict) and "gpt2" in table:
+            table.setdefault(model_type, table["gpt2"])
 
 
 def check_sizes(n_embd: int, n_head: int, num_senses: int = 1):
@@ -173,16 +193,21 @@ class SenseWeightNetwork(nn.Module):
         return queries, keys
 
 
-def allowed_positions(attention_mask, n_new, n_total, n_past, device):
+def allowed_positions(attention_mask, n_new, n_total, n_past, device, texts=None):
     """Which earlier positions each new one may look at. -> bool, broadcastable to (B, 1, T, S)
 
     attention_mask: None, (B, S) with zeros on padding, or transformers' ready (B, 1, T, S).
+    texts: (B, T), the number of the text that each position belongs to, where several stand in a row.
     """
     if attention_mask is not None and attention_mask.dim() == 4:
         return attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
     new = torch.arange(n_new, device=device) + n_past
-    causal = torch.arange(n_total, device=device) <= new[:, None]
-    return causal if attention_mask is None else causal & attention_mask.bool()[:, None, None, :]
+    allowed = torch.arange(n_total, device=device) <= new[:, None]
+    if attention_mask is not None:
+        allowed = allowed & attention_mask[:, -n_total:].bool()[:, None, None, :]
+    if texts is not None:
+        allowed = allowed & (texts[:, None, :, None] == texts[:, None, None, :])
+    return allowed
 
 
 def check_ids(input_ids: torch.Tensor, vocab_size: int):
@@ -270,73 +295,75 @@ class BackpackModel(BackpackPreTrainedModel):
             if isinstance(getattr(module, "act", None), NewGELUActivation):
                 module.act = ACT2FN["gelu_pytorch_tanh"]
 
+    def _init_weights(self, module):
+        """Starts the sense network by fan-in (the trunk starts itself).
+
+        Nothing stands between the sum of senses and the logits. From GPT-2's small start the first gradients would
+        be tiny, and high learning rates would fail.
+        """
+        super()._init_weights(module)
+        if isinstance(module, Conv1D):
+            initialization.normal_(module.weight, std=module.nx**-0.5)
+
     def get_input_embeddings(self):
         return self.gpt2_model.wte
 
     def set_input_embeddings(self, embeddings):
         self.gpt2_model.wte = embeddings
 
+    def embed(self, token_ids):
+        """The input embeddings of tokens. (n,) -> (n, d)"""
+        return self.gpt2_model.wte(token_ids[None])[0]  # as a batch, which hooks on embeddings (NEFTune's) expect
+
     def sense_vectors(self, token_ids, embeddings=None, patched=True):
         """Sense vectors of each token, without any context. (n,) -> (n, k, d)
 
-        embeddings: the tokens' rows of the input embedding, (n, d), if they are at hand.
-        patched: under the active edits.
+        embeddings: the tokens' rows of the input embedding, (n, d), if they are at hand; or, with token_ids=None,
+            any others, to which no patches apply. patched: under the active edits.
         """
-        senses = self.sense_network(self.gpt2_model.wte(token_ids) if embeddings is None else embeddings)
-        for patch in self.patches if patched else []:
+        senses = self.sense_network(self.embed(token_ids) if embeddings is None else embeddings)
+        for patch in self.patches if patched and token_ids is not None else ():
             senses = patch(token_ids, senses)
         return senses
 
-    def sense_table(self, token_ids, embeddings, known=None):
-        """`sense_vectors`, but for the tokens in `known`, senses by token, which gains the others."""
-        if known is None:
-            return self.sense_vectors(token_ids, embeddings)
-        tokens = token_ids.tolist()
-        if new := {token: row for row, token in enumerate(tokens) if token not in known}:
-            rows = list(new.values())
-            known |= zip(new, self.sense_vectors(token_ids[rows], embeddings[rows]))
-        return torch.stack([known[token] for token in tokens])
-
-    def known_senses(self, cache, device) -> dict | None:
-        """The senses that a cache knows by token. None on a GPU: asking would take as long as to compute them."""
-        if cache is None or not isinstance(cache.layers[-1], SenseLayer):
-            return None
-        return None if device.type != "cpu" or torch.is_grad_enabled() else cache.layers[-1].known_under(self.patches)
-
     @can_return_tuple
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
-        input_ids,
+        input_ids=None,
         attention_mask=None,
         position_ids=None,
         cache=None,
+        inputs_embeds=None,
         use_cache=None,
         output_senses=False,
         distinct=None,
-        past_key_values=None,
         **kwargs,
     ) -> BackpackModelOutput:
         """(B, T) -> (B, T, d); see `BackpackLMHeadModel.forward` for the other arguments.
 
         distinct: what `distinct_tokens(input_ids)` returned, if it has been asked.
         """
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        cache = past_key_values if cache is None else cache
-        if use_cache and cache is None:
-            cache = DynamicCache()
-        n_past = 0 if cache is None else cache.get_seq_length()
-        n_new = input_ids.shape[1]
-        self._check_input(input_ids, n_past)
+        self._check_input(input_ids, inputs_embeds, 0 if cache is None else cache.get_seq_length())
+        batch, n_new = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        texts = None
+        if position_ids is not None and attention_mask is None and cache is None:
+            texts = find_packed_sequence_indices(position_ids.expand(batch, -1))
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             # Padding takes no position, so a left-padded text is read as if it stood alone.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -n_new:]
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and texts is None
+        if use_cache and cache is None and not (self.training and self.gpt2_model.gradient_checkpointing):
+            cache = DynamicCache()
 
-        # A token's senses do not depend on its place, so the sense network runs once per distinct token.
-        if distinct is None:
-            distinct = distinct_tokens(input_ids) if n_new > 1 else each_token(input_ids)
-        tokens, inverse = distinct
-        embeddings = self.gpt2_model.wte(tokens)
+        if inputs_embeds is not None:
+            tokens, embeddings = None, inputs_embeds.flatten(0, 1)
+            inverse = torch.arange(batch * n_new, device=embeddings.device).view(batch, n_new)
+        else:
+            # Senses do not depend on the place. With a cache, its table knows of which tokens they are to be computed.
+            tokens, inverse = each_token(input_ids) if cache is not None else distinct or distinct_tokens(input_ids)
+            embeddings = self.embed(tokens)
         trunk = self.gpt2_model(
             inputs_embeds=F.embedding(inverse, embeddings),
             attention_mask=attention_mask,
@@ -346,23 +373,24 @@ class BackpackModel(BackpackPreTrainedModel):
             **kwargs,
         )
         queries, keys = self.sense_weight_net(trunk.last_hidden_state)
+        n_total, n_past = n_new, 0
+        if cache is None:
+            table = self.sense_vectors(tokens, embeddings)
+        else:
+            layer = sense_layer(cache, self.config.n_layer)
+            n_total, n_past = layer.get_mask_sizes(n_new)[0], layer.get_seq_length() + 0  # a tensor would grow in place
+            keys, table, inverse = self._remember(cache, keys, input_ids, embeddings)
+        table, inverse = table.to(keys.device), inverse.to(keys.device)  # if layers are spread over devices
+        allowed = allowed_positions(attention_mask, n_new, n_total, n_past, keys.device, texts)
+
         alpha, senses = None, None
-        if cache is not None:
-            make_room_for_senses(cache, self.config.n_layer)
-        table = self.sense_table(tokens, embeddings, self.known_senses(cache, input_ids.device))
-        if cache is not None or output_senses or self.weight_hooks:
-            senses = at_positions(table, inverse)
-        if cache is not None:
-            keys, senses = cache.update(keys, senses, self.config.n_layer)
-        allowed = allowed_positions(attention_mask, n_new, keys.shape[2], n_past, input_ids.device)
-        if output_senses or self.weight_hooks or keys.shape[2] > n_new:
-            alpha = contextualize(queries, keys, allowed)
+        if output_senses or self.weight_hooks:
+            alpha, senses = contextualize(queries, keys, allowed), at_positions(table, inverse)
             for hook in self.weight_hooks:
                 alpha = hook(alpha, senses, input_ids, attention_mask)
             mixed = weighted_sum(alpha, senses)
         else:
             mixed = mix_senses(queries, keys, table, inverse, allowed)
-
         return BackpackModelOutput(
             last_hidden_state=mixed,
             hidden_states=trunk.hidden_states,
@@ -372,35 +400,41 @@ class BackpackModel(BackpackPreTrainedModel):
             **{CACHE: cache if use_cache else None},
         )
 
-    def _check_input(self, input_ids, n_past):
+    def _remember(self, cache, keys, input_ids, embeddings):
+        """Adds new positions to a cache; of all so far: keys (B, k, S, d_s), table (n, k, d) and inverse (B, S)."""
+        number, vocab_size = self.config.n_layer, self.config.vocab_size
+        compiling = torch.compiler.is_compiling()  # no graph can have a table that grows by need
+        if not compiling and (not hasattr(cache, "senses") or cache.layers[number].get_seq_length() == 0):
+            cache.senses = SenseTable(vocab_size, keys.device)
+        if input_ids is None:
+            rows = cache.senses.append(self.sense_network(embeddings))
+            input_ids = (vocab_size + rows).view(len(keys), -1)
+        values = input_ids[:, None, :, None].expand(-1, keys.shape[1], -1, -1)  # a static cache has them for each head
+        keys, values = cache.update(keys, values, number)
+        ids = values[:, 0, :, 0]
+        if compiling:
+            tokens, inverse = each_token(ids)
+            return keys, self.sense_vectors(tokens), inverse
+        cache.senses.hold_under(self.patches)
+        return keys, *cache.senses.look_up(ids, self.sense_vectors)
+
+    def _check_input(self, input_ids, inputs_embeds, n_past):
         if torch.compiler.is_compiling():
             return
-        if input_ids.dim() != 2 or input_ids.numel() == 0:
-            raise ValueError(
-                f"input_ids has shape {tuple(input_ids.shape)}; give at least one token as (batch, tokens)."
-            )
-        length, limit = int(n_past) + input_ids.shape[1], self.config.n_positions
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either input_ids or inputs_embeds.")
+        shape = (input_ids if inputs_embeds is None else inputs_embeds[..., 0]).shape
+        if len(shape) != 2 or 0 in shape:
+            raise ValueError(f"input_ids has shape {tuple(shape)}; give at least one token as (batch, tokens).")
+        length, limit = int(n_past) + shape[1], self.config.n_positions
         if length > limit:
             raise ValueError(
                 f"The text has {length} tokens, but this model reads at most n_positions={limit}; "
                 "shorten the text or generate fewer tokens."
             )
         # Elsewhere this would make the device wait, and the error is rare.
-        if input_ids.device.type == "cpu":
+        if input_ids is not None and input_ids.device.type == "cpu":
             check_ids(input_ids, self.config.vocab_size)
-
-
-class OutputEmbedding(nn.Linear):
-    """The logits E o, whose one product for a single new token is shared among the cores of a CPU."""
-
-    def forward(self, hidden):
-        rows, d = self.weight.shape
-        parts = math.gcd(rows, 8)
-        if hidden.numel() > d or hidden.device.type != "cpu" or torch.is_grad_enabled():
-            return super().forward(hidden)
-        # A matrix times one vector is left to a single core, however large it is; several such products are not.
-        column = hidden.view(1, 1, d).expand(parts, -1, -1).transpose(1, 2)  # this layout is the one that is shared
-        return torch.bmm(self.weight.view(parts, -1, d), column).view(*hidden.shape[:-1], rows)
 
 
 class BackpackLMHeadModel(BackpackPreTrainedModel, GenerationMixin):
@@ -414,6 +448,7 @@ class BackpackLMHeadModel(BackpackPreTrainedModel, GenerationMixin):
         self.lm_head = OutputEmbedding(config.n_embd, config.vocab_size, bias=False)
         self.loss_type = "ForCausalLM"
         self.post_init()
+        suppress_unused_rows(self)
 
     @property
     def patches(self) -> list:
@@ -428,23 +463,27 @@ class BackpackLMHeadModel(BackpackPreTrainedModel, GenerationMixin):
         return self.backpack.sense_vectors(token_ids, patched=patched)
 
     @can_return_tuple
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
-        input_ids,
+        input_ids=None,
         attention_mask=None,
         position_ids=None,
         cache=None,
+        inputs_embeds=None,
         labels=None,
         use_cache=None,
         output_senses=False,
         logits_to_keep=0,
-        past_key_values=None,
         **kwargs,
     ) -> BackpackLMOutput:
         """Predict the token after each position. (B, T) -> `BackpackLMOutput`
 
         attention_mask: (B, S), 0 on padding; padding may stand on either side.
-        cache: a transformers cache; `input_ids` then holds only the new tokens. `past_key_values` is its older name.
+        position_ids: (B, T). Several texts in a row, without attention_mask and cache, are told apart by positions
+            that begin again.
+        cache: a transformers cache; `input_ids` then holds only the new tokens.
+        inputs_embeds: (B, T, d), instead of `input_ids`; their senses are the sense network's, without edits.
         labels: (B, T), usually `input_ids` itself (the shift happens inside); -100 is ignored.
         output_senses: also return the contextualisation weights and the sense vectors.
         logits_to_keep: the last so many positions only; 0 keeps all.
@@ -456,16 +495,20 @@ class BackpackLMHeadModel(BackpackPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             cache=cache,
-            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_senses=output_senses,
             **kwargs,
         )
-        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, positions])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        loss, hidden = None, outputs.last_hidden_state
+        if labels is not None and self._has_own_loss and logits_to_keep == 0:
+            following = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+            loss, logits = self.lm_head(hidden, kwargs.get("shift_labels", following), kwargs.get("num_items_in_batch"))
+        else:
+            positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, positions])
+            if labels is not None:
+                loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         return BackpackLMOutput(
             loss=loss,
             logits=logits,
@@ -476,15 +519,12 @@ class BackpackLMHeadModel(BackpackPreTrainedModel, GenerationMixin):
             **{CACHE: outputs.get(CACHE)},
         )
 
-    def generate(self, *args, **kwargs):
-        """transformers' `generate()`, which never picks a row of the vocabulary that no token uses."""
-        unused = range(self.config.used_vocab_size or self.config.vocab_size, self.config.vocab_size)
-        if unused:
-            configs = (kwargs.get("generation_config"), self.generation_config)
-            asked = next((c.suppress_tokens for c in configs if c is not None and c.suppress_tokens), [])
-            kwargs["suppress_tokens"] = sorted({*unused, *(kwargs.get("suppress_tokens") or asked)})
-        return super().generate(*args, **kwargs)
+    @property
+    def _has_own_loss(self) -> bool:
+        """Whether neither the output embedding nor the loss function was replaced, as by adapters or resizing."""
+        return isinstance(self.lm_head, OutputEmbedding) and not hasattr(self, "_loss_function")
 
 
 AutoConfig.register(BackpackConfig.model_type, BackpackConfig)
+AutoModel.register(BackpackConfig, BackpackModel)
 AutoModelForCausalLM.register(BackpackConfig, BackpackLMHeadModel)

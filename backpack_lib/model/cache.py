@@ -1,63 +1,65 @@
-"""The part of transformers' cache in which a text's senses are kept while more is written.
+"""What is kept of a text while more of it is written: by transformers' cache, and beside it.
 
-Shapes: batch B, tokens so far S, width d, senses k.
+A sense layer's keys are kept like an attention layer's, but no values: senses depend on the token alone. So the cache
+holds the tokens, and a table beside it their senses, one row for each distinct token of all texts of the batch.
+
+Shapes: batch B, tokens so far S, width d, senses k, vocabulary V.
 """
 
+import torch
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # What arguments and outputs of transformers' models call a cache: it was renamed in 5.24.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-ROOM = 128  # tokens that a cache makes room for at once
 
 
-class SenseLayer(DynamicLayer):
-    """The sense layer's part of a cache: the keys and senses of a text so far, with room for more.
-
-    Senses are wide, so to copy all of them for each new token, as `DynamicLayer` does, or to compute those of a
-    token that was there before, would take as long as a small trunk.
-
-    known: the senses of tokens that were there, (k, d), by token; patches: those under which they were computed.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.rooms, self.known, self.patches = {}, {}, []
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        if key_states.requires_grad:
-            return super().update(key_states, value_states, *args, **kwargs)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.keys = self._append("keys", self.keys, key_states)
-        self.values = self._append("values", self.values, value_states)
-        return self.keys, self.values
-
-    def known_under(self, patches: list) -> dict:
-        """The senses of tokens that were there, which other patches make void."""
-        if self.patches != patches:
-            self.known, self.patches = {}, list(patches)
-        return self.known
-
-    def _append(self, name, old, new):
-        """Old rows and new ones after them, (B, k, S, width), written into the room if they still lie there."""
-        if not old.numel():
-            return new  # perhaps nothing will follow, so no room is made yet
-        n_old = old.shape[-2]
-        n_all = n_old + new.shape[-2]
-        room = self.rooms.get(name)
-        if room is None or n_all > room.shape[-2] or len(old) != len(room) or old.data_ptr() != room.data_ptr():
-            room = self.rooms[name] = new.new_empty(*new.shape[:-2], n_all + ROOM, new.shape[-1])
-            room[..., :n_old, :] = old
-        room[..., n_old:n_all, :] = new
-        return room[..., :n_all, :]
-
-
-def make_room_for_senses(cache: Cache, n_layer: int):
-    """Adds the sense layer to a cache that has the trunk's layers only; other kinds grow by themselves."""
+def sense_layer(cache: Cache, n_layer: int):
+    """The sense layer's part of a cache, added if the cache has the trunk's layers only."""
     if len(cache.layers) == n_layer:
         trunk = cache.layers[0]
-        if isinstance(trunk, StaticLayer):
-            cache.layers.append(StaticLayer(trunk.max_cache_len))
-        elif type(trunk) is DynamicLayer:
-            cache.layers.append(SenseLayer())
+        cache.layers.append(StaticLayer(trunk.max_cache_len) if isinstance(trunk, StaticLayer) else DynamicLayer())
+    return cache.layers[n_layer]
+
+
+class SenseTable:
+    """The senses of the tokens in a cache: a row, (k, d), for each distinct token and for each embedding without one.
+
+    An embedding that belongs to no token stands in the cache under the number V + its row.
+    """
+
+    def __init__(self, vocab_size: int, device):
+        self.row_of = torch.full((vocab_size,), -1, device=device)  # -1: the token has no row yet
+        self.rows, self.size = None, 0
+        self.patches = ()
+
+    def hold_under(self, patches: list):
+        """Forgets the tokens' senses if other patches apply than before."""
+        patches = tuple(map(id, patches))
+        if self.patches != patches:
+            self.row_of.fill_(-1)
+            self.patches = patches
+
+    def append(self, senses: torch.Tensor) -> torch.Tensor:
+        """Adds rows and returns their numbers. (n, k, d) -> (n,)"""
+        start, self.size = self.size, self.size + len(senses)
+        if self.rows is None:
+            self.rows = senses
+        elif senses.requires_grad or self.rows.requires_grad:
+            self.rows = torch.cat([self.rows[:start], senses])
+        else:
+            if self.size > len(self.rows):  # twice the room, so that few rows are copied often
+                room = self.rows.new_empty(2 * self.size, *senses.shape[1:])
+                room[:start] = self.rows[:start]
+                self.rows = room
+            self.rows[start : self.size] = senses
+        return torch.arange(start, self.size, device=self.row_of.device)
+
+    def look_up(self, ids: torch.Tensor, senses_of) -> tuple[torch.Tensor, torch.Tensor]:
+        """The senses of all tokens and the row of each; `senses_of` computes those not known. (B, S) -> (n, k, d), (B, S)"""
+        vocab_size = len(self.row_of)
+        tokens = ids.clamp(max=vocab_size - 1)
+        unknown = ids[(self.row_of[tokens] < 0) & (ids < vocab_size)].unique()
+        if len(unknown):
+            self.row_of[unknown] = self.append(senses_of(unknown))
+        return self.rows[: self.size], torch.where(ids < vocab_size, self.row_of[tokens], ids - vocab_size)

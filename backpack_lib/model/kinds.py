@@ -40,7 +40,7 @@ def used_tokens(model) -> torch.Tensor:
 
 
 def suppress_unused_rows(model):
-    """Has `generate()` never pick a row of the vocabulary that stands for no token, which a Backpack does by itself."""
+    """Has `generate()` never pick a row of the vocabulary that stands for no token."""
     used, rows = getattr(model.config, "used_vocab_size", None), model.config.vocab_size
-    if not has_senses(model) and used not in (None, rows):
+    if used not in (None, rows):
         model.generation_config.suppress_tokens = list(range(used, rows))

@@ -23,11 +23,11 @@ Shapes are those of `backpack.py`.
 
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerationMixin
 from transformers.utils import can_return_tuple
 
@@ -38,7 +38,7 @@ from backpack_lib.model.backpack import (
     check_sizes,
     distinct_tokens,
 )
-from backpack_lib.model.cache import CACHE
+from backpack_lib.model.cache import CACHE, SenseTable, sense_layer
 from backpack_lib.model.mixing import at_positions, contextualize, mix_senses, weighted_sum
 
 EMBEDDINGS_KEPT = 100  # rows of the base's input embedding, by which a base is recognised
@@ -312,13 +312,13 @@ class SenseLens(PreTrainedModel, GenerationMixin):
         if cache is not None:
             keys, ids = self._remember(cache, keys, input_ids)
         tokens, inverse = ids.unique(return_inverse=True)
-        old = self.sense_vectors(tokens, patched=False)
+        old = self._known(cache, tokens)
         new = old
         for patch in self.patches:
             new = patch(tokens, new)
         n_new, n_all = input_ids.shape[1], keys.shape[2]
         allowed = allowed_positions(attention_mask, n_new, n_all, n_all - n_new, ids.device)
-        if n_new == n_all and not (output_senses or self.weight_hooks):
+        if not (output_senses or self.weight_hooks):
             return h + mix_senses(queries, keys, new - old, inverse, allowed).to(h)
         alpha = contextualize(queries, keys, allowed)
         before, senses = weighted_sum(alpha, at_positions(old, inverse)), at_positions(new, inverse)
@@ -336,12 +336,19 @@ class SenseLens(PreTrainedModel, GenerationMixin):
         Raises ValueError for a cache that was filled without edits, since it holds no keys of senses.
         """
         n_layer = self.base.config.get_text_config().num_hidden_layers
-        if len(cache.layers) == n_layer:
-            cache.layers.append(DynamicLayer())
+        if sense_layer(cache, n_layer).get_seq_length() == 0:
+            cache.senses = SenseTable(self.config.vocab_size, keys.device)
         keys, ids = cache.update(keys, input_ids[:, None, :, None], n_layer)
         if keys.shape[2] != cache.get_seq_length():
             raise ValueError("This cache was filled while no edit was active; read the text anew under the edit.")
         return keys, ids[:, 0, :, 0]
+
+    def _known(self, cache, tokens):
+        """Unedited senses of tokens, which are computed once for a cache. (n,) -> (n, k, d)"""
+        if cache is None:
+            return self.sense_vectors(tokens, patched=False)
+        rows, row_of = cache.senses.look_up(tokens[None], partial(self.sense_vectors, patched=False))
+        return rows[row_of[0]]
 
 
 def name_of(base) -> str:

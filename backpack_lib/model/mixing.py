@@ -49,6 +49,18 @@ def weighted_sum(alpha, senses):
     return alpha.to(senses.dtype).transpose(1, 2).flatten(2) @ senses.flatten(1, 2)
 
 
+def sum_by_token(alpha, table, inverse):
+    """`weighted_sum(alpha, at_positions(table, inverse))`, adding first the weights of each token at all its places.
+
+    For the product over (token, sense) pairs the table is read once for all texts. (B, k, T, S), (n, k, d), (B, S)
+    -> (B, T, d)
+    """
+    B, k, T, S = alpha.shape
+    places = inverse[:, None, :, None].expand(B, T, S, k)
+    weights = alpha.new_zeros(B, T, len(table), k).scatter_add(2, places, alpha.permute(0, 2, 3, 1))
+    return weights.to(table.dtype).flatten(2) @ table.flatten(0, 1)
+
+
 def at_positions(table, inverse):
     """The senses at each position. (n, k, d), (B, T) -> (B, k, T, d)"""
     k = table.shape[1]
@@ -59,11 +71,14 @@ def at_positions(table, inverse):
 def mix_senses(queries, keys, table, inverse, allowed):
     """`weighted_sum(contextualize(queries, keys, allowed), at_positions(table, inverse))`, in less time and memory.
 
-    queries and keys (B, k, T, d_s), of the same positions; table (n, k, d): the senses of distinct tokens; inverse
-    (B, T): which of them stands where; allowed: broadcastable to (B, 1, T, T) and false for later positions.
+    queries (B, k, T, d_s), of the last positions; keys (B, k, S, d_s); table (n, k, d): the senses of distinct tokens;
+    inverse (B, S): which of them stands where; allowed: broadcastable to (B, 1, T, S) and false for later positions.
     """
-    compiled_whole = torch.compiler.is_compiling() and inverse.device.type not in COMPILED_IN_BLOCKS
-    if compiled_whole or inverse.numel() * table[0].numel() < SMALL:
+    n_new, n_total, compiling = queries.shape[2], keys.shape[2], torch.compiler.is_compiling()
+    if n_new < n_total and not compiling and n_new * len(table) < n_total * table.shape[-1]:
+        return sum_by_token(contextualize(queries, keys, allowed), table, inverse)
+    compiled_whole = compiling and inverse.device.type not in COMPILED_IN_BLOCKS
+    if n_new < n_total or compiled_whole or inverse.numel() * table[0].numel() < SMALL:
         return weighted_sum(contextualize(queries, keys, allowed), at_positions(table, inverse))
     return _mix_in_blocks(queries, keys, table, inverse, allowed.expand(len(inverse), 1, -1, -1)[:, 0])
 
