@@ -25,6 +25,7 @@ from backpack_lib.analysis.attribution import read
 from backpack_lib.analysis.topic import TopicControl
 from backpack_lib.model.cache import CACHE
 from backpack_lib.model.lens import SenseLens, SenseLensConfig
+from backpack_lib.training.lens import LensLoss
 from backpack_lib.training.run import Run
 
 SIZES = dict(vocab_size=500, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64)
@@ -163,8 +164,7 @@ def test_centring_moves_the_mean_senses_of_a_text_into_the_constant_and_changes_
     ids = random_ids(4, 16, vocab_size=500)
     states = lens.states(ids)
     before = lens.explain(ids, states)
-    counts = torch.bincount(ids.flatten(), minlength=500)
-    lens.centre(counts)
+    LensLoss(lens, lens.states, torch.bincount(ids.flatten(), minlength=500)).centre()
     torch.testing.assert_close(lens.explain(ids, states), before, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(lens.sense_vectors(ids.flatten()).mean(0), torch.zeros(4, 32), rtol=0, atol=1e-5)
 

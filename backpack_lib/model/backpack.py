@@ -178,13 +178,13 @@ class SenseNetwork(nn.Module):
 
 
 class SenseWeightNetwork(nn.Module):
-    """One query and one key per sense and position, read off the trunk's hidden states."""
+    """One query and one key per sense and position, read off hidden states. width: of these, if it is not d."""
 
-    def __init__(self, config: BackpackConfig):
+    def __init__(self, config: BackpackConfig, width: int | None = None):
         super().__init__()
         self.num_senses = config.num_senses
         self.width = config.n_embd // config.num_senses
-        self.c_attn = nn.Linear(config.n_embd, 2 * self.num_senses * self.width)
+        self.c_attn = nn.Linear(width or config.n_embd, 2 * self.num_senses * self.width)
 
     def forward(self, hidden_states):
         """(B, T, d) -> queries and keys, each (B, k, T, d_s)"""

@@ -26,7 +26,6 @@ from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.utils import can_return_tuple
@@ -34,6 +33,7 @@ from transformers.utils import can_return_tuple
 from backpack_lib.model.backpack import (
     BackpackLMOutput,
     SenseNetwork,
+    SenseWeightNetwork,
     allowed_positions,
     check_sizes,
     distinct_tokens,
@@ -100,19 +100,6 @@ class SenseLensOutput(BackpackLMOutput):
     residual: torch.Tensor | None = None
 
 
-class LensWeightNetwork(nn.Module):
-    """One query and one key per sense and position, read off the base's last and middle states."""
-
-    def __init__(self, config: SenseLensConfig):
-        super().__init__()
-        self.shape = (2, config.num_senses, config.n_embd // config.num_senses)
-        self.c_attn = nn.Linear(2 * config.n_embd, 2 * config.num_senses * self.shape[-1])
-
-    def forward(self, states):
-        """(B, T, 2 d) -> queries and keys, each (B, k, T, d_s)"""
-        return self.c_attn(states).unflatten(-1, self.shape).permute(2, 0, 3, 1, 4)
-
-
 class SenseLens(PreTrainedModel, GenerationMixin):
     """A Transformer with the senses of a Backpack; see the module's text."""
 
@@ -123,8 +110,8 @@ class SenseLens(PreTrainedModel, GenerationMixin):
     def __init__(self, config: SenseLensConfig, base=None):
         super().__init__(config)
         self.sense_network = SenseNetwork(config)
-        self.sense_weight_net = LensWeightNetwork(config)
         d = config.n_embd
+        self.sense_weight_net = SenseWeightNetwork(config, width=2 * d)
         # Means and standard deviations of the base's states, the last and the middle one: without them training diverges.
         self.register_buffer("state_mean", torch.zeros(2 * d))
         self.register_buffer("state_std", torch.ones(2 * d))
@@ -207,24 +194,25 @@ class SenseLens(PreTrainedModel, GenerationMixin):
     def sense_vectors(self, token_ids, patched: bool = True):
         """Sense vectors of each token, without any context. (n,) -> (n, k, d)"""
         embeddings = self.get_input_embeddings()(token_ids).to(self.dtype) / self.embedding_std
-        scale = self.state_std[: self.config.n_embd] / self.config.num_senses**0.5
-        senses = self.sense_network(embeddings) * scale
+        senses = self.sense_network(embeddings) * self.sense_scale()
         for patch in self.patches if patched else []:
             senses = patch(token_ids, senses)
         return senses
 
-    def states(self, input_ids, attention_mask=None):
+    def sense_scale(self):
+        """What the sense network's numbers are multiplied by: the deviations of the last state, shared by k senses. (d,)"""
+        return self.state_std[: self.config.n_embd] / self.config.num_senses**0.5
+
+    def states(self, input_ids):
         """The base's last and middle states, side by side. (B, T) -> (B, T, 2 d)"""
-        out = self.base.get_decoder()(
-            input_ids, attention_mask=attention_mask, output_hidden_states=True, use_cache=False
-        )
+        out = self.base.get_decoder()(input_ids, output_hidden_states=True, use_cache=False)
         return torch.cat([out.last_hidden_state, out.hidden_states[self.config.middle_layer]], -1)
 
     def queries_and_keys(self, states):
         """(B, T, 2 d) -> queries and keys, each (B, k, T, d_s)"""
         return self.sense_weight_net((states.to(self.dtype) - self.state_mean) / self.state_std)
 
-    def explain(self, input_ids, states, distinct=None, attention_mask=None):
+    def explain(self, input_ids, states, distinct=None):
         """o, what senses alone make of the last state. (B, T), (B, T, 2 d) -> (B, T, d)
 
         distinct: what `distinct_tokens(input_ids)` returned, if it has been asked.
@@ -232,26 +220,12 @@ class SenseLens(PreTrainedModel, GenerationMixin):
         tokens, inverse = distinct_tokens(input_ids) if distinct is None else distinct
         queries, keys = self.queries_and_keys(states)
         n = input_ids.shape[1]
-        allowed = allowed_positions(attention_mask, n, n, 0, input_ids.device)
+        allowed = allowed_positions(None, n, n, 0, input_ids.device)
         return self.constant + mix_senses(queries, keys, self.sense_vectors(tokens), inverse, allowed)
 
     def logits_of(self, states):
         """The base's logits of last states, (..., d) -> (..., V)"""
         return self.get_output_embeddings()(states) * self.logit_scale
-
-    @torch.no_grad()
-    def centre(self, counts):
-        """Moves each sense's mean over a text into `constant`, which leaves o as it is, since weights sum to one.
-
-        counts: how often each token stands in the text, (V,).
-        """
-        tokens = counts.nonzero()[:, 0]
-        share = (counts[tokens] / counts.sum()).to(self.dtype)
-        parts = zip(tokens.split(1024), share.split(1024))
-        mean = sum(torch.einsum("n,nkd->kd", p, self.sense_vectors(t, patched=False)) for t, p in parts)
-        scale = self.state_std[: self.config.n_embd] / self.config.num_senses**0.5
-        self.sense_network.final_mlp.c_proj.bias -= (mean / scale).flatten()
-        self.constant += mean.sum(0)
 
     # ------------------------------------------------------------ the base with edits
 
@@ -270,9 +244,6 @@ class SenseLens(PreTrainedModel, GenerationMixin):
         """The base's `generate()`, under the active edits."""
         with self._watched():
             return self.base.generate(*args, **kwargs)
-
-    def prepare_inputs_for_generation(self, *args, **kwargs):
-        return self.base.prepare_inputs_for_generation(*args, **kwargs)
 
     @contextmanager
     def _watched(self, output_senses=False):

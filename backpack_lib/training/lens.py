@@ -72,6 +72,7 @@ class LensLoss(nn.Module):
         E = lens.get_output_embeddings().weight.detach().float()
         E = E - E.mean(0)  # logits less their mean over the vocabulary
         self.register_buffer("gram", E.T @ E / len(E), persistent=False)
+        self.register_buffer("counts", counts.to(E.device), persistent=False)
         self.register_buffer("by_frequency", counts.argsort(descending=True).to(E.device), persistent=False)
 
     def forward(self, input_ids, tokens=None, inverse=None):
@@ -94,6 +95,20 @@ class LensLoss(nn.Module):
         q = (F.linear(o, rows, bias) * self.model.logit_scale).float().log_softmax(-1)
         kl = F.kl_div(q, p, reduction="batchmean", log_target=True)
         return kl + self.energy(h - o) / self.energy(h - h.mean(0))
+
+    @torch.no_grad()
+    def centre(self):
+        """Moves each sense's mean over the text into the constant, so that a word's senses say how it differs.
+
+        It leaves o as it is, since the weights of a sense sum to one.
+        """
+        lens, tokens = self.model, self.counts.nonzero()[:, 0]
+        share = self.counts[tokens] / self.counts.sum()
+        mean = torch.zeros(lens.config.num_senses, lens.config.n_embd, device=share.device)
+        for some, weights in zip(tokens.split(1024), share.split(1024)):
+            mean += torch.einsum("n,nkd->kd", weights, lens.sense_vectors(some, patched=False))
+        lens.sense_network.final_mlp.c_proj.bias -= (mean / lens.sense_scale()).flatten()
+        lens.constant += mean.sum(0)
 
     def energy(self, states):
         """The squared logits of states, less their mean over the vocabulary: (n, d) -> mean over both."""

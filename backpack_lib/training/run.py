@@ -121,6 +121,8 @@ class Run:
                     bar.set_postfix(valid_loss=f"{self.history[-1]['valid_loss']:.3f}")
                 if saving:
                     self.save()
+        if config.lens_of:
+            self.accelerator.unwrap_model(self.loss).centre()
         self.write_model("model")
         if main:
             self.folder.finish()

@@ -18,7 +18,6 @@ from backpack_lib import load, train
 from backpack_lib.files import exit_status, runs_folder
 from backpack_lib.training.build import prepare_blocks
 from backpack_lib.training.config import TrainingConfig
-from backpack_lib.training.lens import count_tokens
 
 HERE = Path(__file__).resolve().parent
 
@@ -33,7 +32,6 @@ def make_lens(name: str, corpus: str, valid: str | None, runs: Path, **changes):
     blocks = prepare_blocks(config)
     history = train(config, blocks).assign(bytes_per_token=blocks.bytes_per_token)
     lens, _ = load(f"{config.out}/model")
-    lens.centre(count_tokens(blocks.train, lens.config.vocab_size))
     export(lens, HERE / name)
     history.to_csv(HERE / name / "history.csv", index=False)
 
