@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import random_ids, tiny_model
+from helpers import random_ids
 
 from backpack_lib import SenseEdits, TrainingConfig, attribute, load, train
 from backpack_lib.analysis.topic import TopicControl
@@ -35,7 +35,7 @@ needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is
 
 @needs_a_gpu
 def test_the_demo_predicts_the_same_on_a_gpu():
-    (here, tokenizer), (there, _) = load("demo"), load("demo", "cuda")
+    (here, _), (there, _) = load("demo"), load("demo", "cuda")
     ids = random_ids(2, 32, vocab_size=here.config.vocab_size)
     torch.testing.assert_close(there(ids.cuda()).logits.cpu(), here(ids).logits, rtol=1e-3, atol=1e-3)
     shares = [attribute(model, ids[0], 5, 7).cpu() for model in (here, there)]
