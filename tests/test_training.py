@@ -12,7 +12,7 @@ from helpers import RESULTS, assert_same_weights, run_command
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from backpack_lib import BackpackLMHeadModel, load, train
-from backpack_lib.training import loss as loss_module
+from backpack_lib.model import output as loss_module
 from backpack_lib.training.build import make_model, make_optimizers
 from backpack_lib.training.checkpoints import RunFolder
 from backpack_lib.training.loss import LanguageModelLoss
@@ -202,6 +202,27 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_checkpoint(
     assert_same_weights(tiny.out, whole.out)
 
 
+@pytest.mark.parametrize("step, kept", [(12, 10), (5, 4), (2, None)])
+def test_weights_that_are_not_finite_are_never_saved_over_finite_ones(tiny, monkeypatch, step, kept):
+    one_step = Run.train_one_step
+
+    def diverge(self, batch):
+        one_step(self, batch)
+        if self.step == step:
+            next(self.loss.parameters()).data[0] = float("nan")
+
+    monkeypatch.setattr(Run, "train_one_step", diverge)
+    with pytest.raises(FloatingPointError, match="smaller learning_rate") as error:
+        train(tiny)
+    assert f"step {step if step % 2 == 0 else step + 1} " in str(error.value)
+    checkpoints = sorted(name for name in os.listdir(tiny.out) if name.startswith("checkpoint-"))
+    assert checkpoints == ([f"checkpoint-{kept:08d}"] if kept else [])
+    assert (checkpoints[-1] if kept else "no checkpoint") in str(error.value)
+    assert not os.path.exists(f"{tiny.out}/model")
+    if os.path.exists(f"{tiny.out}/history.csv"):
+        assert pd.read_csv(f"{tiny.out}/history.csv").notna().all(axis=None)
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
@@ -219,9 +240,9 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_checkpoint(
         (dict(weight_decay=-0.1), "weight_decay=-0.1 is out of range"),
         (dict(warmup=13), "warmup=13 is out of range"),
         (dict(schedule="wsd", decay=1.1), "decay=1.1 is out of range"),
-        (dict(schedule="wsd", warmup=11, decay=0.5), "leave no room for decay=0.5"),
+        (dict(schedule="wsd", warmup=11, decay=0.5), "warmup=11 is out of range; of steps=12, 6 decay"),
         (dict(optimizer="sgd"), "optimizer='sgd' is unknown; choose one of adamw, muon"),
-        (dict(optimizer="muon", precision="fp16"), "unscaled twice"),
+        (dict(optimizer="muon", precision="fp16"), "optimizer='muon' does not go with precision='fp16'"),
         (dict(learning_rate=float("inf")), "learning_rate=inf is out of range"),
         (dict(warmup=-1), "warmup=-1 is out of range"),
         (dict(seed=-1), "seed=-1 is out of range"),

@@ -105,42 +105,19 @@ class TrainingConfig:
             if not low <= getattr(self, name) <= high:
                 allowed = f"at least {low}" if high == math.inf else f"between {low} and {high}"
                 raise ValueError(f"{name}={getattr(self, name)} is out of range; it must be {allowed}.")
-        for wrong, sentence in self.contradictions():
-            if wrong:
-                raise ValueError(sentence)
+        if not str(self.corpus).strip():
+            raise ValueError("The corpus is empty; give 'planted', text files, or a data set of the Hugging Face hub.")
+        if self.architecture == LENS and not self.lens_of:
+            raise ValueError(f"architecture={LENS!r} needs a Transformer to train on; name it by lens_of.")
+        if self.lens_of and (self.init_from or self.tokenizer or self.streaming):
+            raise ValueError("A lens takes all from its base; give lens_of without init_from, tokenizer and streaming.")
+        if self.optimizer == "muon" and self.precision == "fp16":
+            raise ValueError("optimizer='muon' does not go with precision='fp16'; choose 'bf16' or 'fp32', or 'adamw'.")
+        decaying = round(self.steps * self.decay) if self.schedule == "wsd" else 0
+        if self.warmup > self.steps - decaying:
+            raise ValueError(f"warmup={self.warmup} is out of range; of steps={self.steps}, {decaying} decay.")
         if not (self.init_from or self.lens_of):
             check_sizes(self.n_embd, self.n_head, self.num_senses if self.architecture == "backpack" else 1)
-
-    def contradictions(self) -> list[tuple[bool, str]]:
-        """Whether settings contradict each other, and what to say of it."""
-        return [
-            (
-                not str(self.corpus).strip(),
-                "The corpus is empty; give 'planted', text files, or a data set of the Hugging Face hub.",
-            ),
-            (
-                self.architecture == LENS and not self.lens_of,
-                f"architecture={LENS!r} needs a Transformer to train on; name it by lens_of.",
-            ),
-            (
-                bool(self.lens_of and (self.init_from or self.tokenizer or self.streaming)),
-                "A lens takes its tokenizer and its start from its base; give lens_of without init_from, tokenizer "
-                "and streaming.",
-            ),
-            (
-                self.optimizer == "muon" and self.precision == "fp16",
-                "optimizer='muon' does not go with precision='fp16', whose gradients would be unscaled twice; "
-                "choose 'bf16' or 'fp32', or 'adamw'.",
-            ),
-            (
-                self.warmup > self.steps,
-                f"warmup={self.warmup} is out of range; it must be at most steps={self.steps}.",
-            ),
-            (
-                self.schedule == "wsd" and self.warmup > round(self.steps * (1 - self.decay)),
-                f"warmup={self.warmup} of steps={self.steps} leave no room for decay={self.decay}; lower one of them.",
-            ),
-        ]
 
     def resolved_precision(self) -> str:
         """The precision itself where "auto" was asked for: bf16 on a GPU that computes in it, else fp32."""
