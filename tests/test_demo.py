@@ -2,18 +2,14 @@
 
 import importlib
 import json
-import subprocess
 import sys
-import time
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 import yaml
 from helpers import ROOT
 from safetensors import safe_open
-from scipy.stats import spearmanr
 from transformers import GPT2LMHeadModel
 
 from backpack_lib import BackpackLMHeadModel, TrainingConfig, load
@@ -32,7 +28,7 @@ def scripts(monkeypatch):
     """The scripts beside the demo models, as modules."""
     monkeypatch.syspath_prepend(str(DEMO))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    names = ("make", "cards", "evidence", "evaluate")
+    names = ("make", "cards", "evaluate")
     yield type("Scripts", (), {name: importlib.import_module(name) for name in names})
     for name in names:
         sys.modules.pop(name)
@@ -55,7 +51,7 @@ def small(scripts, tmp_path, monkeypatch):
     """A demo folder of its own, with a recipe of seconds and a corpus of planted texts."""
     folder = tmp_path / "data" / "demo"
     folder.mkdir(parents=True)
-    for name in ("words.txt", "prompts.txt", "card-backpack.md", "card-transformer.md", "trials.csv"):
+    for name in ("words.txt", "prompts.txt", "card-backpack.md", "card-transformer.md"):
         (folder / name).write_text((DEMO / name).read_text())
     for name in ("professions.csv", "topics.json", "prompts.json"):
         (folder.parent / name).write_text((ROOT / "data" / name).read_text())
@@ -117,8 +113,6 @@ def test_the_evaluation_fills_the_file_and_the_cards(small, monkeypatch):
     monkeypatch.setattr(
         scripts.evaluate, "load", lambda name, **kw: load(folder / architecture_of.get(name, name), **kw)
     )
-    monkeypatch.setattr(scripts.evaluate, "TIMED_TOKENS", 20)
-    monkeypatch.setattr(scripts.evaluate, "TIMED_STEPS", 2)
     monkeypatch.setattr(scripts.evaluate, "SAMPLE_SETTINGS", {"max_new_tokens": 4})
     (tmp_path / "WS353.csv").write_text("Word 1,Word 2,Human\nnurse,doctor,8\nking,queen,9\nbank,river,2\ncar,cat,1\n")
     pair = {"sentence_good": "He sleeps.", "sentence_bad": "He sleep.", "UID": "agreement"}
@@ -135,14 +129,13 @@ def test_the_evaluation_fills_the_file_and_the_cards(small, monkeypatch):
         assert measured["bits_per_byte"] == pytest.approx(bits_per_byte(model, tokenizer, texts), rel=1e-4)
         assert measured["parameters"] == sum(p.numel() for p in model.parameters())
         assert set(measured["similarity"]) == {"WS-353"} and set(measured["blimp"]["by_set"]) == {"agreement"}
-        assert measured["training_tokens_per_second"] > 0 and measured["generation_tokens_per_second"] > 0
         assert len(measured["samples"]) == 10 and len(measured["failures"]) == 1
         before = found["before"][name]
         earlier = load(tmp_path / "runs" / architecture / "older-exported")
         assert before["bits_per_byte"] == pytest.approx(bits_per_byte(*earlier, texts), rel=1e-4)
         assert before["weights"] == fingerprint(earlier[0]) != measured["weights"]
         card = (folder / architecture / "README.md").read_text()
-        assert all(f"{part['bits_per_byte']:.3f}" in card for part in (measured, before)) and "$" not in card
+        assert f"{measured['bits_per_byte']:.3f}" in card and "{" not in card
         assert "It is small, and it shows.\n\n> The nurse" in card or name != "demo"
     assert set(found["models"]["demo"]["roles"]["auc"]) >= {"next word", "words nearby", "related word"}
 
@@ -170,19 +163,6 @@ def test_wrong_places_are_one_sentence(small, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("error: No file matches")
 
 
-def test_tables_of_the_cards_are_markdown(scripts):
-    frame = pd.DataFrame({"a": [1, 2], "b c": ["x", "y"]})
-    assert scripts.cards.table(frame) == "| a | b c |\n| --- | --- |\n| 1 | x |\n| 2 | y |"
-
-
-def test_word2vec_knows_lower_case_and_gives_unknown_words_zeros(scripts):
-    class Vectors(dict):
-        vector_size = 3
-
-    found = scripts.evidence.of_word2vec(Vectors(cat=np.ones(3, np.float32)))(["Cat", "dog"])
-    assert found.tolist() == [[[1.0, 1.0, 1.0]], [[0.0, 0.0, 0.0]]]
-
-
 # ---------------------------------------------------------------- what the senses do
 
 
@@ -197,19 +177,7 @@ def test_persons_are_paired_with_every_pronoun_and_so_are_as_many_other_words(sc
 def test_related_words_come_both_ways_round_and_only_above_the_score(scripts, tokenizer):
     pairs = pd.DataFrame([("nurse", "concert", 8.0), ("he", "she", 3.0)], columns=["word1", "word2", "score"])
     a, b = tokens_of_word(tokenizer, "nurse")[0], tokens_of_word(tokenizer, "concert")[0]
-    assert scripts.evidence.related_words(tokenizer, pairs, 7.0).tolist() == [[a, b], [b, a]]
-
-
-def test_pronouns_follow_professions_where_they_were_made_to(scripts, model, tokenizer):
-    names = ["nurse", "concert", "band", "song", "river"]
-    professions = pd.DataFrame({"profession": names, "percent_women": [90, 70, 50, 30, 10]})
-    found = scripts.evidence.profession_pronouns(model, tokenizer, professions)
-    he, she = (tokens_of_word(tokenizer, word)[0] for word in ("he", "she"))
-    direction = model.lm_head.weight[he] - model.lm_head.weight[she]
-    push = [model.sense_vectors(torch.tensor([tokens_of_word(tokenizer, n)[-1]]))[0] @ direction for n in names]
-    for sense in range(4):
-        expected = spearmanr([p[sense].item() for p in push], [10, 30, 50, 70, 90]).statistic
-        assert found["rho"][sense] == pytest.approx(expected)
+    assert scripts.evaluate.related_words(tokenizer, pairs).tolist() == [[a, b], [b, a]]
 
 
 # ---------------------------------------------------------------- as shipped
@@ -240,14 +208,6 @@ def test_the_models_are_small_and_have_what_the_notebooks_need(demo, baseline):
         assert sum(file.stat().st_size for file in (DEMO / folder).iterdir()) <= megabytes * 1e6
     trunk = {name: p.shape for name, p in baseline[0].transformer.named_parameters()}
     assert trunk == {name: p.shape for name, p in model.backpack.gpt2_model.named_parameters()}
-
-
-@pytest.mark.parametrize("name", ["demo", "demo-transformer"])
-def test_loading_takes_less_than_two_seconds(name):
-    load(name)
-    began = time.perf_counter()
-    load(name)
-    assert time.perf_counter() - began < 2
 
 
 def test_every_studied_word_is_one_token(demo, scripts):
@@ -291,22 +251,15 @@ def test_the_recipe_is_the_models(demo, baseline, scripts):
 def test_the_cards_say_what_the_evaluation_found(scripts, evaluation):
     for name, architecture in (("demo", "backpack"), ("demo-transformer", "transformer")):
         assert (DEMO / architecture / "README.md").read_text() == scripts.cards.card(evaluation, name)
-    card = (DEMO / "backpack" / "README.md").read_text()
-    for word in ("SimLex-999", "SimVerb-3500", "RG-65", "WS-353", "word2vec", "BLiMP", "bits per byte"):
-        assert word in card
 
 
-def test_the_backpack_is_as_good_as_its_baseline(evaluation):
+def test_the_backpack_is_as_good_as_its_baseline_and_the_plain_text_made_both_better(evaluation):
     backpack, transformer = (evaluation["models"][name] for name in ("demo", "demo-transformer"))
     assert backpack["tokens_seen"] == transformer["tokens_seen"]
     assert backpack["bits_per_byte"] <= 1.01 * transformer["bits_per_byte"]
-
-
-def test_the_plain_text_made_both_better(evaluation):
     for name, now in evaluation["models"].items():
         before = evaluation["before"][name]
         assert now["bits_per_byte"] < before["bits_per_byte"] and now["blimp"]["mean"] > before["blimp"]["mean"]
-        assert now["pronouns"]["mass"] > before["pronouns"]["mass"]
 
 
 @pytest.mark.parametrize("name", ["demo", "demo-transformer"])
@@ -338,13 +291,3 @@ def test_samples_come_out_again_with_the_same_seed(demo, evaluation, scripts):
     assert all(text.startswith(prompt) for prompt, text in zip(prompts, found))
     again = [continue_text(*demo, prompts[0], **scripts.evaluate.SAMPLE_SETTINGS) for _ in range(2)]
     assert again[0] == again[1] and again[0].startswith(prompts[0])
-
-
-@pytest.mark.slow
-def test_it_loads_without_a_network_from_another_folder(tmp_path):
-    code = "from backpack_lib import load; m, t = load('demo'); print(m.config.num_senses, len(t))"
-    env = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
-    )
-    assert result.stdout.split() == ["16", "16000"] and result.stderr == ""

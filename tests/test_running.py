@@ -200,9 +200,10 @@ def test_a_grid_runs_what_is_not_finished_and_gathers_a_table(suite, tmp_path, c
     suite("01_first", "assert steps != 2, 'two is not allowed'", WRITE)
     axes = ["steps=1,2,3", "name=b {c}"]
     grid = Grid("01_first", {"rate": 0.25}, axes)
-    finished = {"headline": "done before", "double": -1, "parameters": grid.runs[next(iter(grid.runs))]}
-    (grid.folder / next(iter(grid.runs))).mkdir(parents=True)
-    (grid.folder / next(iter(grid.runs)) / "results.json").write_text(json.dumps(finished))
+    first = next(iter(grid.runs))
+    finished = {"headline": "done before", "double": -1, "minutes": 1.0, "parameters": grid.runs[first]}
+    (grid.folder / first).mkdir(parents=True)
+    (grid.folder / first / "results.json").write_text(json.dumps(finished))
     line = ["01_first", "-p", "rate", "0.25", "--processes", "1", "--grid", axes[0], "--grid", axes[1]]
     assert main(line) == 1
     out, err = capfd.readouterr()
