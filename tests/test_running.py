@@ -242,7 +242,12 @@ def test_each_process_has_a_gpu_to_itself(suite, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert grids.gpus_here() == ["3", "5"]
     seen = []
-    monkeypatch.setattr(grids, "run_notebook", lambda *run, **settings: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]))
+
+    def run_nothing(*run, **settings):
+        seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+        return SimpleNamespace(failed=False)
+
+    monkeypatch.setattr(grids, "run_notebook", run_nothing)
     grid = Grid("03_gpu", {}, ["steps=1"])
     for worker in (0, 1, 2):
         monkeypatch.setattr(grids, "get_worker", lambda worker=worker: SimpleNamespace(name=worker))

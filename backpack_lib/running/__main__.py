@@ -12,8 +12,6 @@ from backpack_lib.files import notebooks_folder, runs_folder, use_writable_home
 from backpack_lib.running.notebook import results_folder, run_notebook
 from backpack_lib.running.parameters import read_parameters, ordered_notebooks, source_of
 
-RESUMES = "Stopped. The same line resumes: training from its last checkpoint, studies and grids from what is finished."
-
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m backpack_lib.running", description=__doc__)
@@ -35,22 +33,20 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(RESUMES, file=sys.stderr)
+        print("Stopped. The same line resumes from the last checkpoint, or from what is finished.", file=sys.stderr)
         return 130
 
 
 def _copy_notebooks(folder: Path) -> int:
     """Copies the suite's notebooks to where a person works. What has been changed there is left as it is."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = ordered_notebooks()
-    for source in [*map(source_of, names), *notebooks_folder().glob("README.md")]:
+    for source in [*notebooks_folder().glob("*.ipynb"), *notebooks_folder().glob("README.md")]:
         target = folder / source.name
         if not target.exists():
             shutil.copyfile(source, target)
         elif target.read_bytes() != source.read_bytes():
             print(f"{target} is yours, and was left as it is; to renew it, move it away first.", file=sys.stderr)
-    first = shlex.quote(str(folder / f"{names[0]}.ipynb"))
-    print(f"{len(names)} notebooks are in {folder}; open them with: jupyter lab {first}")
+    print(f"The notebooks are in {folder}; open them with: jupyter lab {shlex.quote(str(folder))}")
     return 0
 
 
@@ -80,10 +76,10 @@ def _run_grid(options) -> int:
         raise ValueError(f"A grid is of one notebook; name one of {', '.join(ordered_notebooks())}.")
     (name,) = options.names
     grid = Grid(name, read_parameters(source_of(name), options.f, options.p), options.grid)
-    outcomes = grid.run(options.processes, options.scheduler)
-    print(grid.table()[[*grid.axes, "minutes", "headline"]].to_string(index=False))
+    failed = grid.run(options.processes, options.scheduler)
+    print(grid.table().reindex(columns=[*grid.axes, "minutes", "headline"]).to_string(index=False))
     print(f"All numbers: {grid.file}")
-    return int(any(outcome.failed for outcome in outcomes))
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

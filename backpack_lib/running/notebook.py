@@ -1,7 +1,4 @@
-"""Strict runs of the notebooks by papermill.
-
-What papermill lets pass fails a run: an unknown parameter, a value of another type, an exception in a widget's callback.
-"""
+"""Runs of notebooks by papermill, and stricter: an exception inside a widget's callback fails a run, too."""
 
 import json
 import logging

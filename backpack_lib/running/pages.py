@@ -22,7 +22,6 @@ main { max-width: 62rem; margin: 0 auto; }
 .jp-OutputArea-output { overflow-x: auto; }
 .highlight pre, .jp-RenderedText pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 img { max-width: 100%; height: auto; }
-td { text-align: left; vertical-align: top; padding-right: 1em; }
 </style>"""
 
 

@@ -86,8 +86,8 @@ def make_models(size: str, positions: int, device: str) -> tuple[dict[str, nn.Mo
     torch.manual_seed(0)
     shape = SIZES[size] | {"n_positions": positions, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     shape |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    ours = BackpackLMHeadModel(BackpackConfig(**shape, num_senses=SENSES)).to(device).eval()
-    gpt2 = GPT2LMHeadModel(GPT2Config(**shape)).to(device).eval()
+    ours = BackpackLMHeadModel(BackpackConfig(**shape, num_senses=SENSES)).to(device)
+    gpt2 = GPT2LMHeadModel(GPT2Config(**shape)).to(device)
     gpt2.loss_type = "ForCausalLM"
     plain = PlainBackpack(ours)
     losses = {
@@ -149,7 +149,7 @@ def generation(size: str, device: str) -> dict[str, list[float]]:
     """Seconds of `generate()` from one token; the plain Backpack computes the whole text for each token."""
     models, _ = make_models(size, WRITTEN + 1, device)
     for model in models.values():
-        model.to(torch.bfloat16 if device == "cuda" else torch.float32)
+        model.eval().to(torch.bfloat16 if device == "cuda" else torch.float32)
     text = text_like(1, WRITTEN + 1, size, device)
     first, dictated = text[:, :1], [Dictated(text)]
 
