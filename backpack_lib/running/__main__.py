@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from backpack_lib.files import notebooks_folder, runs_folder, use_writable_home
-from backpack_lib.running.notebook import results_folder, run_notebook
+from backpack_lib.running.notebook import run_notebook
 from backpack_lib.running.parameters import read_parameters, ordered_notebooks, source_of
 
 
@@ -54,8 +54,8 @@ def _run_in_order(options) -> int:
     # All are checked before any of them starts.
     sources = {name: source_of(name) for name in options.names or ordered_notebooks()}
     plans = {name: read_parameters(source, options.f, options.p) for name, source in sources.items()}
-    if len({results_folder(sources[name], given) for name, given in plans.items()}) < len(plans):
-        raise ValueError("Two of these notebooks would write to one folder; run each with an `out` of its own.")
+    if len(plans) > 1 and any("out" in given for given in plans.values()):
+        raise ValueError("These notebooks would all write to one `out`; run them one by one.")
     outcomes = []
     for number, (name, given) in enumerate(plans.items(), start=1):
         print(f"[{number}/{len(plans)}] {sources[name].stem}", file=sys.stderr, flush=True)

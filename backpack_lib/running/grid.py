@@ -22,6 +22,8 @@ from backpack_lib.running.notebook import RESULTS, run_notebook
 from backpack_lib.running.parameters import code_of, default_parameters, read_grid, source_of
 
 MOST = 8  # processes, unless more are asked for: each is a kernel with a model
+# What takes memory is the kernel, another process, so dask's limit of it would say nothing.
+PROCESS = {"threads_per_worker": 1, "memory_limit": 0, "dashboard_address": "127.0.0.1:0", "silence_logs": "CRITICAL"}
 
 
 class Grid:
@@ -50,10 +52,9 @@ class Grid:
         return results if results.get("parameters") == self.runs[run] else None
 
     def run(self, processes: int = 0, scheduler: str = "") -> list[str]:
-        """Runs what is not finished yet, and returns which runs failed. A run that fails does not stop the others.
+        """Runs what is not finished yet, and returns which runs failed.
 
-        processes: of this machine; 0: one a GPU that the runs may use, or else one a core. scheduler: address or file
-            of a dask cluster whose workers are used instead.
+        processes: of this machine; 0: one a GPU or one a core. scheduler: of a dask cluster that is used instead.
         """
         with locked_folder(self.folder):
             write_text(self.notebook, self.source)  # all runs are of this copy, whatever is edited meanwhile
@@ -69,7 +70,8 @@ class Grid:
         else:
             # No process of this machine is given a second run, which would be killed with it.
             at_once = min(len(left), processes or len(gpus) or min(MOST, os.cpu_count()))
-            where = processes_here(at_once)
+            threads = str(max(1, os.cpu_count() // at_once))
+            where = {"n_workers": at_once, "env": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}} | PROCESS
         waiting, failed = iter(left), []
         with (
             config.set({"distributed.scheduler.allowed-failures": 1}),  # what is killed is tried once more
@@ -101,22 +103,13 @@ class Grid:
 
     def table(self) -> pd.DataFrame:
         """Writes a row for each finished run, its values and results, as `table.csv`, and returns the rows."""
-        rows = []
-        for run, parameters in self.runs.items():
-            results = self.results_of(run)
-            if results is not None:
-                rows.append({axis: parameters[axis] for axis in self.axes} | results)
+        found = {run: self.results_of(run) for run in self.runs}
+        rows = [
+            {axis: self.runs[run][axis] for axis in self.axes} | results for run, results in found.items() if results
+        ]
         table = pd.DataFrame(rows).drop(columns="parameters", errors="ignore")
         write_text(self.file, table.to_csv(index=False))
         return table
-
-
-def processes_here(count: int) -> dict:
-    """A dask client's settings for processes of this machine, each with its share of the cores."""
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(max(1, os.cpu_count() // count)))
-    # What takes memory is the kernel, another process, so dask's limit of it would say nothing.
-    quiet = {"memory_limit": 0, "dashboard_address": None, "silence_logs": "CRITICAL"}
-    return {"n_workers": count, "threads_per_worker": 1, "env": threads} | quiet
 
 
 def gpus_here() -> list[str]:

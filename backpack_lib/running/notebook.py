@@ -3,33 +3,18 @@
 import json
 import logging
 import time
-from dataclasses import dataclass
+from collections import namedtuple
 from pathlib import Path
 
 from backpack_lib.files import locked_folder, runs_folder, write_text
 from backpack_lib.running.parameters import check_parameters, default_parameters, source_of
 
 RESULTS = "results.json"  # written by each notebook beside its executed copy; `headline` is one line
-
-
-@dataclass
-class Outcome:
-    """What became of one notebook."""
-
-    notebook: str
-    minutes: float
-    result: str
-    copy: Path
-    failed: bool
-
-
-def results_folder(source: Path, parameters: dict) -> Path:
-    """Where a notebook's executed copy and results go: its parameter `out`, or `runs/` and its file's name."""
-    return Path(parameters.get("out") or runs_folder() / source.stem).absolute()
+Outcome = namedtuple("Outcome", "notebook minutes result copy failed")  # what became of one notebook
 
 
 def run_notebook(name: str, given: dict | None = None, progress_bar: bool = True) -> Outcome:
-    """Executes one notebook, by name or path, into its `results_folder`.
+    """Executes one notebook, by name or path; its copy and results go to its parameter `out`, or to `runs/<name>`.
 
     Raises ValueError, before anything starts, for an unknown notebook, parameter name or type, or if another run
     is writing to the same folder; OSError if the folder cannot be written.
@@ -37,7 +22,7 @@ def run_notebook(name: str, given: dict | None = None, progress_bar: bool = True
     source = source_of(name)
     defaults = default_parameters(source)
     parameters = check_parameters(source.stem, defaults, given or {})
-    folder = results_folder(source, parameters)
+    folder = Path(parameters.get("out") or runs_folder() / source.stem).absolute()
     # A notebook that is told its folder writes there, whatever its file is called.
     told = parameters | {"out": str(folder)} if "out" in defaults else parameters
     copy, results = folder / source.name, folder / RESULTS
@@ -81,11 +66,8 @@ def _widget_failure(copy: Path) -> str | None:
 
 
 def _sign(file: Path, parameters: dict, minutes: float) -> str:
-    """Adds to the results of a run that ended well its parameters and minutes. Returns the headline.
-
-    NaN and Infinity, which are no JSON, become null.
-    """
-    results = json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+    """Adds to the results of a run that ended well its parameters and minutes. Returns the headline."""
+    results = json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda _: None)  # NaN is no JSON
     results |= {"minutes": round(minutes, 2), "parameters": parameters | {"out": ""}}
     write_text(file, json.dumps(results, indent=1, allow_nan=False) + "\n")
-    return results["headline"]
+    return results.get("headline", "")

@@ -1,7 +1,4 @@
-"""Executed notebooks as pages that open from disk, without a network, and an index of them.
-
-Formulas become MathML, pictures carry their descriptions, an explorer shows its page as it was when it opened.
-"""
+"""Executed notebooks as pages that open without a network, formulas as MathML, and an index of them."""
 
 import re
 from base64 import b64decode
@@ -26,8 +23,6 @@ img { max-width: 100%; height: auto; }
 
 
 class _Renderer(IPythonRenderer):
-    """Markdown with its formulas as MathML, which browsers draw themselves."""
-
     def block_math(self, body):
         return convert(body.strip(), display="block")
 

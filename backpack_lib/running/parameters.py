@@ -15,10 +15,7 @@ def ordered_notebooks() -> list[str]:
 
 
 def source_of(name: str) -> Path:
-    """The file of a notebook: one of the suite's by its name, or any by its path, such as `mine/02_senses.ipynb`.
-
-    Raises ValueError if there is none.
-    """
+    """The file of a notebook: one of the suite's by its name, or any by its path, such as `mine/02_senses.ipynb`."""
     source = Path(name).absolute() if name.endswith(".ipynb") else notebooks_folder() / f"{name}.ipynb"
     if not source.is_file():
         raise ValueError(f"There is no notebook {name!r}; there are: {', '.join(ordered_notebooks())}.")
@@ -30,10 +27,8 @@ def code_of(notebook: Path) -> list[nbformat.NotebookNode]:
 
 
 def default_parameters(notebook: Path) -> dict:
-    """Names and default values in a notebook's cell tagged `parameters`.
-
-    Parsed as Python: papermill's own inspection loses a parameter that has a "=" or "#" in its text or comment.
-    """
+    """Names and default values in a notebook's cell tagged `parameters`."""
+    # papermill's own inspection loses a parameter that has a "=" or "#" in its text or comment.
     tagged = [cell.source for cell in code_of(notebook) if "parameters" in cell.metadata.get("tags", [])]
     assignments = [line for line in ast.parse("\n".join(tagged)).body if isinstance(line, ast.Assign)]
     return {line.targets[0].id: ast.literal_eval(line.value) for line in assignments}
@@ -83,10 +78,7 @@ def read_grid(name: str, defaults: dict, given: dict, axes: list[str]) -> dict[s
 
 
 def _read_value(text: str | list, default):
-    """A parameter read as the type of its default; unchanged where that fails.
-
-    A list is written `a,b,c` or `[a, b, c]`. The entries of one that is empty by default are words.
-    """
+    """A parameter read as the type of its default, or unchanged. Entries of a list that is empty by default are words."""
     if isinstance(default, str):
         return text
     if isinstance(default, list) and isinstance(text, str | list):
