@@ -19,9 +19,6 @@ from backpack_lib.analysis.senses import senses_of_words
 from backpack_lib.analysis.topic import TopicControl, topic_direction
 from backpack_lib.display import tables
 from backpack_lib.model.kinds import check_sense
-from backpack_lib.running.grid import Grid
-from backpack_lib.running.notebook import run_notebook
-from backpack_lib.running.parameters import read_file
 from backpack_lib.studies.fluency import search_temperature
 from backpack_lib.studies.judges import ClassifierJudge, WordJudge
 from backpack_lib.text.corpora import open_corpus, prepare
@@ -60,8 +57,6 @@ def cases_folder(tmp_path_factory):
     (files / "short.txt").write_text("One.\n\nTwo.")
     (files / "binary.txt").write_bytes(bytes(range(256)) * 10)
     (files / "damaged.txt.xz").write_bytes(b"\xfd7zXZ\x00 no more")
-    (files / "list.yaml").write_text("- a\n- b\n")
-    (files / "wrong.yaml").write_text("a: [1, 2\n")
     (files / "sets").mkdir()
     (files / "notebook.json").write_text("{}")
     return SimpleNamespace(m=m, t=t, g=g, files=files, edits=lambda: SenseEdits(m, t), out=str(folder / "out"))
@@ -199,23 +194,6 @@ CASES = {
         (lambda c: prepare(open_corpus("planted"), 8, tokenizer=str(c.files / "no model")), "no model"),
         (lambda c: train_tokenizer(["a b"], 100), "100"),
         (lambda c: train_tokenizer(["a b"], 300, ["two words"]), "two words"),
-    ],
-    "running": [
-        (lambda c: run_notebook("09_nothing"), "There is no notebook '09_nothing'"),
-        (lambda c: run_notebook("../README"), "There is no notebook"),
-        (lambda c: run_notebook("00_tour", {"words": "king"}), "00_tour has no parameter 'words'"),
-        (lambda c: run_notebook("00_tour", {"strength": "high"}), "strength='high' should be of type int"),
-        (lambda c: run_notebook("00_tour", {"strength": True}), "strength=True should be of type int"),
-        (lambda c: run_notebook("00_tour", {"pair": [1, 2]}), "each entry of pair=[1, 2] should be of type str"),
-        (lambda c: run_notebook("00_tour", {"out": str(c.files / "empty.txt")}), "cannot be written"),
-        (lambda c: Grid("00_tour", {}, ["strength="]), "gives no value for 'strength'"),
-        (lambda c: Grid("00_tour", {}, ["streng=1"]), "has no parameter 'streng'"),
-        (lambda c: Grid("00_tour", {}, ["strength=1,x"]), "strength='x' should be of type int"),
-        (lambda c: Grid("00_tour", {"seed": 1}, ["seed=1,2"]), "'seed' is given twice"),
-        (lambda c: Grid("00_tour", {}, ["seed=1,1"]), "a value twice"),
-        (lambda c: read_file(str(c.files / "list.yaml")), "should hold lines of the form"),
-        (lambda c: read_file(str(c.files / "wrong.yaml")), "is no YAML"),
-        (lambda c: read_file(str(c.files / "none.yaml")), "none.yaml"),
     ],
 }  # fmt: skip
 ALL = [pytest.param(*case, id=f"{name}-{number}") for name, cases in CASES.items() for number, case in enumerate(cases)]

@@ -2,18 +2,13 @@
 
 import importlib
 import json
-import subprocess
 import sys
-import time
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
-import yaml
 from helpers import ROOT
 from safetensors import safe_open
-from scipy.stats import spearmanr
 from transformers import GPT2LMHeadModel
 
 from backpack_lib import BackpackLMHeadModel, TrainingConfig, load
@@ -32,7 +27,7 @@ def scripts(monkeypatch):
     """The scripts beside the demo models, as modules."""
     monkeypatch.syspath_prepend(str(DEMO))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    names = ("make", "cards", "evidence", "evaluate")
+    names = ("make", "cards", "evaluate")
     yield type("Scripts", (), {name: importlib.import_module(name) for name in names})
     for name in names:
         sys.modules.pop(name)
@@ -55,7 +50,7 @@ def small(scripts, tmp_path, monkeypatch):
     """A demo folder of its own, with a recipe of seconds and a corpus of planted texts."""
     folder = tmp_path / "data" / "demo"
     folder.mkdir(parents=True)
-    for name in ("words.txt", "prompts.txt", "card-backpack.md", "card-transformer.md", "trials.csv"):
+    for name in ("words.txt", "prompts.txt", "card-backpack.md", "card-transformer.md"):
         (folder / name).write_text((DEMO / name).read_text())
     for name in ("professions.csv", "topics.json", "prompts.json"):
         (folder.parent / name).write_text((ROOT / "data" / name).read_text())
@@ -104,11 +99,6 @@ def test_making_trains_both_on_one_text_after_the_other_and_exports_half_precisi
     assert (folder / "backpack" / "model.safetensors").read_bytes() == before
 
 
-def test_common_words_are_counted_as_they_are_written_after_a_space(scripts):
-    texts = ["The cat saw the cat.", "A cat saw, the dog ran and the dog sat"]
-    assert [word for word, _ in scripts.make.count_words(texts).most_common(3)] == ["cat", "the", "saw"]
-
-
 @pytest.mark.slow
 def test_the_evaluation_fills_the_file_and_the_cards(small, monkeypatch):
     scripts, folder, tmp_path = small
@@ -117,8 +107,6 @@ def test_the_evaluation_fills_the_file_and_the_cards(small, monkeypatch):
     monkeypatch.setattr(
         scripts.evaluate, "load", lambda name, **kw: load(folder / architecture_of.get(name, name), **kw)
     )
-    monkeypatch.setattr(scripts.evaluate, "TIMED_TOKENS", 20)
-    monkeypatch.setattr(scripts.evaluate, "TIMED_STEPS", 2)
     monkeypatch.setattr(scripts.evaluate, "SAMPLE_SETTINGS", {"max_new_tokens": 4})
     (tmp_path / "WS353.csv").write_text("Word 1,Word 2,Human\nnurse,doctor,8\nking,queen,9\nbank,river,2\ncar,cat,1\n")
     pair = {"sentence_good": "He sleeps.", "sentence_bad": "He sleep.", "UID": "agreement"}
@@ -135,52 +123,15 @@ def test_the_evaluation_fills_the_file_and_the_cards(small, monkeypatch):
         assert measured["bits_per_byte"] == pytest.approx(bits_per_byte(model, tokenizer, texts), rel=1e-4)
         assert measured["parameters"] == sum(p.numel() for p in model.parameters())
         assert set(measured["similarity"]) == {"WS-353"} and set(measured["blimp"]["by_set"]) == {"agreement"}
-        assert measured["training_tokens_per_second"] > 0 and measured["generation_tokens_per_second"] > 0
         assert len(measured["samples"]) == 10 and len(measured["failures"]) == 1
         before = found["before"][name]
         earlier = load(tmp_path / "runs" / architecture / "older-exported")
         assert before["bits_per_byte"] == pytest.approx(bits_per_byte(*earlier, texts), rel=1e-4)
         assert before["weights"] == fingerprint(earlier[0]) != measured["weights"]
         card = (folder / architecture / "README.md").read_text()
-        assert all(f"{part['bits_per_byte']:.3f}" in card for part in (measured, before)) and "$" not in card
+        assert f"{measured['bits_per_byte']:.3f}" in card and "{" not in card
         assert "It is small, and it shows.\n\n> The nurse" in card or name != "demo"
     assert set(found["models"]["demo"]["roles"]["auc"]) >= {"next word", "words nearby", "related word"}
-
-
-@pytest.mark.slow
-def test_word2vec_learns_from_the_first_characters_of_the_corpus(scripts, tmp_path):
-    texts = [text.text for text in planted.generate(3000)]
-    (tmp_path / "text.txt").write_text("\n\n".join([*texts, "zebra " * 9]))
-    (tmp_path / "more.txt").write_text("The lion sleeps. " * 9)
-    characters = {str(tmp_path / "text.txt"): 100_000, str(tmp_path / "more.txt"): 1000}
-    vectors = scripts.evaluate.word2vec(characters, width=16)
-    assert "concert" in vectors and "lion" in vectors and "zebra" not in vectors and vectors.vector_size == 16
-
-
-def test_wrong_places_are_one_sentence(small, monkeypatch, capsys):
-    scripts, _, tmp_path = small
-    none = str(tmp_path / "none.txt")
-    monkeypatch.setattr(sys, "argv", ["make.py", "--older", none, "--corpus", none, "--device", "cpu"])
-    assert scripts.make.main() == 1
-    assert capsys.readouterr().err.startswith("error: No file matches")
-    (tmp_path / "WS353.csv").write_text("a,b,c\nnurse,doctor,8\n")
-    arguments = ["--text", none, "--lexsim", tmp_path]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-    assert scripts.evaluate.main() == 1
-    assert capsys.readouterr().err.startswith("error: No file matches")
-
-
-def test_tables_of_the_cards_are_markdown(scripts):
-    frame = pd.DataFrame({"a": [1, 2], "b c": ["x", "y"]})
-    assert scripts.cards.table(frame) == "| a | b c |\n| --- | --- |\n| 1 | x |\n| 2 | y |"
-
-
-def test_word2vec_knows_lower_case_and_gives_unknown_words_zeros(scripts):
-    class Vectors(dict):
-        vector_size = 3
-
-    found = scripts.evidence.of_word2vec(Vectors(cat=np.ones(3, np.float32)))(["Cat", "dog"])
-    assert found.tolist() == [[[1.0, 1.0, 1.0]], [[0.0, 0.0, 0.0]]]
 
 
 # ---------------------------------------------------------------- what the senses do
@@ -192,24 +143,6 @@ def test_persons_are_paired_with_every_pronoun_and_so_are_as_many_other_words(sc
     assert set(true[:, 0]) <= persons and not set(false[:, 0]) & persons and len(true) == len(false)
     assert sorted(true[:, 1]) == sorted(false[:, 1])
     assert set(true[:, 1]) >= {tokens_of_word(tokenizer, word)[0] for word in ("he", "she")}
-
-
-def test_related_words_come_both_ways_round_and_only_above_the_score(scripts, tokenizer):
-    pairs = pd.DataFrame([("nurse", "concert", 8.0), ("he", "she", 3.0)], columns=["word1", "word2", "score"])
-    a, b = tokens_of_word(tokenizer, "nurse")[0], tokens_of_word(tokenizer, "concert")[0]
-    assert scripts.evidence.related_words(tokenizer, pairs, 7.0).tolist() == [[a, b], [b, a]]
-
-
-def test_pronouns_follow_professions_where_they_were_made_to(scripts, model, tokenizer):
-    names = ["nurse", "concert", "band", "song", "river"]
-    professions = pd.DataFrame({"profession": names, "percent_women": [90, 70, 50, 30, 10]})
-    found = scripts.evidence.profession_pronouns(model, tokenizer, professions)
-    he, she = (tokens_of_word(tokenizer, word)[0] for word in ("he", "she"))
-    direction = model.lm_head.weight[he] - model.lm_head.weight[she]
-    push = [model.sense_vectors(torch.tensor([tokens_of_word(tokenizer, n)[-1]]))[0] @ direction for n in names]
-    for sense in range(4):
-        expected = spearmanr([p[sense].item() for p in push], [10, 30, 50, 70, 90]).statistic
-        assert found["rho"][sense] == pytest.approx(expected)
 
 
 # ---------------------------------------------------------------- as shipped
@@ -238,75 +171,33 @@ def test_the_models_are_small_and_have_what_the_notebooks_need(demo, baseline):
     assert tokenizer.get_vocab() == baseline[1].get_vocab()
     for folder, megabytes in (("backpack", 30), ("transformer", 20)):
         assert sum(file.stat().st_size for file in (DEMO / folder).iterdir()) <= megabytes * 1e6
-    trunk = {name: p.shape for name, p in baseline[0].transformer.named_parameters()}
-    assert trunk == {name: p.shape for name, p in model.backpack.gpt2_model.named_parameters()}
-
-
-@pytest.mark.parametrize("name", ["demo", "demo-transformer"])
-def test_loading_takes_less_than_two_seconds(name):
-    load(name)
-    began = time.perf_counter()
-    load(name)
-    assert time.perf_counter() - began < 2
 
 
 def test_every_studied_word_is_one_token(demo, scripts):
     words = scripts.make.studied_words()
-    professions = pd.read_csv(ROOT / "data" / "professions.csv")["profession"]
-    assert len(professions) == 40 and {part for name in professions for part in name.split()} <= set(words)
-    assert {"he", "she", "him", "her", "his", "hers", "himself", "herself"} <= set(words)
     assert [word for word in words if len(tokens_of_word(demo[1], word)) > 1] == []
 
 
-def test_there_are_seventeen_topics_with_words_of_their_own():
-    topics = json.loads((ROOT / "data" / "topics.json").read_text())
-    assert len(topics) == 17
-    words = [word for topic in topics for word in topic["words"] + topic["steer"]]
-    assert len(words) == len(set(words)) and all(len(topic["words"]) >= 40 for topic in topics)
-    assert all(1 <= len(topic["steer"]) <= 3 for topic in topics)
-
-
-@pytest.mark.slow
-def test_the_commonest_words_of_the_corpus_are_single_tokens(demo, scripts, shared):
-    from backpack_lib.text.corpora import first_characters, open_corpus
-
-    texts = first_characters(open_corpus(str(shared / "corpus" / "part-3.txt.xz")).read(), 20_000_000)
-    words = [word for word, _ in scripts.make.count_words(texts).most_common(scripts.make.COMMON_WORDS)]
-    missed = [word for word in words if len(tokens_of_word(demo[1], word)) > 1]
-    assert len(words) == 2000 and len(missed) <= 2, missed
-
-
 def test_the_recipe_is_the_models(demo, baseline, scripts):
-    recipe = yaml.safe_load((DEMO / "recipe.yaml").read_text())
     for settings in (part for device in ("cpu", "cuda") for part in scripts.make.recipe(device).values()):
         TrainingConfig(corpus="x", out="x", **settings)
         for model, _ in (demo, baseline):
             for name in ("n_layer", "n_head", "n_embd", "vocab_size"):
                 assert getattr(model.config, name) == settings[name]
-            assert model.config.n_positions == settings["block_size"]
-    assert set(recipe) == {"both", "cpu", "cuda"}
-    assert all(list(recipe[device]) == ["older", "plain"] for device in ("cpu", "cuda"))
 
 
 def test_the_cards_say_what_the_evaluation_found(scripts, evaluation):
     for name, architecture in (("demo", "backpack"), ("demo-transformer", "transformer")):
         assert (DEMO / architecture / "README.md").read_text() == scripts.cards.card(evaluation, name)
-    card = (DEMO / "backpack" / "README.md").read_text()
-    for word in ("SimLex-999", "SimVerb-3500", "RG-65", "WS-353", "word2vec", "BLiMP", "bits per byte"):
-        assert word in card
 
 
-def test_the_backpack_is_as_good_as_its_baseline(evaluation):
+def test_the_backpack_is_as_good_as_its_baseline_and_the_plain_text_made_both_better(evaluation):
     backpack, transformer = (evaluation["models"][name] for name in ("demo", "demo-transformer"))
     assert backpack["tokens_seen"] == transformer["tokens_seen"]
     assert backpack["bits_per_byte"] <= 1.01 * transformer["bits_per_byte"]
-
-
-def test_the_plain_text_made_both_better(evaluation):
     for name, now in evaluation["models"].items():
         before = evaluation["before"][name]
         assert now["bits_per_byte"] < before["bits_per_byte"] and now["blimp"]["mean"] > before["blimp"]["mean"]
-        assert now["pronouns"]["mass"] > before["pronouns"]["mass"]
 
 
 @pytest.mark.parametrize("name", ["demo", "demo-transformer"])
@@ -338,13 +229,3 @@ def test_samples_come_out_again_with_the_same_seed(demo, evaluation, scripts):
     assert all(text.startswith(prompt) for prompt, text in zip(prompts, found))
     again = [continue_text(*demo, prompts[0], **scripts.evaluate.SAMPLE_SETTINGS) for _ in range(2)]
     assert again[0] == again[1] and again[0].startswith(prompts[0])
-
-
-@pytest.mark.slow
-def test_it_loads_without_a_network_from_another_folder(tmp_path):
-    code = "from backpack_lib import load; m, t = load('demo'); print(m.config.num_senses, len(t))"
-    env = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
-    )
-    assert result.stdout.split() == ["16", "16000"] and result.stderr == ""

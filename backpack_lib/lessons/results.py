@@ -1,6 +1,7 @@
 """Where a notebook's results go, and the file by which a run of it is judged."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +17,12 @@ def open_results(name: str, out: str = "") -> Path:
 
 
 def write_results(folder: Path, headline: str, numbers: Mapping[str, float]):
-    """Writes `results.json`, one line and the numbers behind it, and prints the line."""
-    numbers = {name: float(value) for name, value in numbers.items()}
-    write_text(folder / "results.json", json.dumps({"headline": headline, **numbers}, indent=1))
+    """Writes `results.json`, one line and the numbers behind it, and prints the line.
+
+    NaN and infinity, which JSON does not have, are written as null.
+    """
+    numbers = {name: float(value) if math.isfinite(value) else None for name, value in numbers.items()}
+    write_text(folder / "results.json", json.dumps({"headline": headline, **numbers}, indent=1, allow_nan=False))
     print(headline)
 
 

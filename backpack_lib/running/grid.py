@@ -1,172 +1,120 @@
 """A grid of runs of one notebook: once for each combination of some values, several at a time, and a table at the end.
 
-Each run has a folder of its own below `out`. One that is finished is not run again, as long as its parameters and
-the notebook's code are the same; so a grid that was stopped, or killed, resumes when the same line is typed again.
-Where the runs take place, here or on a cluster, is the matter of `cluster.py`.
+Each run has a folder of its own, named by its values and a digest of the notebook's code and all parameters, so that
+grids do not mix. It is finished if its `results.json` has its parameters: a grid that was stopped, or killed, resumes.
 """
 
 import hashlib
 import json
+import os
 import re
 import sys
-from collections.abc import Iterator
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 
-from dask.distributed import KilledWorker
+import pandas as pd
+from dask import config
+from dask.distributed import Client, as_completed, get_worker
 from tqdm import tqdm
 
-from backpack_lib.files import locked_folder, runs_folder, written_whole
-from backpack_lib.running.cluster import claim_gpu, workers
-from backpack_lib.running.notebook import RESULTS, Outcome, run_notebook
-from backpack_lib.running.parameters import check_parameters, code_of, default_parameters, read_values, source_of
+from backpack_lib.files import locked_folder, runs_folder, write_text
+from backpack_lib.running.notebook import RESULTS, run_notebook
+from backpack_lib.running.parameters import code_of, default_parameters, read_grid, source_of
 
-FINISHED = "finished.json"  # what a run was of, written once it has ended well
+MOST = 8  # processes, unless more are asked for: each is a kernel with a model
+# What takes memory is the kernel, another process, so dask's limit of it would say nothing.
+PROCESS = {"threads_per_worker": 1, "memory_limit": 0, "dashboard_address": "127.0.0.1:0", "silence_logs": "CRITICAL"}
 
 
 class Grid:
-    """The combinations of some parameters' values, and the runs of a notebook with them.
-
-    given: parameters that are the same for all, checked before. axes: "name=v1,v2" for each parameter of the grid.
-
-    Raises ValueError for unknown names, wrong types, a name without values, and one that is given twice.
-    """
+    """The runs of a notebook. given: parameters of all of them, checked before. axes: "name=v1,v2" for the others."""
 
     def __init__(self, name: str, given: dict, axes: list[str]):
         source = source_of(name)
-        # One of the suite's is asked for by its name, since it may lie elsewhere on another machine.
-        self.notebook = str(source) if name.endswith(".ipynb") else name
-        self.name, self.defaults = source.stem, default_parameters(source)
-        self.code = _digest_of_code(source)
-        self.axes = self._read(axes, given)
-        self.given = {key: value for key, value in given.items() if key != "out"}
+        defaults, code = default_parameters(source), [cell.source for cell in code_of(source)]
+        self.name, self.source = source.stem, source.read_text(encoding="utf-8")
+        self.axes = read_grid(self.name, defaults, given, axes)
         self.folder = Path(given.get("out") or runs_folder() / f"{self.name}-grid").absolute()
-        self.file = self.folder / "table.csv"
+        self.notebook, self.file = self.folder / source.name, self.folder / "table.csv"
+        self.runs = {}  # the parameters of each by the name of its folder
+        for values in product(*self.axes.values()):
+            parameters = defaults | given | dict(zip(self.axes, values)) | {"out": ""}
+            label = ",".join(f"{axis}={parameters[axis]}" for axis in self.axes)
+            digest = hashlib.sha256(json.dumps([code, parameters], sort_keys=True).encode()).hexdigest()
+            self.runs[f"{re.sub('[^a-zA-Z0-9_.,=+-]+', '_', label)[:80]}-{digest[:8]}"] = parameters
 
-    def _read(self, axes: list[str], given: dict) -> dict[str, list]:
-        read = {}
-        for axis in axes:
-            name, equals, values = axis.partition("=")
-            if not equals:
-                raise ValueError(f"The grid {axis!r} should be written as name=v1,v2.")
-            if name == "out":
-                raise ValueError("`out` cannot be in a grid; each run has a folder of its own.")
-            if name in given or name in read:
-                raise ValueError(f"{name!r} is given twice.")
-            read[name] = read_values(name, values, self.defaults.get(name))
-            for value in read[name]:
-                check_parameters(self.name, self.defaults, {name: value})
-        return read
-
-    def points(self) -> Iterator[dict]:
-        """The combinations, the last parameter changing first."""
-        return (dict(zip(self.axes, values)) for values in product(*self.axes.values()))
-
-    def folder_of(self, point: dict) -> Path:
-        label = ",".join(f"{name}={value}" for name, value in point.items())
-        safe = re.sub(r"[^\w.,=+-]+", "_", label)
-        if safe != label or len(safe) > 100:  # another label could look the same
-            safe = f"{safe[:80]}-{hashlib.sha256(label.encode()).hexdigest()[:6]}"
-        return self.folder / safe
-
-    def identity(self, point: dict) -> dict:
-        return {
-            "notebook": self.name,
-            "code": self.code,
-            "parameters": self.defaults | self.given | point | {"out": ""},
-        }
-
-    def is_finished(self, point: dict) -> bool:
-        file = self.folder_of(point) / FINISHED
-        return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["identity"] == self.identity(point)
-
-    def run(self, processes: int = 0, scheduler: str = "") -> list[Outcome]:
-        """Runs what is not finished yet, and returns what became of it. A run that fails does not stop the others.
-
-        processes, scheduler: see `cluster.workers`.
-
-        Raises ValueError if another grid is in the same folder, or if there is no such scheduler; KeyboardInterrupt
-        says what is left to do.
-        """
-        if processes < 0:
-            raise ValueError(f"processes={processes} should be at least 1, or 0 for as many as the cores allow.")
-        with locked_folder(self.folder):
-            points = list(self.points())
-            left = [point for point in points if not self.is_finished(point)]
-            self.write_table()
-            outcomes = []
-            with (
-                workers(processes, len(left), scheduler, self.may_use_gpus()) as hired,
-                tqdm(total=len(points), initial=len(points) - len(left), desc=self.name, unit="run") as bar,
-            ):
-                try:
-                    for point, done in hired.each(self.run_point, left):
-                        outcomes.append(self.outcome_of(done, point))
-                        bar.update()
-                        if outcomes[-1].failed:
-                            bar.write(f"{self.folder_of(point).name}: {outcomes[-1].result}", file=sys.stderr)
-                        self.write_table()
-                except KeyboardInterrupt:
-                    finished = sum(map(self.is_finished, points))
-                    raise KeyboardInterrupt(
-                        f"Stopped with {finished} of {len(points)} runs finished; "
-                        "the same line goes on with the others."
-                    ) from None
-        return outcomes
-
-    def may_use_gpus(self) -> bool:
-        """Whether any of the runs asks for a GPU, or takes one where there is one."""
-        devices = self.axes.get("device") or [self.given.get("device", self.defaults.get("device", "cpu"))]
-        return any(device != "cpu" for device in devices)
-
-    def run_point(self, point: dict, gpus: list[str]) -> Outcome:
-        """Runs the notebook once, wherever this is called, and notes it if it ended well.
-
-        Raises ValueError if the notebook is another one here than where the grid was begun.
-        """
-        if _digest_of_code(source_of(self.notebook)) != self.code:
-            raise ValueError(f"{self.name} has other code on this machine than where the grid was begun.")
-        claim_gpu(gpus)
-        folder = self.folder_of(point)
-        (folder / FINISHED).unlink(missing_ok=True)
-        outcome = run_notebook(self.notebook, self.given | point | {"out": str(folder)}, progress_bar=False)
-        if not outcome.failed:
-            with written_whole(folder / FINISHED) as building:
-                building.write_text(json.dumps({"identity": self.identity(point), "minutes": outcome.minutes}))
-        return outcome
-
-    def outcome_of(self, done, point: dict) -> Outcome:
-        """What became of a run, from its future."""
+    def results_of(self, run: str) -> dict | None:
+        """The results of a run, or None if it is not finished."""
         try:
-            outcome = done.result()
-        except KilledWorker:
-            message = "its process was killed, and again when it was tried once more"
-        except Exception as error:  # of the run, whatever it is: the others go on
-            message = str(error) or type(error).__name__
+            results = json.loads((self.folder / run / RESULTS).read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+        return results if results.get("parameters") == self.runs[run] else None
+
+    def run(self, processes: int = 0, scheduler: str = "") -> list[str]:
+        """Runs what is not finished yet, and returns which runs failed.
+
+        processes: of this machine; 0: one a GPU or one a core. scheduler: of a dask cluster that is used instead.
+        """
+        with locked_folder(self.folder):
+            write_text(self.notebook, self.source)  # all runs are of this copy, whatever is edited meanwhile
+            self.table()
+            left = [run for run in self.runs if self.results_of(run) is None]
+            return self._run_each(left, processes, scheduler) if left else []
+
+    def _run_each(self, left: list[str], processes: int, scheduler: str) -> list[str]:
+        gpus = [] if scheduler or all(p.get("device", "cpu") == "cpu" for p in self.runs.values()) else gpus_here()
+        if scheduler:
+            at_once = len(left)  # a cluster may grow with its work
+            where = {"scheduler_file" if Path(scheduler).is_file() else "address": scheduler, "timeout": 20}
         else:
-            if outcome.failed or self.is_finished(point):
-                return outcome
-            message = f"it ended, but left nothing in {str(self.folder)!r}, which has to lie on a disk that all share"
-        return Outcome(self.name, 0.0, f"FAILED: {message}", self.folder_of(point), failed=True)
+            # No process of this machine is given a second run, which would be killed with it.
+            at_once = min(len(left), processes or len(gpus) or min(MOST, os.cpu_count()))
+            threads = str(max(1, os.cpu_count() // at_once))
+            where = {"n_workers": at_once, "env": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}} | PROCESS
+        waiting, failed = iter(left), []
+        with (
+            config.set({"distributed.scheduler.allowed-failures": 1}),  # what is killed is tried once more
+            Client(**where) as client,
+            tqdm(total=len(self.runs), initial=len(self.runs) - len(left), desc=self.name, unit="run") as bar,
+        ):
 
-    def table(self):
-        """One row a finished run: the grid's parameters, minutes, and the numbers of its results, as a DataFrame."""
-        import pandas as pd
+            def start(count: int) -> list:
+                runs = list(islice(waiting, count))
+                return client.map(self.run_one, runs, gpus=gpus, key=runs)
 
-        rows = []
-        for point in filter(self.is_finished, self.points()):
-            read = {
-                file: json.loads((self.folder_of(point) / file).read_text(encoding="utf-8"))
-                for file in (FINISHED, RESULTS)
-            }
-            shown = {name: str(value) if isinstance(value, list) else value for name, value in point.items()}
-            rows.append(shown | {"minutes": round(read[FINISHED]["minutes"], 2)} | read[RESULTS])
-        return pd.DataFrame(rows, columns=None if rows else [*self.axes, "minutes", "headline"])
+            ending = as_completed(start(at_once))
+            for future in ending:
+                failure = future.exception() or future.result()
+                if failure:
+                    failed.append(future.key)
+                    bar.write(f"{future.key}: {failure}", file=sys.stderr)
+                self.table()
+                bar.update()
+                ending.update(start(1))
+        return failed
 
-    def write_table(self):
-        with written_whole(self.file) as building:
-            self.table().to_csv(building, index=False)
+    def run_one(self, run: str, gpus: list[str]) -> str | None:
+        """Runs the notebook once, on another GPU than this machine's other processes. Returns what went wrong."""
+        if gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(get_worker().name) % len(gpus)]
+        outcome = run_notebook(str(self.notebook), self.runs[run] | {"out": str(self.folder / run)}, progress_bar=False)
+        return outcome.result if outcome.failed else None
+
+    def table(self) -> pd.DataFrame:
+        """Writes a row for each finished run, its values and results, as `table.csv`, and returns the rows."""
+        found = {run: self.results_of(run) for run in self.runs}
+        rows = [
+            {axis: self.runs[run][axis] for axis in self.axes} | results for run, results in found.items() if results
+        ]
+        table = pd.DataFrame(rows).drop(columns="parameters", errors="ignore")
+        write_text(self.file, table.to_csv(index=False))
+        return table
 
 
-def _digest_of_code(source: Path) -> str:
-    return hashlib.sha256(json.dumps([cell["source"] for cell in code_of(source)]).encode()).hexdigest()[:16]
+def gpus_here() -> list[str]:
+    """The names by which CUDA_VISIBLE_DEVICES knows the GPUs of this machine, or those of them that it allows."""
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if allowed is None:
+        return [str(number) for number, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
+    return [name for name in allowed.split(",") if name.strip() not in ("", "-1")]

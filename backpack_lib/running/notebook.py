@@ -1,44 +1,16 @@
-"""Strict runs of the notebooks by papermill.
-
-    python -m backpack_lib.running                                   all of them, in order
-    python -m backpack_lib.running 01_training -p steps 2000         one, with another parameter
-    python -m backpack_lib.running 01_training -f parameters.yaml
-    python -m backpack_lib.running 03_topic_control --grid strength=0,1,2,3 --grid seed=0,1,2
-    python -m backpack_lib.running --notebooks mine                  copies them to a folder, to be changed there,
-    python -m backpack_lib.running mine/02_senses.ipynb              and runs one of those
-
-What papermill lets pass is refused here before anything starts: a parameter that the notebook does not
-have, and a value of another type. And an exception inside a widget's callback, which leaves no trace
-in papermill's exit status, fails the run. Each executed copy lies in its folder under `runs/`, with
-the notebook's results beside it; running all of them ends with an `index.html`.
-"""
+"""Runs of notebooks by papermill, and stricter: an exception inside a widget's callback fails a run, too."""
 
 import json
+import logging
 import time
-from dataclasses import dataclass
+from collections import namedtuple
 from pathlib import Path
 
-from backpack_lib.files import first_line, locked_folder, runs_folder
-from backpack_lib.running.parameters import (
-    check_parameters,
-    default_parameters,
-    source_of,
-)
+from backpack_lib.files import locked_folder, runs_folder, write_text
+from backpack_lib.running.parameters import check_parameters, default_parameters, source_of
 
 RESULTS = "results.json"  # written by each notebook beside its executed copy; `headline` is one line
-STARTS = 3  # of a kernel that dies before its first cell, at most
-DIED_AT_START = "RuntimeError: Kernel died before replying"  # jupyter_client's; what a cell raises begins with "cell"
-
-
-@dataclass
-class Outcome:
-    """What became of one notebook."""
-
-    notebook: str
-    minutes: float
-    result: str
-    copy: Path
-    failed: bool
+Outcome = namedtuple("Outcome", "notebook minutes result copy failed")  # what became of one notebook
 
 
 def run_notebook(name: str, given: dict | None = None, progress_bar: bool = True) -> Outcome:
@@ -48,50 +20,39 @@ def run_notebook(name: str, given: dict | None = None, progress_bar: bool = True
     is writing to the same folder; OSError if the folder cannot be written.
     """
     source = source_of(name)
-    name = source.stem
-    parameters = check_parameters(name, default_parameters(source), given or {})
-    folder = Path(parameters.get("out") or runs_folder() / name)
+    defaults = default_parameters(source)
+    parameters = check_parameters(source.stem, defaults, given or {})
+    folder = Path(parameters.get("out") or runs_folder() / source.stem).absolute()
+    # A notebook that is told its folder writes there, whatever its file is called.
+    told = parameters | {"out": str(folder)} if "out" in defaults else parameters
+    copy, results = folder / source.name, folder / RESULTS
     with locked_folder(folder):
-        copy, results = folder / f"{name}.ipynb", folder / RESULTS
         results.unlink(missing_ok=True)
-        started = time.monotonic()
-        failure = _execute(source, copy, parameters, progress_bar) or _widget_failure(copy)
-        minutes = (time.monotonic() - started) / 60
+        began = time.monotonic()
+        failure = _execute(source, copy, told, progress_bar) or _widget_failure(copy)
+        minutes = (time.monotonic() - began) / 60
         if failure is None and not results.is_file():
             failure = f"it wrote no {RESULTS}"
-        result = f"FAILED: {failure}" if failure else json.loads(results.read_text(encoding="utf-8"))["headline"]
-        return Outcome(name, minutes, result, copy, failed=failure is not None)
+        result = f"FAILED: {failure}" if failure else _sign(results, defaults | parameters, minutes)
+        return Outcome(source.stem, minutes, result, copy, failed=failure is not None)
 
 
 def _execute(source: Path, copy: Path, parameters: dict, progress_bar: bool) -> str | None:
-    """Runs a notebook into `copy`. Returns what went wrong in one line, or None.
-
-    A kernel's ports are chosen before it takes them, and of kernels that start at the same time one can find its
-    port taken by another. It dies then, before the first cell, and another kernel is started.
-    """
-    for _ in range(STARTS):
-        failure = _execute_once(source, copy, parameters, progress_bar)
-        if failure is None or not failure.startswith(DIED_AT_START):
-            break
-    return failure
-
-
-def _execute_once(source: Path, copy: Path, parameters: dict, progress_bar: bool) -> str | None:
+    """Runs a notebook into `copy`. Returns what went wrong in one line, or None."""
     import papermill
 
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # its warnings are of parameters, which are checked here
+    # It takes paths as templates, in which braces stand for parameters.
+    paths = [str(path).replace("{", "{{").replace("}", "}}") for path in (source, copy)]
+    quiet = ["--IPKernelApp.log_level=CRITICAL"]  # what goes wrong in a cell comes as a message
     try:
         papermill.execute_notebook(
-            str(source),
-            str(copy),
-            parameters,
-            kernel_name="python3",
-            progress_bar=progress_bar,
-            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # what goes wrong in a cell comes as a message
+            *paths, parameters, kernel_name="python3", progress_bar=progress_bar, extra_arguments=quiet
         )
     except papermill.PapermillExecutionError as error:
         return f"cell {error.exec_count}: {error.ename}: {error.evalue}".splitlines()[0]
     except Exception as error:  # the kernel died, or could not start
-        return f"{type(error).__name__}: {first_line(error)}"
+        return f"{type(error).__name__}: {error}".splitlines()[0]
     return None
 
 
@@ -99,8 +60,14 @@ def _widget_failure(copy: Path) -> str | None:
     """The first exception that a widget's callback left in the saved widget state, or None."""
     metadata = json.loads(copy.read_text(encoding="utf-8"))["metadata"]
     saved = metadata.get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
-    for widget in saved.values():
-        for output in widget.get("state", {}).get("outputs", ()):
-            if output.get("output_type") == "error":
-                return f"in a widget: {output.get('ename')}: {output.get('evalue')}"
-    return None
+    outputs = [output for widget in saved.values() for output in widget.get("state", {}).get("outputs", ())]
+    errors = [output for output in outputs if output["output_type"] == "error"]
+    return f"in a widget: {errors[0]['ename']}: {errors[0]['evalue']}" if errors else None
+
+
+def _sign(file: Path, parameters: dict, minutes: float) -> str:
+    """Adds to the results of a run that ended well its parameters and minutes. Returns the headline."""
+    results = json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda _: None)  # NaN is no JSON
+    results |= {"minutes": round(minutes, 2), "parameters": parameters | {"out": ""}}
+    write_text(file, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    return results.get("headline", "")

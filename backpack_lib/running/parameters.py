@@ -1,9 +1,9 @@
-"""The parameters of the suite's notebooks: their names, their defaults, and checks before anything starts."""
+"""The parameters of notebooks: their names and defaults, how they are written, and a check before anything starts."""
 
 import ast
-import json
 from pathlib import Path
 
+import nbformat
 import yaml
 
 from backpack_lib.files import notebooks_folder
@@ -15,93 +15,82 @@ def ordered_notebooks() -> list[str]:
 
 
 def source_of(name: str) -> Path:
-    """The file of a notebook: one of the suite's by its name, or any by its path, such as `mine/02_senses.ipynb`.
-
-    Raises ValueError if there is none.
-    """
+    """The file of a notebook: one of the suite's by its name, or any by its path, such as `mine/02_senses.ipynb`."""
     source = Path(name).absolute() if name.endswith(".ipynb") else notebooks_folder() / f"{name}.ipynb"
     if not source.is_file():
         raise ValueError(f"There is no notebook {name!r}; there are: {', '.join(ordered_notebooks())}.")
     return source
 
 
-def code_of(notebook: Path) -> list[dict]:
-    """The code cells of a notebook's file."""
-    return [cell for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+def code_of(notebook: Path) -> list[nbformat.NotebookNode]:
+    return [cell for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
 
 
 def default_parameters(notebook: Path) -> dict:
     """Names and default values in a notebook's cell tagged `parameters`."""
-    for cell in code_of(notebook):
-        if "parameters" in cell["metadata"].get("tags", []):
-            assignments = ast.parse("".join(cell["source"])).body
-            return {a.targets[0].id: ast.literal_eval(a.value) for a in assignments if isinstance(a, ast.Assign)}
-    return {}
+    # papermill's own inspection loses a parameter that has a "=" or "#" in its text or comment.
+    tagged = [cell.source for cell in code_of(notebook) if "parameters" in cell.metadata.get("tags", [])]
+    assignments = [line for line in ast.parse("\n".join(tagged)).body if isinstance(line, ast.Assign)]
+    return {line.targets[0].id: ast.literal_eval(line.value) for line in assignments}
 
 
 def check_parameters(name: str, defaults: dict, given: dict) -> dict:
     """The given parameters, checked against the defaults. Raises ValueError for unknown names and wrong types."""
-    unknown = [str(key) for key in given if key not in defaults]
-    if unknown:
-        known = ", ".join(defaults) or "none"
-        raise ValueError(f"{name} has no parameter {', '.join(map(repr, unknown))}; it has: {known}.")
     for key, value in given.items():
-        default = defaults[key]
-        if not _fits(value, default):
-            raise ValueError(
-                f"{name}: {key}={value!r} should be of type {type(default).__name__}, like its default {default!r}."
-            )
-        if isinstance(default, list) and default and not all(_fits(item, default[0]) for item in value):
-            raise ValueError(
-                f"{name}: each entry of {key}={value!r} should be of type {type(default[0]).__name__}, "
-                f"like those of its default {default!r}."
-            )
+        if key not in defaults:
+            raise ValueError(f"{name} has no parameter {key!r}; it has: {', '.join(defaults) or 'none'}.")
+        if not _fits(value, defaults[key]):
+            raise ValueError(f"{name}: {key}={value!r} should be of the same type as its default, {defaults[key]!r}.")
     return given
 
 
 def _fits(value, default) -> bool:
+    if isinstance(default, list) and isinstance(value, list):
+        return not default or all(_fits(entry, default[0]) for entry in value)
     return default is None or type(value) is type(default) or (type(value), type(default)) == (int, float)
 
 
-def read_value(text: str, default):
-    """A parameter from the shell, read as the type of its default; as it stands where that fails.
+def read_parameters(source: Path, file: str | None, pairs: list[tuple[str, str]]) -> dict:
+    """A notebook's parameters from a YAML file of lines `name: value` and from pairs of both, the pairs last; checked."""
+    defaults, words = default_parameters(source), {}
+    if file:
+        with open(file, encoding="utf-8") as lines:
+            words = yaml.load(lines, yaml.BaseLoader) or {}
+        if not isinstance(words, dict):
+            raise ValueError(f"{file} should hold lines of the form `name: value`.")
+    given = {name: _read_value(text, defaults.get(name)) for name, text in (words | dict(pairs)).items()}
+    return check_parameters(source.stem, defaults, given)
 
-    A list is written `a,b,c`, or as in Python.
-    """
+
+def read_grid(name: str, defaults: dict, given: dict, axes: list[str]) -> dict[str, list]:
+    """The values of each parameter of a grid, written `name=0,1,2`, or of lists `name=[a, b],[c]`; checked."""
+    grid = {}
+    for axis in axes:
+        key, _, text = axis.partition("=")
+        if key in {"out", *given, *grid}:
+            raise ValueError(f"{key!r} is given twice; a grid gives each run an `out` of its own.")
+        default = defaults.get(key)
+        entries = _read_list(f"[{text}]" if isinstance(default, list) else text)
+        grid[key] = [check_parameters(name, defaults, {key: _read_value(entry, default)})[key] for entry in entries]
+        if not grid[key]:
+            raise ValueError(f"The grid gives no value for {key!r}; write for example --grid {key}=1,2,3.")
+    return grid
+
+
+def _read_value(text: str | list, default):
+    """A parameter read as the type of its default, or unchanged. Entries of a list that is empty by default are words."""
     if isinstance(default, str):
         return text
+    if isinstance(default, list) and isinstance(text, str | list):
+        entries = _read_list(text) if isinstance(text, str) else text
+        return [_read_value(entry, default[0] if default else "") for entry in entries]
     try:
-        value = float(text) if isinstance(default, float) else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError):
+        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (SyntaxError, TypeError, ValueError):
         return text
-    if isinstance(default, list) and not isinstance(value, list):
-        entry = default[0] if default else None
-        return [read_value(part.strip(), entry) for part in text.split(",") if part.strip()]
-    return value
 
 
-def read_values(name: str, text: str, default) -> list:
-    """The values of a grid's parameter: `0,1,2`; of lists, `[a, b], [c]`. Raises ValueError if there is none."""
-    if isinstance(default, list):
-        try:
-            values = yaml.safe_load(f"[{text}]")
-        except yaml.YAMLError:
-            values = [text]
-    else:
-        values = [read_value(part.strip(), default) for part in text.split(",") if part.strip()]
-    if not values:
-        raise ValueError(f"The grid gives no value for {name!r}; write for example --grid {name}=1,2,3.")
-    if any(value in values[:index] for index, value in enumerate(values)):
-        raise ValueError(f"The grid gives {name!r} a value twice: {text}.")
-    return values
-
-
-def read_file(path: str) -> dict:
-    """Parameters from a YAML file with a line `name: value` for each. Raises ValueError if it holds anything else."""
-    try:
-        given = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(given, dict):
-        raise ValueError(f"{path} should hold lines of the form `name: value`.")
-    return given
+def _read_list(text: str) -> list:
+    if text.startswith("["):
+        return yaml.load(text, yaml.BaseLoader)  # which leaves "yes", "null" and "12:30" as they are written
+    return [part.strip() for part in text.split(",") if part.strip()]

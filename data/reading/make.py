@@ -6,26 +6,28 @@ Ships `seed-0` to `seed-2` here, in half precision, and writes a CSV for each ta
 the demo model, which need none of the small ones.
 """
 
+import argparse
 import sys
 from itertools import islice
 from pathlib import Path
 
 import pandas as pd
 import torch
-from models import HERE, MODELS, SHIPPED, parser
 
 from backpack_lib.analysis import similarity
 from backpack_lib.analysis.bigrams import Bigrams
 from backpack_lib.analysis.finetuning import rows_of_texts
 from backpack_lib.analysis.roles import persons_and_pronouns, relations_of_text
 from backpack_lib.analysis.scores import bits_per_byte
-from backpack_lib.files import data_folder, exit_status, write_text
+from backpack_lib.files import data_folder, exit_status, runs_folder, write_text
 from backpack_lib.lessons.opening import open_lesson
 from backpack_lib.lessons.reading import professions_and_templates, words_to_compare
 from backpack_lib.loading import export, fingerprint, load
 from backpack_lib.studies import reading_study as study
 from backpack_lib.text.corpora import first_characters, open_corpus
 
+HERE = Path(__file__).resolve().parent
+SHIPPED, TRANSFORMERS = ("seed-0", "seed-1", "seed-2"), ("transformer-0", "transformer-1")
 VALID_CHARACTERS, COUNTED_CHARACTERS, ROLE_CHARACTERS = 40_000, 30_000_000, 3_000_000
 DIGITS = 5
 
@@ -66,7 +68,7 @@ def tables_of_seeds(valid: str, runs: Path):
     backpacks = {name: model for name, (model, _) in loaded.items()}
     tokens, among = words_to_compare(tokenizer)
     table, partners = study.seeds_table(backpacks, tokens, among)
-    transformers = {n: load(runs / n / "model")[0] for n, c in MODELS.items() if c.get("architecture") == "transformer"}
+    transformers = {name: load(runs / name / "model")[0] for name in TRANSFORMERS}
     others, _ = study.seeds_table(transformers, tokens, among)
     save(pd.concat([table.assign(what="senses"), others.assign(what="Transformer's embeddings")]), "seeds")
     pairs = relations_of_text(tokenizer, first_characters(open_corpus(valid).read(), ROLE_CHARACTERS))
@@ -126,21 +128,24 @@ def table_of_k(valid: str, runs: Path, lexsim: str):
 
 
 def main() -> int:
-    options = parser(__doc__.splitlines()[0])
-    options.add_argument("--lexsim", required=True, help="folder or URL of the word similarity sets")
-    options.add_argument("--demo-only", action="store_true", help="measure the demo model, and leave the others")
-    given = options.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--corpus", required=True, help="training text: paths or globs, commas between them")
+    parser.add_argument("--valid", required=True, help="validation text")
+    parser.add_argument("--runs", type=Path, default=runs_folder() / "reading", help="where models.py keeps its runs")
+    parser.add_argument("--lexsim", required=True, help="folder or URL of the word similarity sets")
+    parser.add_argument("--demo-only", action="store_true", help="measure the demo model, and leave the others")
+    options = parser.parse_args()
 
     def make():
         torch.manual_seed(0)
-        tables_of_demo(given.corpus, given.valid)
-        if given.demo_only:
+        tables_of_demo(options.corpus, options.valid)
+        if options.demo_only:
             return
         for name in SHIPPED:
-            export(given.runs / name, HERE / name)
-        tables_of_seeds(given.valid, given.runs)
-        tables_of_bigrams(given.corpus, given.valid, given.runs)
-        table_of_k(given.valid, given.runs, given.lexsim)
+            export(options.runs / name, HERE / name)
+        tables_of_seeds(options.valid, options.runs)
+        tables_of_bigrams(options.corpus, options.valid, options.runs)
+        table_of_k(options.valid, options.runs, options.lexsim)
 
     return exit_status(make)
 

@@ -30,8 +30,6 @@ MODELS = {
     "transformer-0": {"architecture": "transformer"},
     "transformer-1": {"architecture": "transformer", "seed": 1},
 }
-SHIPPED = ("seed-0", "seed-1", "seed-2")
-HERE = Path(__file__).resolve().parent
 
 
 def blocks_of(corpus: str, valid: str) -> Blocks:
@@ -59,18 +57,13 @@ def train_all(corpus: str, valid: str, runs: Path):
         print(f"{name}: {history['valid_loss'].iloc[-1]:.3f} nats")
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """What is given on the command line, of this script and of `make.py`."""
-    made = argparse.ArgumentParser(description=description)
-    made.add_argument("--corpus", required=True, help="training text: paths or globs, commas between them")
-    made.add_argument("--valid", required=True, help="validation text")
-    made.add_argument("--runs", type=Path, default=runs_folder() / "reading", help="where the runs are kept")
-    return made
-
-
 def main() -> int:
-    given = parser(__doc__.splitlines()[0]).parse_args()
-    return exit_status(lambda: train_all(given.corpus, given.valid, given.runs))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--corpus", required=True, help="training text: paths or globs, commas between them")
+    parser.add_argument("--valid", required=True, help="validation text")
+    parser.add_argument("--runs", type=Path, default=runs_folder() / "reading", help="where the runs are kept")
+    options = parser.parse_args()
+    return exit_status(lambda: train_all(options.corpus, options.valid, options.runs))
 
 
 if __name__ == "__main__":
