@@ -14,7 +14,7 @@ from transformers import GPT2LMHeadModel, PreTrainedConfig
 from transformers.utils import logging
 
 from backpack_lib.files import as_seen, data_folder, first_line, let_others_read, project_folder, runs_folder
-from backpack_lib.hub import reaching_hub
+from backpack_lib.hub import local_first
 from backpack_lib.model.backpack import GPT2_TOKENS, BackpackLMHeadModel, from_released_format
 from backpack_lib.model.kinds import require_transformer, suppress_unused_rows
 from backpack_lib.text.corpora import PLANTED
@@ -64,8 +64,9 @@ def load_model(name, dtype: torch.dtype = torch.float32, **changes):
     if kind not in MODELS:
         raise ValueError(f"{str(name)!r} holds a model of type {kind!r}; this suite reads {' and '.join(MODELS)}.")
     try:
-        with no_progress_bar(), reaching_hub(_path_of(name)):
-            model, info = MODELS[kind].from_pretrained(_path_of(name), dtype=dtype, output_loading_info=True, **changes)
+        with no_progress_bar():
+            settings = {"dtype": dtype, "output_loading_info": True} | changes
+            model, info = local_first(MODELS[kind].from_pretrained, _path_of(name), **settings)
     except (OSError, SafetensorError, RuntimeError, EOFError) as error:
         raise ValueError(f"The weights in {str(name)!r} are missing or damaged: {first_line(error)}") from error
     if info["missing_keys"]:
@@ -154,8 +155,7 @@ def _config(name) -> dict:
             f"There is no folder {str(name)!r} here, nor in {str(project_folder())!r}; give a model's folder."
         )
     try:
-        with reaching_hub(path):
-            return PreTrainedConfig.get_config_dict(path)[0]
+        return local_first(PreTrainedConfig.get_config_dict, path)[0]
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{str(name)!r} is no folder with a model, and none could be loaded by that name: {first_line(error)}"
