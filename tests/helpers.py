@@ -1,6 +1,7 @@
 """Small random models and inputs."""
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -39,7 +40,13 @@ def random_ids(*shape, seed=0, vocab_size=61):
 @cache
 def tiny_tokenizer(vocab_size=500):
     """A tokenizer of planted text, in which "nurse" and "concert" are single tokens."""
-    return train_tokenizer([text.text for text in planted.generate(300)], vocab_size, words=["nurse", "concert"])
+    return tokenizer_with_words([text.text for text in planted.generate(300)], vocab_size, ["nurse", "concert"])
+
+
+def tokenizer_with_words(texts, vocab_size, words):
+    """A tokenizer made as the demo's is."""
+    script = runpy.run_path(str(ROOT / "data" / "demo" / "whole_words.py"))
+    return script["guarantee_words"](train_tokenizer(texts, vocab_size), words, vocab_size)
 
 
 def tiny_classifier(folder, labels, bias):

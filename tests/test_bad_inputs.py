@@ -193,7 +193,6 @@ CASES = {
         (lambda c: prepare(open_corpus("planted"), 8, valid_fraction=0.9), "valid_fraction=0.9"),
         (lambda c: prepare(open_corpus("planted"), 8, tokenizer=str(c.files / "no model")), "no model"),
         (lambda c: train_tokenizer(["a b"], 100), "100"),
-        (lambda c: train_tokenizer(["a b"], 300, ["two words"]), "two words"),
     ],
 }  # fmt: skip
 ALL = [pytest.param(*case, id=f"{name}-{number}") for name, cases in CASES.items() for number, case in enumerate(cases)]

@@ -1,14 +1,19 @@
 """The order of the data is a function of the seed and the step, however many processes read or share it."""
 
+import json
 from dataclasses import replace
+from itertools import islice
 
 import pandas as pd
 import pytest
 import torch
-from helpers import RESULTS, random_ids
+from helpers import RESULTS, assert_same_weights, random_ids
 
 from backpack_lib import train
-from backpack_lib.training.batches import ShuffledBatches, make_batch
+from backpack_lib.text import planted
+from backpack_lib.text.corpora import open_corpus, prepare
+from backpack_lib.training.batches import ShuffledBatches, StreamedBatches, make_batch
+from backpack_lib.training.run import Run
 
 
 class Rows:
@@ -71,3 +76,62 @@ def test_processes_share_the_rows_of_a_step():
     shared = [rows_of(ShuffledBatches(Rows(50), 2, 2, seed=0, process=p, processes=2), 0, 10) for p in (0, 1)]
     for step, (a, b) in enumerate(zip(*shared)):
         assert sorted(a + b) == sorted(alone[step])
+
+
+# ---------------------------------------------------------------- streams
+
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory):
+    """A stream of 77 blocks from two files, and the folder that they lie in."""
+    folder = tmp_path_factory.mktemp("stream")
+    texts = [text.text for text in planted.generate(60)]
+    for number in range(2):
+        (folder / f"{number}.txt").write_text("\n\n".join(texts[number::2]))
+    return prepare(open_corpus(str(folder), streaming=True), 32, 400, valid_fraction=0.1).train, folder
+
+
+@pytest.mark.parametrize("place, processes", [(0, 1), (1, 2), (2, 3)])
+@pytest.mark.parametrize("stop", [3, 30])
+def test_a_stream_resumed_within_any_pass_is_the_unbroken_one_in_all_later_passes(stream, place, processes, stop):
+    def batches():
+        return StreamedBatches(stream[0], 2, 1, place, processes)
+
+    def take(batches, n):
+        return [step[0].input_ids.tolist() for step in islice(batches.steps_from(0), n)]
+
+    n_blocks = sum(1 for _ in stream[0])
+    length = 4 * n_blocks // (2 * processes)  # batches of four passes
+    whole, broken, again = take(batches(), length), batches(), batches()
+    assert take(broken, stop) == whole[:stop]
+    again.load_state_dict(json.loads(json.dumps(broken.state_dict())))
+    assert take(again, length - stop) == whole[stop:]
+
+
+def test_a_run_on_a_stream_that_is_killed_within_a_pass_ends_with_the_same_weights(stream, tiny, monkeypatch):
+    config = replace(tiny, corpus=str(stream[1]), streaming=True, block_size=32, steps=60, save_every=7)
+    broken = replace(config, out=f"{config.out}-broken")
+    train(config)
+    step = Run.train_one_step
+
+    def breaking(self, batch):
+        if self.step == 10:
+            raise SystemExit
+        step(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "train_one_step", breaking)
+        with pytest.raises(SystemExit):
+            train(broken)
+    train(broken)
+    assert_same_weights(config.out, broken.out)
+
+
+def test_a_stream_is_not_resumed_by_another_number_of_processes(stream):
+    with pytest.raises(ValueError, match="was read by 2 processes, not 1"):
+        StreamedBatches(stream[0], 2, 1).load_state_dict(StreamedBatches(stream[0], 2, 1, 0, 2).state_dict())
+
+
+def test_a_process_without_a_block_is_told(stream):
+    with pytest.raises(ValueError, match="no block for this process"):
+        next(StreamedBatches(stream[0].take(1), 2, 1, process=1, processes=2).steps_from(0))

@@ -1,23 +1,29 @@
-"""Text in, blocks out: every token is kept, no document is on both sides, nothing is done twice."""
+"""Text in, blocks out: text of any source is read as it is, no document is on both sides, nothing is done twice."""
 
+import bz2
 import gzip
+import io
 import json
 import lzma
-import os
-import time
 import tracemalloc
 
 import numpy as np
+import pandas as pd
 import pytest
+import zstandard
+from helpers import tokenizer_with_words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertTokenizerFast
 
 from backpack_lib.text import corpora, planted
-from backpack_lib.text.corpora import open_corpus, pack, prepare, split
+from backpack_lib.text.corpora import open_corpus, prepare, split
 from backpack_lib.text.tokenizers import END_OF_TEXT, load_tokenizer, train_tokenizer
 
 TEXTS = [text.text for text in planted.generate(300)]
+PLAIN = "\n\n".join(TEXTS).encode()
+TABLE = pd.DataFrame({"number": range(300), "text": TEXTS})
+LINES = TABLE.to_json(orient="records", lines=True).encode()
 
 
 def write(path, texts=TEXTS):
@@ -25,90 +31,133 @@ def write(path, texts=TEXTS):
     return str(path)
 
 
+def parquet() -> bytes:
+    file = io.BytesIO()
+    TABLE.to_parquet(file)
+    return file.getvalue()
+
+
 # ---------------------------------------------------------------- reading
 
+FILES = {
+    "a.txt": PLAIN,
+    "no suffix": PLAIN,
+    "with a mark.txt": b"\xef\xbb\xbf" + PLAIN,
+    "windows.txt": PLAIN.replace(b"\n", b"\r\n"),
+    "a.txt.gz": gzip.compress(PLAIN),
+    "A, {b} [1].TXT.GZ": gzip.compress(PLAIN),
+    "a.txt.xz": lzma.compress(PLAIN),
+    "a.txt.zst": zstandard.compress(PLAIN),
+    "a.txt.bz2": bz2.compress(PLAIN),
+    "marked.txt": f"\n{END_OF_TEXT}\n".join(TEXTS).encode(),
+    "a.jsonl": LINES,
+    "A, {b}.JSONL.xz": lzma.compress(LINES),
+    "a.json": TABLE.to_json(orient="records").encode(),
+    "a.csv": TABLE.to_csv(index=False).encode(),
+    "a.csv.gz": gzip.compress(TABLE.to_csv(index=False).encode()),
+    "[1].parquet": parquet(),
+}
 
-def test_compressed_files_read_like_plain_ones(tmp_path):
-    import zstandard
 
-    content = "\n\n".join(TEXTS).encode()
-    (tmp_path / "a.txt").write_bytes(content)
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(content))
-    (tmp_path / "a.txt.xz").write_bytes(lzma.compress(content))
-    (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(content))
-    for name in ("a.txt", "a.txt.gz", "a.txt.xz", "a.txt.zst"):
-        assert list(open_corpus(str(tmp_path / name)).read()) == TEXTS
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", FILES)
+def test_text_is_the_same_from_every_kind_of_file(name, streaming, tmp_path):
+    (tmp_path / name).write_bytes(FILES[name])
+    corpus = open_corpus(str(tmp_path / name), streaming=streaming)
+    assert list(corpus.read()) == TEXTS == list(corpus.read())
+    blocks = prepare(corpus, 8, 500, valid_fraction=0.1)
+    first = "".join(blocks.tokenizer.decode(row["input_ids"]) for row in blocks.train.take(9))
+    assert END_OF_TEXT.join(split_of(corpus)[0]).startswith(first)
 
 
-def test_globs_lists_and_folders_name_files(tmp_path):
+def split_of(corpus, valid_fraction=0.1):
+    return [list(side.read()) for side in split(corpus, valid_fraction)]
+
+
+def test_globs_lists_and_folders_name_files_but_hidden_ones(tmp_path):
     write(tmp_path / "b.txt", TEXTS[5:9])
     write(tmp_path / "a.txt", TEXTS[:5])
+    for name in (".DS_Store", "._a.txt"):
+        (tmp_path / name).write_bytes(b"\0\1")
     for name in (f"{tmp_path}/*.txt", f"{tmp_path}/a.txt, {tmp_path}/b.txt", str(tmp_path)):
         assert list(open_corpus(name).read()) == TEXTS[:9]
 
 
-def test_documents_are_blocks_or_files(tmp_path):
-    (tmp_path / "a.txt").write_text("one\ntwo\n\n \n\nthree\n")
-    (tmp_path / "b.txt").write_text("four")
+def test_documents_are_blocks_or_files_and_end_at_an_end_of_text(tmp_path):
+    (tmp_path / "a.txt").write_text(f"one\ntwo\n\n \n\nthree\n{END_OF_TEXT}\n\nfour{END_OF_TEXT}")
+    (tmp_path / "b.txt").write_text("five\n\nsix")
     name = f"{tmp_path}/*.txt"
-    assert list(open_corpus(name).read()) == ["one\ntwo", "three", "four"]
-    assert [text.split() for text in open_corpus(name, per_file=True).read()] == [["one", "two", "three"], ["four"]]
+    assert list(open_corpus(name).read()) == ["one\ntwo", "three", "four", "five", "six"]
+    assert list(open_corpus(name, per_file=True).read()) == ["one\ntwo\n\n \n\nthree", "four", "five\n\nsix"]
 
 
-def test_large_files_are_read_in_bounded_memory(tmp_path):
-    file = tmp_path / "large.txt"
-    with open(file, "w") as out:
-        for number in range(150_000):
-            out.write(TEXTS[number % 300] + "\n\n")
-    assert file.stat().st_size > 18e6
+@pytest.mark.parametrize("between", ["\n\n", "\n", " "])
+def test_large_files_are_read_whole_in_bounded_memory_even_of_one_line(between, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "LONGEST_DOCUMENT", 1000)
+    (tmp_path / "large.txt").write_text(between.join(TEXTS * 70))
+    list(open_corpus(write(tmp_path / "small.txt")).read())  # imports
+    corpus = open_corpus(str(tmp_path / "large.txt"))
     tracemalloc.start()
-    assert sum(1 for _ in open_corpus(str(file)).read()) == 150_000
-    assert tracemalloc.get_traced_memory()[1] < 2e6
+    characters, longest = 0, 0
+    for text in corpus.read():
+        characters += len(text)
+        longest = max(longest, len(text))
+    peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    one_line = tmp_path / "one.txt"
-    one_line.write_text("word " * 10 + "\n")
-    with open(one_line, "a") as out:
-        for _ in range(300):
-            out.write("word " * 2000 + "\n")
-    parts = list(open_corpus(str(one_line), per_file=True).read())
-    assert len(parts) == 3 and max(map(len, parts)) < 1.1e6
+    assert peak < 1e6
+    assert longest <= 1000 and characters == pytest.approx(70 * len(PLAIN), rel=0.02)
+
+
+def test_one_long_line_trains(tmp_path):
+    (tmp_path / "a.txt").write_text(" ".join(TEXTS * 10))
+    assert len(prepare(open_corpus(str(tmp_path / "a.txt")), 8, 500).train) > 10_000
+
+
+def test_rows_without_text_are_counted_and_left_out(tmp_path):
+    rows = [{"text": text} for text in TEXTS] + [{"text": None}] * 3
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.warns(UserWarning, match="3 rows of .* have no text and are left out"):
+        prepare(open_corpus(str(tmp_path / "a.jsonl")), 8, 500)
+    TABLE.assign(text=["NA", None, *TEXTS[2:]]).to_csv(tmp_path / "a.csv")
+    assert list(open_corpus(str(tmp_path / "a.csv")).read()) == ["NA", *TEXTS[2:]]
+
+
+@pytest.mark.parametrize("value", [5, ["a"], {"a": "b"}])
+def test_a_row_with_something_else_than_text_is_named(value, tmp_path):
+    rows = [{"text": text} for text in TEXTS[:7]] + [{"text": value}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=r"Row 7 of '.*a.jsonl' has no text in its column 'text'"):
+        prepare(open_corpus(str(tmp_path / "a.jsonl")), 8, 500)
 
 
 # ---------------------------------------------------------------- splitting and packing
 
 
-@given(st.lists(st.text(min_size=1, max_size=5), min_size=1, max_size=60), st.sampled_from([0.1, 0.3, 0.5]))
-def test_every_document_is_on_exactly_one_side_and_copies_stay_together(texts, fraction):
-    train, valid = (list(split(texts, fraction, side)) for side in (False, True))
+@settings(max_examples=15)
+@given(st.lists(st.text("ab", min_size=1, max_size=3), min_size=1, max_size=60), st.sampled_from([0.1, 0.5]))
+def test_every_document_is_on_exactly_one_side_and_copies_stay_together(tmp_path_factory, texts, fraction):
+    train, valid = split_of(open_corpus(write(tmp_path_factory.mktemp("split") / "a.txt", texts)), fraction)
     assert sorted(train + valid) == sorted(texts)
     assert not set(train) & set(valid)
     assert texts[0] in valid
 
 
-@given(st.lists(st.integers(0, 30), max_size=12), st.integers(2, 9))
-def test_packing_keeps_every_token_in_order(sizes, block_size):
-    tokens = np.arange(sum(sizes), dtype=np.uint16)
-    chunks = np.split(tokens, np.cumsum(sizes)[:-1]) if sizes else []
-    blocks = [block for part in pack(chunks, block_size) for block in part]
-    whole = len(tokens) // block_size
-    assert len(blocks) == whole
-    assert np.array_equal(np.concatenate([[], *blocks]), tokens[: whole * block_size])
-
-
-def test_blocks_are_the_documents_with_an_end_behind_each(tmp_path):
-    blocks = prepare(open_corpus(write(tmp_path / "a.txt")), block_size=8, vocab_size=500, valid_fraction=0.1)
-    for side, want_valid in ((blocks.train, False), (blocks.valid, True)):
+def test_blocks_are_the_documents_with_an_end_after_each(tmp_path):
+    corpus = open_corpus(write(tmp_path / "a.txt"))
+    blocks = prepare(corpus, block_size=8, vocab_size=500, valid_fraction=0.1)
+    for side, texts in zip((blocks.train, blocks.valid), split_of(corpus)):
         written = blocks.tokenizer.decode(side[:]["input_ids"].flatten().tolist())
-        expected = "".join(text + END_OF_TEXT for text in split(TEXTS, 0.1, want_valid))
+        expected = "".join(text + END_OF_TEXT for text in texts)
         assert expected.startswith(written) and len(expected) - len(written) < 8 * 20
-    valid = list(split(TEXTS, 0.1, True))
-    tokens = sum(len(blocks.tokenizer(text)["input_ids"]) + 1 for text in valid)
-    assert blocks.bytes_per_token == pytest.approx(sum(len(text.encode()) for text in valid) / tokens)
+    tokens = blocks.valid[:]["input_ids"].flatten().tolist()
+    n_bytes = len(blocks.tokenizer.decode(tokens, skip_special_tokens=True).encode())
+    assert blocks.bytes_per_token == pytest.approx(n_bytes / len(tokens))
 
 
 def test_tokens_of_the_planted_corpus_are_its_words_and_the_floor_is_their_mean():
-    blocks = prepare(open_corpus("planted"), block_size=64, vocab_size=1200)
-    wanted = set(split((text.text for text in planted.generate()), 0.02, True))
+    corpus = open_corpus("planted")
+    blocks = prepare(corpus, block_size=64, vocab_size=1200)
+    wanted = set(split_of(corpus, 0.02)[1])
     valid = [text for text in planted.generate() if text.text in wanted]
     for text in valid[:100]:
         ids = blocks.tokenizer(text.text)["input_ids"]
@@ -118,62 +167,57 @@ def test_tokens_of_the_planted_corpus_are_its_words_and_the_floor_is_their_mean(
 
 
 def test_validation_text_of_its_own(tmp_path):
-    train, valid = (
-        open_corpus(write(tmp_path / name, texts)) for name, texts in (("a.txt", TEXTS[:200]), ("b.txt", TEXTS[200:]))
-    )
+    train, valid = (open_corpus(write(tmp_path / f"{i}.txt", TEXTS[i : i + 150])) for i in (0, 150))
     blocks = prepare(train, 8, 500, valid_corpus=valid)
     assert blocks.tokenizer.decode(blocks.train[0]["input_ids"]).startswith(TEXTS[0][:10])
-    assert blocks.tokenizer.decode(blocks.valid[0]["input_ids"]).startswith(TEXTS[200][:10])
+    assert blocks.tokenizer.decode(blocks.valid[0]["input_ids"]).startswith(TEXTS[150][:10])
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])  # of 4 files
+def test_processes_read_different_parts_of_a_stream(tmp_path, processes):
+    from datasets.distributed import split_dataset_by_node
+
+    for number in range(4):
+        write(tmp_path / f"{number}.txt", TEXTS[number::4])
+    stream = prepare(open_corpus(str(tmp_path), streaming=True), 32, 500, valid_fraction=0.1).train
+    parts = [
+        [tuple(row["input_ids"].tolist()) for row in split_dataset_by_node(stream, place, processes)]
+        for place in range(processes)
+    ]
+    n_whole = sum(1 for _ in stream)
+    # Each process packs its own documents, so that one block more or less may be left over.
+    assert len(set().union(*parts)) == sum(map(len, parts))
+    assert abs(sum(map(len, parts)) - n_whole) <= processes
+    assert min(map(len, parts)) > 0.8 * n_whole / processes
 
 
 # ---------------------------------------------------------------- the cache
 
 
-def test_a_second_run_reads_the_cache_and_changed_text_does_not(tmp_path, monkeypatch):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_second_run_reads_the_cache_and_changed_text_does_not(streaming, tmp_path, monkeypatch):
+    def prepared(*sizes):
+        return prepare(open_corpus(name, streaming=streaming), *sizes)
+
     name = write(tmp_path / "a.txt")
-    first = prepare(open_corpus(name), 8, 500)
-    assert os.path.isfile(first.train.cache_files[0]["filename"])
-    monkeypatch.setattr(corpora, "tokenize", None)  # not needed again
-    second = prepare(open_corpus(name), 8, 500)
-    assert second.fingerprint == first.fingerprint and len(second.train) == len(first.train)
-    monkeypatch.undo()
-    fingerprints = {
-        first.fingerprint,
-        prepare(open_corpus(name), 16, 500).fingerprint,
-        prepare(open_corpus(name), 8, 400).fingerprint,
-    }
-    write(tmp_path / "a.txt", [*TEXTS, "One more."])
-    fingerprints.add(prepare(open_corpus(name), 8, 500).fingerprint)
-    assert len(fingerprints) == 4
+    first = prepared(8, 500)
+    with monkeypatch.context() as patch:
+        patch.setattr(corpora, "train_tokenizer", None)  # not needed again
+        patch.setattr(corpora, "write_blocks", None)
+        assert prepared(8, 500).fingerprint == first.fingerprint
+    fingerprints = {first.fingerprint, prepared(16, 500).fingerprint, prepared(8, 400).fingerprint}
+    write(tmp_path / "a.txt", ["One more.", *TEXTS])
+    changed = prepared(8, 500)
+    assert len(fingerprints | {changed.fingerprint}) == 4
+    assert changed.tokenizer.decode(changed.valid[0]["input_ids"]).startswith("One more.")
 
 
-def test_a_build_that_breaks_leaves_nothing(tmp_path, monkeypatch):
+def test_a_build_that_breaks_leaves_nothing(tmp_path, monkeypatch, tokenizer):
     monkeypatch.setenv("BACKPACK_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(corpora, "pack", lambda *args: iter([]))
-    with pytest.raises(ValueError):
-        prepare(open_corpus(write(tmp_path / "a.txt")), 8, 500)
-    assert os.listdir(tmp_path / "cache") == []
-
-
-def test_what_a_killed_build_left_is_cleared_away_after_a_day_and_nothing_else(tmp_path, monkeypatch):
-    monkeypatch.setenv("BACKPACK_CACHE", str(tmp_path))
-    name = open_corpus(write(tmp_path / "a.txt"))
-    whole = prepare(name, 8, 500).fingerprint
-    two_days_ago = time.time() - 48 * 60 * 60
-    for folder in ("building-killed", "building-goes-on"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "train.arrow").write_bytes(b"blocks")
-    for path in (tmp_path / whole, *(tmp_path / "building-killed").iterdir(), *tmp_path.glob("building-*")):
-        os.utime(path, (two_days_ago, two_days_ago))
-    other = prepare(name, 16, 500).fingerprint
-    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"building-goes-on", whole, other}
-
-
-def test_an_unwritable_cache_is_one_sentence(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("BACKPACK_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(OSError, match="cache folder .* cannot be written .*; set BACKPACK_CACHE to another"):
-        prepare(open_corpus(write(tmp_path / "a.txt")), 8, 500)
+    (tmp_path / "a.txt").write_bytes(PLAIN + b"\0" * 100)
+    with pytest.raises(ValueError, match="zero bytes"):
+        prepare(open_corpus(str(tmp_path / "a.txt")), 8, tokenizer=tokenizer)
+    assert not list((tmp_path / "cache").glob("*"))
 
 
 # ---------------------------------------------------------------- tokenizers
@@ -181,170 +225,31 @@ def test_an_unwritable_cache_is_one_sentence(tmp_path, monkeypatch):
 
 @settings(deadline=None)
 @given(st.text(max_size=50))
-def test_any_text_comes_back_from_its_tokens(tokenizer, text):
-    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+def test_any_text_comes_back_from_its_tokens(whole_words, text):
+    assert whole_words.decode(whole_words(text)["input_ids"]) == text
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(TEXTS, 400, words=["hairdresser", "counselor", "Straße"])
+def whole_words():
+    return tokenizer_with_words(TEXTS, 400, ["hairdresser", "counselor", "Straße"])
 
 
-def test_wanted_words_are_single_tokens(tokenizer):
-    assert len(tokenizer) <= 400
+def test_wanted_words_are_single_tokens_and_change_other_text_little(whole_words):
+    assert len(whole_words) <= 400
     for word in ("hairdresser", "counselor", "Straße"):
-        assert len(tokenizer(" " + word)["input_ids"]) == 1
-    # Inside other words they do not get in the way.
-    assert len(tokenizer(" unhairdressered")["input_ids"]) > 1
-
-
-def test_wanted_words_change_other_text_little():
-    plain, wanted = train_tokenizer(TEXTS, 600), train_tokenizer(TEXTS, 600, words=["hairdresser", "counselor"])
+        assert len(whole_words(" " + word)["input_ids"]) == 1
+    assert len(whole_words(" unhairdressered")["input_ids"]) > 1
+    plain, wanted = train_tokenizer(TEXTS, 600), tokenizer_with_words(TEXTS, 600, ["hairdresser", "counselor"])
     lengths = [sum(len(t(text)["input_ids"]) for text in TEXTS) for t in (plain, wanted)]
     assert lengths[1] < 1.02 * lengths[0]
 
 
-def test_the_same_text_gives_the_same_tokenizer():
-    a, b = (train_tokenizer(TEXTS, 400, words=["nurse"]).backend_tokenizer.to_str() for _ in range(2))
-    assert a == b
-
-
-@pytest.mark.parametrize(
-    "size, words, message",
-    [
-        (100, [], "vocab_size=100 is too small"),
-        (260, ["hairdresser", "counselor", "unbelievably"], "no room for 3 words as single tokens; choose at least"),
-        (400, ["construction worker"], "'construction worker' cannot be one token"),
-    ],
-)
-def test_tokenizers_that_cannot_be_are_one_sentence(size, words, message):
-    with pytest.raises(ValueError, match=message):
-        train_tokenizer(TEXTS, size, words)
-
-
-def test_an_existing_tokenizer_is_used(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
+def test_an_existing_tokenizer_is_used(whole_words, tmp_path):
+    whole_words.save_pretrained(tmp_path / "tokenizer")
     blocks = prepare(open_corpus(write(tmp_path / "a.txt")), 8, tokenizer=str(tmp_path / "tokenizer"))
-    assert blocks.tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert blocks.tokenizer.get_vocab() == whole_words.get_vocab()
     with pytest.raises(ValueError, match="No tokenizer could be loaded from '.*missing'"):
         load_tokenizer(str(tmp_path / "missing"))
-
-
-# ---------------------------------------------------------------- data sets of the hub, in their local form
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    folder = tmp_path / "owner" / "name"
-    folder.mkdir(parents=True)
-    for shard in range(4):
-        lines = (json.dumps({"text": text, "number": number}) for number, text in enumerate(TEXTS[shard::4]))
-        (folder / f"part-{shard}.jsonl").write_text("\n".join(lines))
-    monkeypatch.chdir(tmp_path)
-    # A folder would be read as files; the library itself takes it for a data set.
-    monkeypatch.setattr(corpora, "find_files", lambda name: [])
-    return "owner/name"
-
-
-def test_a_data_set_by_name(hub):
-    assert sorted(open_corpus(hub).read()) == sorted(TEXTS)
-    assert len(prepare(open_corpus(hub), 8, 500, valid_fraction=0.1).train) > 100
-
-
-def test_a_stream_gives_the_training_documents_and_resumes_where_it_was(hub):
-    from backpack_lib.training.batches import StreamedBatches
-
-    blocks = prepare(open_corpus(hub, streaming=True), 8, 500, valid_fraction=0.1)
-    train_text = " ".join(split(sorted(TEXTS), 0.1, False))
-    assert blocks.tokenizer.decode(next(iter(blocks.train))["input_ids"]).split(".")[0] in train_text
-
-    def take(batches, n):
-        steps = batches.steps_from(0)
-        return [next(steps)[0].input_ids.tolist() for _ in range(n)]
-
-    whole = take(StreamedBatches(blocks.train, 4, 1), 12)
-    first = StreamedBatches(blocks.train, 4, 1)
-    assert take(first, 5) == whole[:5]
-    again = StreamedBatches(blocks.train, 4, 1)
-    again.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert take(again, 7) == whole[5:]
-
-
-@pytest.mark.parametrize("processes", [2, 3, 4])  # of 4 shards
-def test_processes_read_different_parts_of_a_stream(hub, processes):
-    from backpack_lib.training.batches import StreamedBatches
-
-    blocks = prepare(open_corpus(hub, streaming=True), 32, 500, valid_fraction=0.1)
-    places = range(processes)
-    parts = [
-        [tuple(row["input_ids"]) for row in StreamedBatches(blocks.train, 1, 1, place, processes).stream]
-        for place in places
-    ]
-    n_whole = sum(1 for _ in blocks.train)
-    # Each process packs its own documents, so that one block more or less may be left over.
-    assert len(set().union(*parts)) == sum(map(len, parts))
-    assert abs(sum(map(len, parts)) - n_whole) <= processes
-    assert min(map(len, parts)) > 0.8 * n_whole / processes
-
-
-@pytest.mark.slow
-def test_a_run_on_a_stream_can_be_interrupted(hub, tmp_path, monkeypatch):
-    from backpack_lib import TrainingConfig, load, train
-    from backpack_lib.training.run import Run
-
-    def config(name):
-        sizes = dict(n_layer=1, n_head=2, n_embd=16, num_senses=2, vocab_size=500, block_size=8, batch_size=4)
-        steps = dict(steps=10, warmup=0, eval_every=5, save_every=3, valid_fraction=0.1)
-        return TrainingConfig(corpus=hub, out=str(tmp_path / name), streaming=True, **sizes, **steps)
-
-    train(config("whole"))
-    step = Run.train_one_step
-
-    def breaking(self, batch):
-        if self.step == 7:
-            raise SystemExit
-        step(self, batch)
-
-    monkeypatch.setattr(Run, "train_one_step", breaking)
-    with pytest.raises(SystemExit):
-        train(config("broken"))
-    monkeypatch.setattr(Run, "train_one_step", step)
-    train(config("broken"))
-    a, b = (load(tmp_path / name / "model")[0].state_dict() for name in ("whole", "broken"))
-    assert all((a[name] == b[name]).all() for name in a)
-
-
-# ---------------------------------------------------------------- bad input
-
-
-def test_missing_empty_and_small_corpora_are_one_sentence(tmp_path):
-    with pytest.raises(ValueError, match=r"No file matches 'missing/\*.txt'"):
-        open_corpus("missing/*.txt")
-    with pytest.raises(ValueError, match="no data set could be loaded by that name"):
-        open_corpus("no-owner/no-such-data")
-    (tmp_path / "empty.txt").write_text("\n \n")
-    with pytest.raises(ValueError, match="has no text to train on"):
-        prepare(open_corpus(str(tmp_path / "empty.txt")), 8, 500)
-    with pytest.raises(ValueError, match="less than one block of 1024; use more text or a smaller block_size"):
-        prepare(open_corpus(write(tmp_path / "small.txt", TEXTS[:9])), 1024, 500)
-    with pytest.raises(ValueError, match="valid_fraction=0 is out of range"):
-        prepare(open_corpus("planted"), 8, 500, valid_fraction=0)
-
-
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("a.txt", b"\x00\x01\x02", "zero bytes"),
-        ("a.txt", b"good\n\xff\xfe bad", "not a text file in UTF-8"),
-        ("a.txt.xz", b"not compressed", "could not be read"),
-        ("a.txt.gz", gzip.compress(b"text " * 1000, mtime=0)[:30], "could not be read"),
-        ("a.txt.zst", b"not compressed", "could not be read"),
-    ],
-)
-def test_files_that_are_no_text_are_one_sentence(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        list(open_corpus(str(tmp_path / name)).read())
 
 
 def test_a_tokenizer_that_is_not_byte_level_is_refused(tmp_path):
@@ -352,3 +257,34 @@ def test_a_tokenizer_that_is_not_byte_level_is_refused(tmp_path):
     BertTokenizerFast(str(tmp_path / "vocab.txt"), eos_token="[SEP]").save_pretrained(tmp_path / "bert")
     with pytest.raises(ValueError, match="is not byte-level BPE, as GPT-2's is"):
         load_tokenizer(str(tmp_path / "bert"))
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("empty.txt", b"\n \n", "There is no text in the validation part of"),
+        ("one.txt", b"One document.", "use more documents, with a blank line between two"),
+        ("a.txt", b"\x00\x01\x02", "zero bytes"),
+        ("a.txt", b"good\n\xff\xfe bad", "could not be read as text in UTF-8"),
+        ("a.txt.gz", gzip.compress(b"text " * 1000, mtime=0)[:30], "could not be read as text"),
+        ("a.csv", b"words\na\n", "has no column 'text'; its columns are words"),
+    ],
+)
+def test_files_that_cannot_be_trained_on_are_one_sentence(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        prepare(open_corpus(str(tmp_path / name)), 8, 500)
+
+
+def test_a_name_of_nothing_and_a_folder_of_several_kinds_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"No file matches 'missing/\*.txt'"):
+        open_corpus("missing/*.txt")
+    with pytest.raises(ValueError, match="no data set could be loaded by that name"):
+        open_corpus("no-owner/no-such-data")
+    for name in ("a.txt", "a.jsonl"):
+        (tmp_path / name).write_bytes(FILES[name])
+    with pytest.raises(ValueError, match="holds files of several kinds"):
+        open_corpus(str(tmp_path))

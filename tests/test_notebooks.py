@@ -19,7 +19,7 @@ from executing import (
     refusal,
     results_of,
 )
-from helpers import ROOT, tiny_classifier, tiny_model
+from helpers import ROOT, tiny_classifier, tiny_model, tokenizer_with_words
 
 from backpack_lib import SenseEdits, load
 from backpack_lib.analysis import bias
@@ -27,7 +27,6 @@ from backpack_lib.analysis.similarity import SETS
 from backpack_lib.lessons import bias as lessons_of_bias
 from backpack_lib.loading import is_planted
 from backpack_lib.text import planted
-from backpack_lib.text.tokenizers import train_tokenizer
 from backpack_lib.text.writing import ids_of_text
 
 # ---------------------------------------------------------------- exercises, and the models that 01 trained
@@ -186,7 +185,7 @@ def released(tmp_path_factory):
     folder = tmp_path_factory.mktemp("released")
     words = "film movie screenwriting time money family music driver nurse he she her his him man woman sports".split()
     texts = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", ROOT / "data" / "README.md")]
-    tokenizer = train_tokenizer([*texts, " ".join(words)], 1200, words=words)
+    tokenizer = tokenizer_with_words([*texts, " ".join(words)], 1200, words)
     model = tiny_model(vocab_size=len(tokenizer) + 8, n_positions=128, num_senses=16, n_embd=32, initializer_range=0.1)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

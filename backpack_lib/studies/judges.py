@@ -5,7 +5,6 @@ from collections import Counter
 import pandas as pd
 
 from backpack_lib.files import as_seen
-from backpack_lib.hub import reaching_hub
 from backpack_lib.studies.text_quality import words_of
 
 CLASSIFIER = "cardiffnlp/tweet-topic-21-multi"  # the judge of Hewitt et al. (2023)
@@ -54,8 +53,7 @@ class ClassifierJudge:
 
         where = as_seen(name)
         try:
-            with reaching_hub(where):
-                self.classify = pipeline("text-classification", model=where, top_k=None, function_to_apply="sigmoid")
+            self.classify = pipeline("text-classification", model=where, top_k=None, function_to_apply="sigmoid")
         except OSError as error:
             raise ValueError(
                 f"The classifier {name!r} could not be loaded; give a folder, or use the words."

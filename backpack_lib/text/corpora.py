@@ -1,66 +1,72 @@
 """Text in, packed blocks of tokens out.
 
-    corpus = open_corpus("texts/*.txt.xz")        # or "planted", or a data set of the Hugging Face hub
+    corpus = open_corpus("texts/*.txt.xz")        # or "planted", tables, a data set of the Hugging Face hub
     blocks = prepare(corpus, block_size=256, vocab_size=16_000)
     blocks.train[0]["input_ids"]                  # 256 token ids; also blocks.valid, blocks.tokenizer
 
-Documents are split into training and validation before they are packed, so no block mixes the two.
-Blocks are kept in the cache folder as memory-mapped Arrow files, under a key made of the text's
-content and of the settings: a second run starts at once, and changed text is never mistaken for old.
+Whatever its source, a corpus is a `datasets.IterableDataset` of documents, in a column `text`. They are split into
+training and validation before they are packed, so no block mixes the two. Blocks are kept in the cache folder as
+memory-mapped Arrow files, under a key made of the text's content and of the settings: a second run starts at once,
+and changed text is never mistaken for old.
 """
 
-import contextlib
 import glob
-import gzip
 import hashlib
-import io
 import json
-import lzma
 import os
 import re
-import shutil
-import tempfile
-import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import chain, islice
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
-from backpack_lib.files import cache_folder, first_line, project_folder
-from backpack_lib.hub import reaching_hub
+from backpack_lib.files import cache_folder, cached_json, first_line, project_folder, written_whole
 from backpack_lib.text import planted
-from backpack_lib.text.tokenizers import load_tokenizer, train_tokenizer
+from backpack_lib.text.tokenizers import END_OF_TEXT, as_fast_tokenizer, load_tokenizer, train_tokenizer
 
 PLANTED = "planted"
+COMPRESSED = (".gz", ".xz", ".zst", ".bz2")
+TABLES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}  # other files are plain text
+TEXT = "text"
+BETWEEN_DOCUMENTS = re.compile(re.escape(END_OF_TEXT) + r"|\n\s*\n")
+BETWEEN_FILES = re.compile(re.escape(END_OF_TEXT))
 TOKENIZER_CHARACTERS = 50_000_000  # a tokenizer is trained on the first so many characters
-LONGEST_DOCUMENT = 1_000_000  # characters; a longer one is read as several, to bound memory
-BATCH_CHARACTERS = 2_000_000  # tokenised at a time
-STREAM_VALID_CHARACTERS = 1_000_000  # of a stream are set aside for validation
-BUILDING = "building-"  # the cache's folders that are not yet whole
-ABANDONED = 24 * 60 * 60  # seconds without a change, after which whoever was building must have been killed
-FORMAT = 1  # of the cached files; a change of it makes old caches unread
+LONGEST_DOCUMENT = 100_000  # characters; a longer one is read as several, to bound memory
+TOKENIZED_DOCUMENTS, PACKED_DOCUMENTS = 100, 1000  # at a time
+STORED_BLOCKS = 1000  # at a time
+STREAM_TOKENS = 250_000  # of a stream are set aside for validation
+FORMAT = 2  # of the cached files; a change of it makes old caches unread
 
 
 @dataclass(frozen=True)
 class Corpus:
     """Documents that can be read again and again. `fingerprint` changes with their content.
 
-    stream: the `datasets.IterableDataset` behind a corpus that is read over the network as needed.
+    rows: a `datasets.IterableDataset` of documents, in a column `text`.
+    streaming: blocks are made as training asks for them, instead of all at first.
     """
 
     name: str
     fingerprint: str
-    read: Callable[[], Iterator[str]]
-    stream: Any = None
+    rows: Any
+    nulls: set[int] = field(default_factory=set)
+    streaming: bool = False
+
+    def read(self) -> Iterator[str]:
+        return (row["text"] for row in self.rows)
 
 
 @dataclass(frozen=True)
 class Blocks:
     """Packed blocks of `block_size` token ids, as `datasets.Dataset`s with one column, `input_ids`.
 
+    train: of a stream, a `datasets.IterableDataset`.
     fingerprint: changes with the text and with the settings that made blocks of it.
     floor: mean nats per token that no model can beat on the validation texts, where it is known.
     bytes_per_token: UTF-8 bytes of the validation text per token, to turn nats per token into bits per byte.
@@ -80,115 +86,143 @@ class Blocks:
 def open_corpus(name: str, per_file: bool = False, streaming: bool = False) -> Corpus:
     """A corpus by name.
 
-    name: "planted"; or text files, as paths or globs with commas between them, plain or compressed
-        (.gz, .xz, .zst); or a text data set of the Hugging Face hub, as "owner/name" or "owner/name:subset".
-    per_file: a file is one document; otherwise blank lines separate documents.
-    streaming: read a hub data set over the network as it is needed, instead of downloading it first.
+    name: "planted"; or files, as paths, folders or globs with commas between them: text, or tables with a column
+        `text` (.json, .jsonl, .csv, .parquet), plain or compressed (.gz, .xz, .zst, .bz2); or a data set of the
+        Hugging Face hub, as "owner/name" or "owner/name:subset".
+    per_file: a text file is one document; otherwise blank lines separate documents. `<|endoftext|>` always does.
+    streaming: make blocks as they are needed, and download of a hub data set only what they are made of.
 
-    Raises ValueError if there is nothing by that name, and on reading, if a file is not text.
+    Raises ValueError if there is nothing by that name, if there is no column `text`, and on reading, if a file is not
+    text or if a row has something else than text in that column.
     """
     if name == PLANTED:
-        return Corpus(name, _planted_fingerprint(), lambda: (text.text for text in planted.generate()))
-    files = find_files(name)
-    if files:
-        reader = _read_whole if per_file else _read_blocks
-        return Corpus(name, _digest_files(files, per_file), lambda: chain.from_iterable(map(reader, files)))
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", name) and Path(name).suffix not in SUFFIXES:
-        return _open_hub(name, streaming)
-    raise ValueError(f"No file matches {name!r}; give a path, a glob such as 'texts/*.txt.xz', or {PLANTED!r}.")
+        table, fingerprint = _open_planted()
+    elif files := find_files(name):
+        table, fingerprint = _open_files(name, files, per_file)
+    elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", name) and not name.lower().endswith((".txt", *COMPRESSED)):
+        table, fingerprint = _open_hub(name, streaming)
+    else:
+        raise ValueError(f"No file matches {name!r}; give a path, a glob such as 'texts/*.txt.xz', or {PLANTED!r}.")
+    columns = table.column_names or list(next(iter(table), {TEXT: ""}))
+    if TEXT not in columns:
+        raise ValueError(f"{name!r} has no column {TEXT!r}; its columns are {', '.join(columns)}.")
+    nulls = set()
+    rows = table.select_columns([TEXT]).map(
+        _documents_of_rows,
+        batched=True,
+        batch_size=TOKENIZED_DOCUMENTS,
+        with_indices=True,
+        fn_kwargs={"name": name, "nulls": nulls},
+    )
+    return Corpus(name, fingerprint, rows, nulls, streaming)
 
 
 def find_files(name: str) -> list[Path]:
-    """Files for paths and globs with commas between them; a folder stands for the files in it."""
-    found = []
-    for pattern in filter(None, (part.strip() for part in name.split(","))):
+    """Files for paths and globs with commas between them; a folder stands for the files in it, but for hidden ones."""
+    files = []
+    for pattern in [name] if os.path.exists(name) else filter(None, map(str.strip, name.split(","))):
         pattern = os.path.expanduser(pattern)
-        paths = _matching(pattern) or _matching(str(project_folder() / pattern))
-        for path in map(Path, sorted(paths)):
-            found += sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-    return found
+        for path in map(Path, sorted(_matching(pattern) or _matching(str(project_folder() / pattern)))):
+            inside = sorted(path.iterdir()) if path.is_dir() else [path]
+            files += [file for file in inside if file.is_file() and (file == path or not file.name.startswith("."))]
+    return files
 
 
 def _matching(pattern: str) -> list[str]:
     return [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
 
 
-def _open_zst(path):
-    import zstandard
-
-    return io.TextIOWrapper(zstandard.open(path, "rb"), encoding="utf-8")
-
-
-SUFFIXES = {
-    ".gz": lambda path: gzip.open(path, "rt", encoding="utf-8"),
-    ".xz": lambda path: lzma.open(path, "rt", encoding="utf-8"),
-    ".zst": _open_zst,
-    ".txt": lambda path: open(path, encoding="utf-8"),
-}
+def _kind(file: Path) -> str:
+    """ "text", or the kind of table that a file holds."""
+    name = file.name.lower()
+    for ending in COMPRESSED:
+        name = name.removesuffix(ending)
+    return TABLES.get(Path(name).suffix, "text")
 
 
-def _lines(path: Path) -> Iterator[str]:
-    opener = SUFFIXES.get(path.suffix, SUFFIXES[".txt"])
-    try:
-        with opener(path) as file:
-            for line in file:
-                if "\0" in line:
-                    raise ValueError(f"{path} is not a text file (it holds zero bytes); give UTF-8 text.")
-                yield line
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text file in UTF-8 (byte {error.start} cannot be read).") from error
-    except ValueError:
-        raise
-    except Exception as error:  # each compression library has errors of its own
-        raise ValueError(f"{path} could not be read: {first_line(error)}") from error
+def _open_files(name: str, files: list[Path], per_file: bool):
+    """The rows of files of one kind, as an `IterableDataset`, and a digest of what the files hold."""
+    from datasets import IterableDataset
+
+    kinds = sorted(set(map(_kind, files)))
+    if len(kinds) > 1:
+        raise ValueError(f"{name!r} holds files of several kinds ({', '.join(kinds)}); name those of one kind.")
+    readers = {
+        "json": IterableDataset.from_json,
+        "csv": partial(IterableDataset.from_csv, keep_default_na=False, na_values=[""]),  # "NA" and "null" are words
+        "parquet": IterableDataset.from_parquet,
+    }
+    if kinds == ["text"]:
+        settings = {"files": list(map(str, files)), "per_file": per_file}
+        table = IterableDataset.from_generator(_read_texts, gen_kwargs=settings)
+    else:
+        table = readers[kinds[0]]([glob.escape(str(file)) for file in files])
+    return table, _digest(kinds[0], str(per_file), *map(_digest_of_file, files))
 
 
-def _read_blocks(path: Path) -> Iterator[str]:
-    """Documents of a file, separated by blank lines."""
-    lines, size = [], 0
-    for line in _lines(path):
-        if line.strip() and size < LONGEST_DOCUMENT:
-            lines.append(line)
-            size += len(line)
-        elif lines:
-            yield "".join(lines).strip()
-            lines, size = ([line], len(line)) if line.strip() else ([], 0)
-    if lines:
-        yield "".join(lines).strip()
+def _read_texts(files: list[str], per_file: bool) -> Iterator[dict]:
+    """Rows of the documents of text files; what goes on for long without an end is given out in parts."""
+    from fsspec.implementations.local import LocalFileSystem
+
+    separator = BETWEEN_FILES if per_file else BETWEEN_DOCUMENTS
+    for file in files:
+        rest = ""
+        try:
+            with LocalFileSystem().open(file, "rt", encoding="utf-8-sig", compression="infer") as text:
+                while chunk := text.read(LONGEST_DOCUMENT):
+                    if "\0" in chunk:
+                        raise ValueError("it holds zero bytes")
+                    *documents, rest = separator.split(rest + chunk)
+                    if len(rest) > 2 * LONGEST_DOCUMENT:  # its end may be half a separator
+                        documents.append(rest[:-LONGEST_DOCUMENT])
+                        rest = rest[-LONGEST_DOCUMENT:]
+                    yield from ({"text": document} for document in documents)
+        except Exception as error:  # each compression library has errors of its own
+            raise ValueError(f"{file} could not be read as text in UTF-8: {first_line(error)}") from error
+        yield {"text": rest}
 
 
-def _read_whole(path: Path) -> Iterator[str]:
-    """A whole file as one document, in parts if it is very long."""
-    lines, size = [], 0
-    for line in _lines(path):
-        lines.append(line)
-        size += len(line)
-        if size >= LONGEST_DOCUMENT:
-            yield "".join(lines)
-            lines, size = [], 0
-    if "".join(lines).strip():
-        yield "".join(lines)
+def _open_planted():
+    from datasets import IterableDataset
+
+    table = IterableDataset.from_generator(_planted_rows)
+    return table, _digest(Path(planted.__file__).read_bytes(), json.dumps(planted.lexicon()))
 
 
-def _open_hub(name: str, streaming: bool) -> Corpus:
+def _planted_rows() -> Iterator[dict]:
+    return ({TEXT: text.text} for text in planted.generate())
+
+
+def _open_hub(name: str, streaming: bool):
+    """The rows of a data set of the hub, and what changes with its content."""
     import datasets
 
     path, _, subset = name.partition(":")
     try:
-        with reaching_hub(path):
-            data = datasets.load_dataset(path, subset or None, split="train", streaming=streaming)
+        builder = datasets.load_dataset_builder(path, subset or None)
+        if streaming:
+            return builder.as_streaming_dataset("train"), _digest(name, builder.hash)
+        builder.download_and_prepare()
+        return builder.as_dataset("train").to_iterable_dataset(), _digest(name, builder.hash)
     except Exception as error:  # the library raises many kinds, from the network's to its own
         raise ValueError(
             f"{name!r} is no file here, and no data set could be loaded by that name: {first_line(error)}"
         ) from error
-    if "text" not in (data.column_names or ["text"]):
-        raise ValueError(f"The data set {name!r} has no column 'text'; its columns are {data.column_names}.")
-    return Corpus(
-        name,
-        fingerprint=name if streaming else data._fingerprint,
-        read=lambda: (row["text"] for row in data if row["text"].strip()),
-        stream=data if streaming else None,
-    )
+
+
+def _documents_of_rows(rows: dict, numbers: list[int], name: str, nulls: set[int]) -> dict:
+    """The documents in the column `text` of some rows, as {"text": ...}. Notes in `nulls` the rows that have none."""
+    documents = []
+    for number, text in zip(numbers, rows[TEXT]):
+        if text is None:
+            nulls.add(number)
+        elif not isinstance(text, str):
+            kind = type(text).__name__
+            raise ValueError(f"Row {number} of {name!r} has no text in its column {TEXT!r} but a {kind}, {text!r:.40}.")
+        else:
+            for part in map(str.strip, text.split(END_OF_TEXT)):
+                documents += [part[i : i + LONGEST_DOCUMENT] for i in range(0, len(part), LONGEST_DOCUMENT)]
+    return {TEXT: documents}
 
 
 def _digest(*parts: bytes | str) -> str:
@@ -199,19 +233,9 @@ def _digest(*parts: bytes | str) -> str:
     return digest.hexdigest()
 
 
-def _digest_files(files: list[Path], per_file: bool) -> str:
-    def content(path):
-        try:
-            with open(path, "rb") as file:
-                return hashlib.file_digest(file, "blake2b").digest()
-        except OSError as error:
-            raise ValueError(f"{path} could not be read: {error}") from error
-
-    return _digest(str(per_file), *map(content, files))
-
-
-def _planted_fingerprint() -> str:
-    return _digest(Path(planted.__file__).read_bytes(), json.dumps(planted.lexicon()))
+def _digest_of_file(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").digest()
 
 
 # ---------------------------------------------------------------- splitting, tokenising, packing
@@ -223,54 +247,29 @@ def check_valid_fraction(valid_fraction: float):
         raise ValueError(f"valid_fraction={valid_fraction} is out of range; choose above 0 and at most 0.5.")
 
 
-def is_validation(text: str, valid_fraction: float) -> bool:
-    """Whether a document is for validation: decided by its content, so copies of it fall on the same side."""
+def is_validation(text: str, valid_fraction: float, first: str | None = None) -> bool:
+    """Whether a document is for validation: decided by its content, so copies of it fall on the same side.
+
+    first: the first document of the corpus, which always is, so that even a small corpus has some.
+    """
     draw = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-    return draw < valid_fraction * 2**64
+    return text == first or draw < valid_fraction * 2**64
 
 
-def split(documents: Iterable[str], valid_fraction: float, want_valid: bool) -> Iterator[str]:
-    """One side of the documents. The first is always for validation, so that even a small corpus has some."""
-    first = None
-    for text in documents:
-        first = text if first is None else first
-        if (text == first or is_validation(text, valid_fraction)) == want_valid:
-            yield text
+def is_training(text: str, valid_fraction: float, first: str | None = None) -> bool:
+    return not is_validation(text, valid_fraction, first)
 
 
-def tokenize(documents: Iterable[str], tokenizer) -> Iterator[np.ndarray]:
-    """Token ids of the documents, an end-of-text token after each, some millions of characters at a time."""
-    end = [tokenizer.eos_token_id]
-    for texts in _batches(documents):
-        ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        yield np.fromiter(chain.from_iterable(chain(i, end) for i in ids), dtype=_token_type(tokenizer))
+def split(corpus: Corpus, valid_fraction: float) -> tuple[Corpus, Corpus]:
+    """The documents for training and those for validation."""
+    settings = {"valid_fraction": valid_fraction, "first": next(corpus.read(), None)}
 
+    def part(name: str, is_in_it: Callable) -> Corpus:
+        rows = corpus.rows.filter(is_in_it, input_columns=[TEXT], fn_kwargs=settings)
+        fingerprint = _digest(corpus.fingerprint, name, str(valid_fraction))
+        return replace(corpus, name=f"the {name} part of {corpus.name}", fingerprint=fingerprint, rows=rows)
 
-def pack(tokens: Iterable[np.ndarray], block_size: int) -> Iterator[np.ndarray]:
-    """Cuts a stream of tokens into blocks, whatever its chunks. Yields (n, block_size); drops what is left over."""
-    rest = np.zeros(0, dtype=np.uint16)
-    for chunk in tokens:
-        rest = np.concatenate([rest, chunk]) if len(rest) else chunk
-        full = len(rest) // block_size * block_size
-        if full:
-            yield rest[:full].reshape(-1, block_size)
-            rest = rest[full:]
-
-
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch, size = [], 0
-    for text in documents:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _token_type(tokenizer) -> type:
-    return np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    return part("training", is_training), part("validation", is_validation)
 
 
 def first_characters(documents: Iterable[str], limit: int) -> Iterator[str]:
@@ -288,148 +287,122 @@ def prepare(
     block_size: int,
     vocab_size: int = 16_000,
     tokenizer=None,
-    words: Iterable[str] = (),
     valid_corpus: Corpus | None = None,
     valid_fraction: float = 0.02,
 ) -> Blocks:
     """Tokenised, packed blocks of a corpus; taken from the cache where they are already there.
 
     tokenizer: an existing tokenizer, or its folder or hub id; None trains one of `vocab_size` on the
-        training documents, in which each of `words` is one token.
+        training documents.
     valid_corpus: documents for validation; None sets aside `valid_fraction` of the corpus.
 
     Raises ValueError if the corpus is empty or too small for one block on either side.
     """
     check_valid_fraction(valid_fraction)
-    words = list(words)
-    settings = [FORMAT, block_size, vocab_size, words, valid_fraction, corpus.stream is not None]
-    source = (valid_corpus or corpus).fingerprint
-    existing = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-    spelled = existing.backend_tokenizer.to_str() if existing else ""
-    folder = cache_folder() / _digest(corpus.fingerprint, source, spelled, json.dumps(settings))
-
-    def documents(want_valid: bool) -> Iterator[str]:
-        if valid_corpus is not None:
-            return (valid_corpus if want_valid else corpus).read()
-        return split(corpus.read(), valid_fraction, want_valid)
-
-    def build(target: Path):
-        first = first_characters(documents(want_valid=False), TOKENIZER_CHARACTERS)
-        made = existing or train_tokenizer(_not_empty(first, corpus.name), vocab_size, words)
-        made.save_pretrained(target / "tokenizer")
-        if corpus.stream is None:
-            _write_blocks(target / "train.arrow", documents(want_valid=False), made, block_size, corpus.name)
-        valid = documents(want_valid=True)
-        if corpus.stream is not None:
-            valid = first_characters(valid, STREAM_VALID_CHARACTERS)
-        valid_name = f"The validation part of {(valid_corpus or corpus).name}"
-        measured = _write_blocks(target / "valid.arrow", valid, made, block_size, valid_name)
-        if (valid_corpus or corpus).name == PLANTED:
-            measured["floor"] = planted_floor(made, documents(want_valid=True))
-        (target / "measured.json").write_text(json.dumps(measured))
-
-    if not folder.is_dir():
-        _build_atomically(folder, build)
-    return _load_blocks(folder, corpus, block_size, valid_fraction if valid_corpus is None else 0)
-
-
-def _not_empty(documents: Iterator[str], name: str) -> Iterator[str]:
-    first = list(islice(documents, 1))
-    if not first:
-        raise ValueError(f"The corpus {name!r} has no text to train on; it needs at least two documents.")
-    return chain(first, documents)
-
-
-def _write_blocks(path: Path, documents: Iterable[str], tokenizer, block_size: int, name: str) -> dict:
-    """Writes the blocks of some documents; returns their bytes per token."""
-    import pyarrow as pa
-
-    count = {"documents": 0, "bytes": 0, "tokens": 0, "blocks": 0}
-
-    def counted_texts():
-        for text in documents:
-            count["documents"] += 1
-            count["bytes"] += len(text.encode())
-            yield text
-
-    def counted_tokens():
-        for tokens in tokenize(counted_texts(), tokenizer):
-            count["tokens"] += len(tokens)
-            yield tokens
-
-    row = pa.list_(pa.from_numpy_dtype(_token_type(tokenizer)), block_size)
-    schema = pa.schema({"input_ids": row})
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        for blocks in pack(counted_tokens(), block_size):
-            column = pa.FixedSizeListArray.from_arrays(pa.array(blocks.reshape(-1)), type=row)
-            writer.write_batch(pa.record_batch([column], schema=schema))
-            count["blocks"] += len(blocks)
-    if not count["blocks"]:
-        raise ValueError(
-            f"{name} has {count['tokens']} tokens in {count['documents']} documents, less than one block of "
-            f"{block_size}; use more text or a smaller block_size."
-        )
-    return {"bytes_per_token": count["bytes"] / count["tokens"]}
-
-
-def _build_atomically(folder: Path, build: Callable[[Path], None]):
-    """Builds a folder under another name and renames it, so that it is there whole or not at all."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(folder.parent)
-        target = Path(tempfile.mkdtemp(prefix=BUILDING, dir=folder.parent))
-    except OSError as error:
-        raise OSError(
-            f"The cache folder {folder.parent} cannot be written ({error}); set BACKPACK_CACHE to another."
-        ) from error
-    try:
-        build(target)
-        try:
-            target.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process was faster, with the same content
-                raise
-    finally:
-        shutil.rmtree(target, ignore_errors=True)
-
-
-def _remove_abandoned(cache: Path):
-    """Clears away what killed builds have left, which may be gigabytes."""
-    for folder in cache.glob(f"{BUILDING}*"):
-        with contextlib.suppress(OSError):  # another process has finished it meanwhile, or it is of another user
-            if time.time() - max(path.stat().st_mtime for path in (folder, *folder.rglob("*"))) > ABANDONED:
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def _load_blocks(folder: Path, corpus: Corpus, block_size: int, valid_fraction: float) -> Blocks:
-    from datasets import Dataset
-
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    if corpus.stream is None:
-        train = Dataset.from_file(str(folder / "train.arrow")).with_format("torch")
-    else:
-        train = stream_blocks(corpus.stream, tokenizer, block_size, valid_fraction)
-    measured = json.loads((folder / "measured.json").read_text())
+    train, valid = (corpus, valid_corpus) if valid_corpus else split(corpus, valid_fraction)
+    if tokenizer is None:
+        tokenizer = trained_tokenizer(train, vocab_size)
+    elif isinstance(tokenizer, str):
+        tokenizer = load_tokenizer(tokenizer)
+    valid_blocks = stored_blocks(valid, tokenizer, block_size)
+    key = _digest(*(_key(side, tokenizer, block_size) for side in (train, valid)))
+    floor = None
+    if (valid_corpus or corpus).name == PLANTED:
+        floor = cached_json(cache_folder(), {"floor": key}, lambda: planted_floor(tokenizer, valid.read()))
+    make = blocks_of if corpus.streaming else stored_blocks
     return Blocks(
-        train=train,
-        valid=Dataset.from_file(str(folder / "valid.arrow")).with_format("torch"),
+        train=make(train, tokenizer, block_size).with_format("torch"),
+        valid=valid_blocks.with_format("torch"),
         tokenizer=tokenizer,
-        fingerprint=folder.name,
-        floor=measured.get("floor"),
-        bytes_per_token=measured["bytes_per_token"],
+        fingerprint=key,
+        floor=floor,
+        bytes_per_token=bytes_per_token(tokenizer, valid_blocks),
     )
 
 
-def stream_blocks(stream, tokenizer, block_size: int, valid_fraction: float):
-    """Blocks of a stream's training documents, made as they are asked for; what is left of every 1000 is dropped."""
-    settings = {"tokenizer": tokenizer, "block_size": block_size, "valid_fraction": valid_fraction}
-    return stream.map(_to_blocks, batched=True, batch_size=1000, remove_columns=stream.column_names, fn_kwargs=settings)
+def trained_tokenizer(documents: Corpus, vocab_size: int):
+    """A tokenizer of the first documents, taken from the cache where it is already there."""
+
+    def train() -> str:
+        texts = first_characters(documents.read(), TOKENIZER_CHARACTERS)
+        return train_tokenizer(texts, vocab_size).backend_tokenizer.to_str()
+
+    what = {"tokenizer of": documents.fingerprint, "vocab_size": vocab_size, "format": FORMAT}
+    return as_fast_tokenizer(Tokenizer.from_str(cached_json(cache_folder(), what, train)))
 
 
-def _to_blocks(rows: dict, tokenizer, block_size: int, valid_fraction: float) -> dict:
-    texts = [text for text in rows["text"] if text.strip() and not is_validation(text, valid_fraction)]
-    blocks = pack(tokenize(texts, tokenizer), block_size)
-    return {"input_ids": [block.astype(np.int64) for part in blocks for block in part]}
+def blocks_of(documents: Corpus, tokenizer, block_size: int):
+    """Blocks of token ids, as an `IterableDataset`; what is left over of every 1000 documents is dropped."""
+    settings = {"batched": True, "remove_columns": [TEXT], "fn_kwargs": {"tokenizer": tokenizer}}
+    tokens = documents.rows.map(tokenize, batch_size=TOKENIZED_DOCUMENTS, **settings)
+    return tokens.map(pack, batched=True, batch_size=PACKED_DOCUMENTS, fn_kwargs={"block_size": block_size})
+
+
+def tokenize(rows: dict, tokenizer) -> dict:
+    """Documents -> the token ids of each, with an end-of-text token after them."""
+    ids = tokenizer(rows[TEXT], add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    token_type = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    return {"input_ids": [np.array([*row, tokenizer.eos_token_id], token_type) for row in ids]}
+
+
+def pack(rows: dict, block_size: int) -> dict:
+    """Rows of token ids of any length -> rows of `block_size`."""
+    tokens = np.concatenate(rows["input_ids"])
+    whole = len(tokens) // block_size * block_size
+    return {"input_ids": list(tokens[:whole].reshape(-1, block_size))}
+
+
+def stored_blocks(documents: Corpus, tokenizer, block_size: int):
+    """Blocks of token ids, as a memory-mapped `Dataset`; of a stream, those of its beginning."""
+    from datasets import Dataset
+
+    file = cache_folder() / f"{_key(documents, tokenizer, block_size)}.arrow"
+    if not file.is_file():
+        blocks = blocks_of(documents, tokenizer, block_size)
+        if documents.streaming:
+            blocks = blocks.take(max(1, STREAM_TOKENS // block_size))
+        write_blocks(blocks, block_size, file, documents.name)
+        if documents.nulls:
+            warnings.warn(
+                f"{len(documents.nulls)} rows of {documents.name} have no text and are left out.", stacklevel=3
+            )
+    return Dataset.from_file(str(file))
+
+
+def _key(documents: Corpus, tokenizer, block_size: int) -> str:
+    settings = [FORMAT, documents.fingerprint, documents.streaming, block_size]
+    return _digest(json.dumps(settings), tokenizer.backend_tokenizer.to_str())
+
+
+def write_blocks(blocks, block_size: int, file: Path, name: str):
+    """Writes blocks as an Arrow file. Raises ValueError if there is none."""
+    import pyarrow as pa
+
+    batches = (np.stack(rows["input_ids"]) for rows in blocks.iter(STORED_BLOCKS))
+    first = next(batches, None)
+    if first is None:
+        raise ValueError(
+            f"There is no text in {name}, or less than one block of {block_size} tokens; use more documents, "
+            "with a blank line between two, or a smaller block_size."
+        )
+    row = pa.list_(pa.from_numpy_dtype(first.dtype), block_size)
+    schema = pa.schema({"input_ids": row})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        written_whole(file) as building,
+        pa.OSFile(str(building), "wb") as sink,
+        pa.ipc.new_stream(sink, schema) as out,
+    ):
+        for batch in chain([first], batches):
+            column = pa.FixedSizeListArray.from_arrays(pa.array(batch.reshape(-1)), type=row)
+            out.write_batch(pa.record_batch([column], schema=schema))
+
+
+def bytes_per_token(tokenizer, blocks) -> float:
+    """Mean UTF-8 bytes of the tokens in some blocks. A byte-level vocabulary writes a token as one letter for a byte."""
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    n_bytes = np.array([0 if token in tokenizer.all_special_tokens else len(token) for token in tokens])
+    return float(np.mean([n_bytes[row["input_ids"]].mean() for row in blocks.with_format("numpy")]))
 
 
 def planted_floor(tokenizer, valid_texts: Iterable[str]) -> float:

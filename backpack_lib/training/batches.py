@@ -5,14 +5,13 @@ training loop never waits for them. What it holds does not depend on their numbe
 """
 
 import os
-import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import count, islice
 from typing import NamedTuple
 
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import BatchSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from backpack_lib.model.backpack import distinct_tokens
@@ -57,19 +56,13 @@ class ShuffledBatches:
         self.process = process
         self.processes = processes
         self.loading = loading
-        self._pass, self._order = -1, None
 
     def steps_from(self, first: int) -> Iterator[list[Batch]]:
         """This process' `accumulate` batches of each step from `first` on."""
-        numbers = (group for step in count(first) for group in self._groups(step))
-        return _steps(loader(self.rows, batch_sampler=numbers, **self.loading), self.accumulate)
-
-    def _groups(self, step: int) -> list[list[int]]:
-        """The numbers of the rows of each of this process' batches of a step."""
-        per_step = self.batch_size * self.accumulate * self.processes
-        numbers = [self._row(i) for i in range(step * per_step, (step + 1) * per_step)]
-        groups = [numbers[i : i + self.batch_size] for i in range(0, per_step, self.batch_size)]
-        return groups[self.process :: self.processes]
+        position = first * self.batch_size * self.accumulate * self.processes
+        batches = BatchSampler(shuffled(len(self.rows), self.seed, position), self.batch_size, drop_last=False)
+        mine = islice(batches, self.process, None, self.processes)
+        return _steps(_loader(self.rows, batch_sampler=mine, **self.loading), self.accumulate)
 
     def state_dict(self) -> dict:
         return {}  # the step says it all
@@ -77,17 +70,18 @@ class ShuffledBatches:
     def load_state_dict(self, state: dict):
         pass
 
-    def _row(self, position: int) -> int:
-        """The row at a position in the endless sequence of shuffled passes."""
-        this_pass, index = divmod(position, len(self.rows))
-        if this_pass != self._pass:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + this_pass)
-            self._pass, self._order = this_pass, torch.randperm(len(self.rows), generator=generator).tolist()
-        return self._order[index]
+
+def shuffled(n_rows: int, seed: int, position: int) -> Iterator[int]:
+    """Row numbers in an order of their own for each pass over the rows, without an end, from a position on."""
+    first_pass, begin = divmod(position, n_rows)
+    for number in count(first_pass):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        yield from torch.randperm(n_rows, generator=generator).tolist()[begin:]
+        begin = 0
 
 
 class StreamedBatches:
-    """Batches of a stream of blocks, in its own order; each process reads another part of it.
+    """Batches of a stream of blocks, in its own order, pass after pass; each process reads another part of it.
 
     A stream has no row numbers, so its position in the data has to be kept with a checkpoint. It is read by one
     process, always: with another number, its order and its position would be others.
@@ -96,54 +90,37 @@ class StreamedBatches:
     def __init__(self, stream, batch_size: int, accumulate: int, process: int = 0, processes: int = 1, **loading):
         from datasets.distributed import split_dataset_by_node
 
-        self.stream = split_dataset_by_node(stream, rank=process, world_size=processes)
+        self.stream = split_dataset_by_node(stream, rank=process, world_size=processes).repeat(None)
         self.accumulate = accumulate
-        self.loader = loader(Endless(self.stream), batch_size=batch_size, **loading | {"num_workers": 1})
+        self.processes = processes
+        self.loader = _loader(self.stream, batch_size=batch_size, **loading | {"num_workers": 1})
 
     def steps_from(self, first: int) -> Iterator[list[Batch]]:
         """This process' batches of each step; the position to begin at comes from `load_state_dict`."""
-        return _steps(self.loader, self.accumulate)
+        yield from _steps(self.loader, self.accumulate)
+        raise ValueError("The stream has no block for this process; use fewer processes or a larger data set.")
 
     def state_dict(self) -> dict:
-        """The position behind the last batch that was taken, whatever was read ahead."""
-        return self.loader.state_dict()
+        """The position after the last batch that was taken, whatever was read ahead."""
+        return {"processes": self.processes, "loader": self.loader.state_dict()}
 
     def load_state_dict(self, state: dict):
-        self.loader.load_state_dict(state)
+        if state["processes"] != self.processes:
+            raise ValueError(
+                f"The stream was read by {state['processes']} processes, not {self.processes}; resume with as many."
+            )
+        self.loader.load_state_dict(state["loader"])
 
 
-class Endless(IterableDataset):
-    """The rows of a stream, pass after pass."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __iter__(self) -> Iterator:
-        while True:
-            empty = True
-            for row in self.stream:
-                empty = False
-                yield row
-            if empty:
-                raise ValueError("The stream has no block for this process; use fewer processes or a larger data set.")
-
-    def state_dict(self) -> dict:
-        return self.stream.state_dict()
-
-    def load_state_dict(self, state: dict):
-        self.stream.load_state_dict(state)
-
-
-def loader(data, collate_fn: Callable = make_batch, **settings) -> StatefulDataLoader:
+def _loader(data, **settings) -> StatefulDataLoader:
     # A generator of its own: the global one, which dropout draws from, would be another one after a resumption.
-    settings |= {"generator": torch.Generator(), "worker_init_fn": _begin_worker, "collate_fn": collate_fn}
+    settings = {"collate_fn": make_batch, "generator": torch.Generator(), "worker_init_fn": _begin_worker} | settings
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # of torch's, which torchdata still calls
         return StatefulDataLoader(data, **settings)
 
 
 def _begin_worker(number: int):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the training loop, which saves first
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the threads of a tokenizer do not survive a fork
 
 

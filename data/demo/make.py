@@ -21,10 +21,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 import yaml
+from whole_words import prepare_with_words
 
 from backpack_lib.files import exit_status, runs_folder, write_text, written_whole
 from backpack_lib.loading import export
-from backpack_lib.text.corpora import TOKENIZER_CHARACTERS, Blocks, first_characters, open_corpus, prepare
+from backpack_lib.text.corpora import TOKENIZER_CHARACTERS, Blocks, first_characters, open_corpus
 from backpack_lib.training.build import prepare_blocks
 from backpack_lib.training.config import ARCHITECTURES, TrainingConfig
 from backpack_lib.training.run import train
@@ -58,13 +59,8 @@ def prepare_demo(corpus: str, valid: str | None, settings: dict) -> Blocks:
     """The blocks of a corpus, with a tokenizer in which every studied and every common word is one token."""
     text = open_corpus(corpus)
     common = count_words(first_characters(text.read(), TOKENIZER_CHARACTERS)).most_common(COMMON_WORDS)
-    return prepare(
-        text,
-        block_size=settings["block_size"],
-        vocab_size=settings["vocab_size"],
-        words=list(dict.fromkeys([*studied_words(), *(word for word, _ in common)])),
-        valid_corpus=open_corpus(valid) if valid else None,
-    )
+    words = list(dict.fromkeys([*studied_words(), *(word for word, _ in common)]))
+    return prepare_with_words(text, settings["block_size"], settings["vocab_size"], words, valid and open_corpus(valid))
 
 
 def train_on_each(texts: dict[str, tuple[str, str | None]], runs: Path, device: str, architecture: str) -> Path:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from backpack_lib.files import data_folder, exit_status, runs_folder
-from backpack_lib.text.corpora import Blocks, open_corpus, prepare
+from backpack_lib.text.corpora import Blocks, open_corpus
 from backpack_lib.training.config import TrainingConfig
 from backpack_lib.training.run import train
 
@@ -36,14 +36,10 @@ def blocks_of(corpus: str, valid: str) -> Blocks:
     """The tokens that all of the models read; professions, pronouns and topic words are single tokens."""
     sys.path.insert(0, str(data_folder() / "demo"))
     from make import studied_words
+    from whole_words import prepare_with_words
 
-    return prepare(
-        open_corpus(corpus),
-        block_size=SETTINGS["block_size"],
-        vocab_size=VOCABULARY,
-        words=studied_words(),
-        valid_corpus=open_corpus(valid),
-    )
+    text, valid_text = open_corpus(corpus), open_corpus(valid)
+    return prepare_with_words(text, SETTINGS["block_size"], VOCABULARY, studied_words(), valid_text)
 
 
 def train_all(corpus: str, valid: str, runs: Path):
