@@ -57,5 +57,7 @@ def first_half(name, parameters) -> float:
 @pytest.mark.parametrize("name", [name for name in NOTEBOOKS if "model" in default_parameters(NOTEBOOKS[name])])
 def test_the_first_half_of_each_notebook_fits_a_laptop(name, released, tmp_path):
     given = SHORTER.get(name, {}) | {"model": str(released), "out": str(tmp_path)}
+    if "baseline" in default_parameters(NOTEBOOKS[name]):
+        given["baseline"] = str(released.with_name("transformer"))
     with get_context("spawn").Pool(1) as pool:  # memory is counted by process
         assert pool.apply(first_half, (name, given)) < GIGABYTES
