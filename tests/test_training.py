@@ -110,7 +110,7 @@ def save_then_stop_at(save, step):
 @pytest.mark.parametrize("architecture", ["backpack", "transformer"])
 @pytest.mark.parametrize("logits_at_once", [1, 400 * 7, 2**24])
 def test_the_loss_in_parts_is_the_models_own_with_its_gradients(tiny, architecture, logits_at_once, monkeypatch):
-    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", {"cpu": logits_at_once})
+    monkeypatch.setattr("backpack_lib.model.output.LOGITS_AT_ONCE", {"cpu": logits_at_once})
     model = make_model(replace(tiny, architecture=architecture, dropout=0.0), FakeTokenizer())
     ids = torch.randint(400, (3, 16))
     own, parts = model(ids, labels=ids).loss, LanguageModelLoss(model)(ids)

@@ -195,8 +195,8 @@ class SenseEdits:
         """The model with these edits, for as long as the `with` lasts: forward passes, `generate()`, look-ups.
 
         model: the one they were made for, or another copy of it, on any device; None: the very one.
-        Blocks may nest; edits of an inner block come after those of the outer. A cache that was filled outside
-        the block keeps the senses of its time.
+        Blocks may nest; edits of an inner block come after those of the outer. A text in a cache that was filled
+        outside the block is read with these edits, too.
 
         Raises ValueError if the edits do not fit the model.
         """

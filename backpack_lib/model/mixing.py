@@ -18,6 +18,7 @@ POSITIONS_AT_ONCE = {"cpu": 64, "cuda": 512}  # a CPU keeps what a small block n
 # 0.63 s.) For a GPU this is an estimate: at 32 x 512 tokens all weights are 537 MB in float32, read and written several
 # times, those of one sense 33 MB, which its cache holds; and no fast kernel of attention takes values of width 768.
 COMPILED_IN_BLOCKS = ("cuda",)
+FEW = 8  # new positions; for more, a copy of the senses at each pays
 SMALL = 2**22  # numbers in the senses of all positions; below, many small products cost more than one
 
 
@@ -49,23 +50,25 @@ def weighted_sum(alpha, senses):
     return alpha.to(senses.dtype).transpose(1, 2).flatten(2) @ senses.flatten(1, 2)
 
 
-def sum_by_token(alpha, table, inverse):
-    """`weighted_sum(alpha, at_positions(table, inverse))`, adding first the weights of each token at all its places.
-
-    For the product over (token, sense) pairs the table is read once for all texts. (B, k, T, S), (n, k, d), (B, S)
-    -> (B, T, d)
-    """
-    B, k, T, S = alpha.shape
-    places = inverse[:, None, :, None].expand(B, T, S, k)
-    weights = alpha.new_zeros(B, T, len(table), k).scatter_add(2, places, alpha.permute(0, 2, 3, 1))
-    return weights.to(table.dtype).flatten(2) @ table.flatten(0, 1)
+def rows_at(inverse, k):
+    """The rows of a table of (n k) senses that stand at each position. (B, T) -> (B, k, T)"""
+    return inverse[:, None, :] * k + torch.arange(k, device=inverse.device)[:, None]
 
 
 def at_positions(table, inverse):
     """The senses at each position. (n, k, d), (B, T) -> (B, k, T, d)"""
-    k = table.shape[1]
-    rows = inverse[:, None, :] * k + torch.arange(k, device=inverse.device)[:, None]
-    return F.embedding(rows, table.flatten(0, 1))
+    return F.embedding(rows_at(inverse, table.shape[1]), table.flatten(0, 1))
+
+
+def sum_from_table(alpha, table, inverse):
+    """`weighted_sum(alpha, at_positions(table, inverse))`, which reads the table in place: no copy for each position.
+
+    (B, k, T, S), (n, k, d), (B, S) -> (B, T, d)
+    """
+    B, k, T, _ = alpha.shape
+    rows = rows_at(inverse, k).flatten(1).repeat_interleave(T, dim=0)  # (B T, k S)
+    weights = alpha.to(table.dtype).transpose(1, 2).reshape(B * T, -1)
+    return F.embedding_bag(rows, table.flatten(0, 1), per_sample_weights=weights, mode="sum").view(B, T, -1)
 
 
 def mix_senses(queries, keys, table, inverse, allowed):
@@ -75,8 +78,8 @@ def mix_senses(queries, keys, table, inverse, allowed):
     inverse (B, S): which of them stands where; allowed: broadcastable to (B, 1, T, S) and false for later positions.
     """
     n_new, n_total, compiling = queries.shape[2], keys.shape[2], torch.compiler.is_compiling()
-    if n_new < n_total and not compiling and n_new * len(table) < n_total * table.shape[-1]:
-        return sum_by_token(contextualize(queries, keys, allowed), table, inverse)
+    if n_new < min(n_total, FEW) and not compiling:
+        return sum_from_table(contextualize(queries, keys, allowed), table, inverse)
     compiled_whole = compiling and inverse.device.type not in COMPILED_IN_BLOCKS
     if n_new < n_total or compiled_whole or inverse.numel() * table[0].numel() < SMALL:
         return weighted_sum(contextualize(queries, keys, allowed), at_positions(table, inverse))
@@ -108,7 +111,13 @@ def gradients_in_blocks(
     d_mixed: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, table: torch.Tensor, inverse: torch.Tensor,
     allowed: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Gradients of queries, keys and table, for which the weights are computed again."""
+    """Gradients of queries, keys and table, for which the weights are computed again.
+
+    With S = q K^T / sqrt(d_s), A = softmax(S), o = A C for each sense, and dX the gradient of X:
+    dC = A^T do, and dA = do C^T;
+    dS = A * (dA - rowsum(A * dA)), which is the softmax's backward;
+    dq = dS K / sqrt(d_s), and dK = dS^T q / sqrt(d_s). A token's gradient is the sum of dC over its places.
+    """
     d_queries, d_keys, d_table = map(torch.empty_like, (queries, keys, table))
     scale = queries.shape[-1] ** -0.5
     with torch.autocast(table.device.type, enabled=False):

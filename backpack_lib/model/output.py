@@ -64,9 +64,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(hidden), rows):
                 part = slice(start, start + rows)
-                part_logits = hidden[part] @ weight.T
-                if with_logits:
-                    logits[part] = part_logits
+                part_logits = torch.mm(hidden[part], weight.T, out=logits[part] if with_logits else None)
                 log_p = part_logits.float().log_softmax(-1)
                 total -= (log_p.gather(1, labels[part]) * counts[part]).sum()
                 if wants_gradient:
