@@ -16,10 +16,9 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +37,7 @@ BETWEEN_DOCUMENTS = re.compile(re.escape(END_OF_TEXT) + r"|\n\s*\n")
 BETWEEN_FILES = re.compile(re.escape(END_OF_TEXT))
 TOKENIZER_CHARACTERS = 50_000_000  # a tokenizer is trained on the first so many characters
 LONGEST_DOCUMENT = 100_000  # characters; a longer one is read as several, to bound memory
-TOKENIZED_DOCUMENTS, PACKED_DOCUMENTS = 100, 1000  # at a time
-STORED_BLOCKS = 1000  # at a time
+TOKENIZED_DOCUMENTS, PACKED_DOCUMENTS, STORED_BLOCKS = 100, 1000, 1000  # at a time
 STREAM_TOKENS = 250_000  # of a stream are set aside for validation
 FORMAT = 2  # of the cached files; a change of it makes old caches unread
 
@@ -49,6 +47,7 @@ class Corpus:
     """Documents that can be read again and again. `fingerprint` changes with their content.
 
     rows: a `datasets.IterableDataset` of documents, in a column `text`.
+    nulls: the numbers of the rows without text that have been met.
     streaming: blocks are made as training asks for them, instead of all at first.
     """
 
@@ -95,8 +94,11 @@ def open_corpus(name: str, per_file: bool = False, streaming: bool = False) -> C
     Raises ValueError if there is nothing by that name, if there is no column `text`, and on reading, if a file is not
     text or if a row has something else than text in that column.
     """
+    import datasets
+
     if name == PLANTED:
-        table, fingerprint = _open_planted()
+        table = datasets.IterableDataset.from_generator(_planted_rows)
+        fingerprint = _digest(Path(planted.__file__).read_bytes(), json.dumps(planted.lexicon()))
     elif files := find_files(name):
         table, fingerprint = _open_files(name, files, per_file)
     elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", name) and not name.lower().endswith((".txt", *COMPRESSED)):
@@ -182,13 +184,6 @@ def _read_texts(files: list[str], per_file: bool) -> Iterator[dict]:
         yield {"text": rest}
 
 
-def _open_planted():
-    from datasets import IterableDataset
-
-    table = IterableDataset.from_generator(_planted_rows)
-    return table, _digest(Path(planted.__file__).read_bytes(), json.dumps(planted.lexicon()))
-
-
 def _planted_rows() -> Iterator[dict]:
     return ({TEXT: text.text} for text in planted.generate())
 
@@ -247,29 +242,26 @@ def check_valid_fraction(valid_fraction: float):
         raise ValueError(f"valid_fraction={valid_fraction} is out of range; choose above 0 and at most 0.5.")
 
 
-def is_validation(text: str, valid_fraction: float, first: str | None = None) -> bool:
-    """Whether a document is for validation: decided by its content, so copies of it fall on the same side.
+def is_on_side(text: str, validation: bool, valid_fraction: float, first: str) -> bool:
+    """Whether a document is for validation, or not: decided by its content, so copies of it fall on the same side.
 
-    first: the first document of the corpus, which always is, so that even a small corpus has some.
+    first: the first document of the corpus, always for validation, so that even a small corpus has some.
     """
     draw = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-    return text == first or draw < valid_fraction * 2**64
-
-
-def is_training(text: str, valid_fraction: float, first: str | None = None) -> bool:
-    return not is_validation(text, valid_fraction, first)
+    return (text == first or draw < valid_fraction * 2**64) == validation
 
 
 def split(corpus: Corpus, valid_fraction: float) -> tuple[Corpus, Corpus]:
     """The documents for training and those for validation."""
-    settings = {"valid_fraction": valid_fraction, "first": next(corpus.read(), None)}
+    first = next(corpus.read(), None)
 
-    def part(name: str, is_in_it: Callable) -> Corpus:
-        rows = corpus.rows.filter(is_in_it, input_columns=[TEXT], fn_kwargs=settings)
+    def part(name: str, validation: bool) -> Corpus:
+        settings = {"validation": validation, "valid_fraction": valid_fraction, "first": first}
+        rows = corpus.rows.filter(is_on_side, input_columns=[TEXT], fn_kwargs=settings)
         fingerprint = _digest(corpus.fingerprint, name, str(valid_fraction))
         return replace(corpus, name=f"the {name} part of {corpus.name}", fingerprint=fingerprint, rows=rows)
 
-    return part("training", is_training), part("validation", is_validation)
+    return part("training", False), part("validation", True)
 
 
 def first_characters(documents: Iterable[str], limit: int) -> Iterator[str]:
@@ -341,8 +333,11 @@ def blocks_of(documents: Corpus, tokenizer, block_size: int):
 def tokenize(rows: dict, tokenizer) -> dict:
     """Documents -> the token ids of each, with an end-of-text token after them."""
     ids = tokenizer(rows[TEXT], add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    token_type = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    return {"input_ids": [np.array([*row, tokenizer.eos_token_id], token_type) for row in ids]}
+    return {"input_ids": [np.array([*row, tokenizer.eos_token_id], _token_type(tokenizer)) for row in ids]}
+
+
+def _token_type(tokenizer) -> str:
+    return "uint16" if len(tokenizer) <= 2**16 else "uint32"
 
 
 def pack(rows: dict, block_size: int) -> dict:
@@ -361,7 +356,13 @@ def stored_blocks(documents: Corpus, tokenizer, block_size: int):
         blocks = blocks_of(documents, tokenizer, block_size)
         if documents.streaming:
             blocks = blocks.take(max(1, STREAM_TOKENS // block_size))
-        write_blocks(blocks, block_size, file, documents.name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(file) as building:
+            if not write_blocks(blocks, building, block_size, _token_type(tokenizer)):
+                raise ValueError(
+                    f"There is no text in {documents.name}, or less than one block of {block_size} tokens; "
+                    "use more documents, with a blank line between two, or a smaller block_size."
+                )
         if documents.nulls:
             warnings.warn(
                 f"{len(documents.nulls)} rows of {documents.name} have no text and are left out.", stacklevel=3
@@ -369,37 +370,25 @@ def stored_blocks(documents: Corpus, tokenizer, block_size: int):
     return Dataset.from_file(str(file))
 
 
+def write_blocks(blocks, file: Path, block_size: int, token_type: str) -> int:
+    """Writes blocks as an Arrow file; returns how many."""
+    from datasets import Features, List, Value
+    from datasets.arrow_writer import ArrowWriter
+
+    features = Features({"input_ids": List(Value(token_type), length=block_size)})
+    with ArrowWriter(path=str(file), features=features) as writer:
+        for rows in blocks.iter(STORED_BLOCKS):
+            writer.write_batch(rows)
+        return writer.finalize()[0]
+
+
 def _key(documents: Corpus, tokenizer, block_size: int) -> str:
     settings = [FORMAT, documents.fingerprint, documents.streaming, block_size]
     return _digest(json.dumps(settings), tokenizer.backend_tokenizer.to_str())
 
 
-def write_blocks(blocks, block_size: int, file: Path, name: str):
-    """Writes blocks as an Arrow file. Raises ValueError if there is none."""
-    import pyarrow as pa
-
-    batches = (np.stack(rows["input_ids"]) for rows in blocks.iter(STORED_BLOCKS))
-    first = next(batches, None)
-    if first is None:
-        raise ValueError(
-            f"There is no text in {name}, or less than one block of {block_size} tokens; use more documents, "
-            "with a blank line between two, or a smaller block_size."
-        )
-    row = pa.list_(pa.from_numpy_dtype(first.dtype), block_size)
-    schema = pa.schema({"input_ids": row})
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        written_whole(file) as building,
-        pa.OSFile(str(building), "wb") as sink,
-        pa.ipc.new_stream(sink, schema) as out,
-    ):
-        for batch in chain([first], batches):
-            column = pa.FixedSizeListArray.from_arrays(pa.array(batch.reshape(-1)), type=row)
-            out.write_batch(pa.record_batch([column], schema=schema))
-
-
 def bytes_per_token(tokenizer, blocks) -> float:
-    """Mean UTF-8 bytes of the tokens in some blocks. A byte-level vocabulary writes a token as one letter for a byte."""
+    """Mean UTF-8 bytes of the tokens in some blocks. Byte-level tokens are written with one letter for each byte."""
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     n_bytes = np.array([0 if token in tokenizer.all_special_tokens else len(token) for token in tokens])
     return float(np.mean([n_bytes[row["input_ids"]].mean() for row in blocks.with_format("numpy")]))
