@@ -12,7 +12,6 @@ from helpers import RESULTS, assert_same_weights, run_command
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from backpack_lib import BackpackLMHeadModel, load, train
-from backpack_lib.model import output as loss_module
 from backpack_lib.training.build import make_model, make_optimizers
 from backpack_lib.training.checkpoints import RunFolder
 from backpack_lib.training.loss import LanguageModelLoss
