@@ -1,8 +1,11 @@
 """Models come from a folder or the hub's cache without a network, and from the hub where neither has them."""
 
+import time
+
 import pytest
 from transformers import PreTrainedConfig
 
+from backpack_lib import hub
 from backpack_lib.hub import local_first
 
 
@@ -20,7 +23,8 @@ class Hub:
         return name, settings
 
 
-def test_the_hub_is_asked_only_for_what_is_not_here():
+def test_the_hub_is_asked_only_for_what_is_not_here(monkeypatch):
+    monkeypatch.setattr(hub, "hub_answers", lambda: True)
     here, elsewhere = Hub(["some/model"]), Hub()
     assert local_first(here, "some/model", dtype="half") == ("some/model", {"dtype": "half"}) and here.calls == ["here"]
     assert local_first(elsewhere, "some/model") == ("some/model", {}) and elsewhere.calls == ["here", "hub"]
@@ -30,7 +34,22 @@ def test_a_damaged_folder_is_not_asked_for_at_the_hub(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(OSError, match="not a valid JSON"):
         local_first(PreTrainedConfig.get_config_dict, str(tmp_path))
-    hub = Hub()
+    loader = Hub()
     with pytest.raises(OSError):
-        local_first(hub, str(tmp_path))
-    assert hub.calls == ["here"]
+        local_first(loader, str(tmp_path))
+    assert loader.calls == ["here"]
+
+
+def test_without_a_network_nothing_is_asked_for_and_nothing_waits(monkeypatch):
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "getproxies", dict)
+    monkeypatch.setattr(hub.constants, "ENDPOINT", "https://nowhere.invalid")
+    hub.hub_answers.cache_clear()
+    loader, start = Hub(), time.monotonic()
+    with pytest.raises(OSError, match="is not in the cache"):
+        local_first(loader, "some/model")
+    with hub.offline_without_hub():
+        assert hub.constants.HF_HUB_OFFLINE
+    assert loader.calls == ["here"] and time.monotonic() - start < 2 * hub.PATIENCE
+    assert not hub.constants.HF_HUB_OFFLINE
+    hub.hub_answers.cache_clear()

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from backpack_lib.files import first_line
+from backpack_lib.hub import offline_without_hub
 from backpack_lib.text.writing import ids_of_text, pad_rows
 
 # Bytes that the logits of the texts which are read at once may take, in float32.
@@ -103,8 +104,9 @@ def read_blimp(source: str) -> pd.DataFrame:
     import datasets
 
     try:
-        names = datasets.get_dataset_config_names(source)
-        return pd.concat([datasets.load_dataset(source, name, split="train").to_pandas() for name in names])
+        with offline_without_hub():
+            names = datasets.get_dataset_config_names(source)
+            return pd.concat([datasets.load_dataset(source, name, split="train").to_pandas() for name in names])
     except Exception as error:  # the library raises many kinds, from the network's to its own
         raise ValueError(
             f"{source!r} is no folder, and BLiMP could not be loaded by that name: {first_line(error)}"

@@ -5,6 +5,7 @@ from collections import Counter
 import pandas as pd
 
 from backpack_lib.files import as_seen
+from backpack_lib.hub import offline_without_hub
 from backpack_lib.studies.text_quality import words_of
 
 CLASSIFIER = "cardiffnlp/tweet-topic-21-multi"  # the judge of Hewitt et al. (2023)
@@ -53,7 +54,8 @@ class ClassifierJudge:
 
         where = as_seen(name)
         try:
-            self.classify = pipeline("text-classification", model=where, top_k=None, function_to_apply="sigmoid")
+            with offline_without_hub():
+                self.classify = pipeline("text-classification", model=where, top_k=None, function_to_apply="sigmoid")
         except OSError as error:
             raise ValueError(
                 f"The classifier {name!r} could not be loaded; give a folder, or use the words."

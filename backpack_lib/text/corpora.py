@@ -26,6 +26,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from backpack_lib.files import cache_folder, cached_json, first_line, project_folder, written_whole
+from backpack_lib.hub import offline_without_hub
 from backpack_lib.text import planted
 from backpack_lib.text.tokenizers import END_OF_TEXT, as_fast_tokenizer, load_tokenizer, train_tokenizer
 
@@ -194,10 +195,11 @@ def _open_hub(name: str, streaming: bool):
 
     path, _, subset = name.partition(":")
     try:
-        builder = datasets.load_dataset_builder(path, subset or None)
-        if streaming:
-            return builder.as_streaming_dataset("train"), _digest(name, builder.hash)
-        builder.download_and_prepare()
+        with offline_without_hub():
+            builder = datasets.load_dataset_builder(path, subset or None)
+            if streaming:
+                return builder.as_streaming_dataset("train"), _digest(name, builder.hash)
+            builder.download_and_prepare()
         return builder.as_dataset("train").to_iterable_dataset(), _digest(name, builder.hash)
     except Exception as error:  # the library raises many kinds, from the network's to its own
         raise ValueError(
