@@ -123,6 +123,16 @@ def test_edited_generation_is_the_same_cached_batched_and_padded(name, beams):
 
 
 @torch.no_grad()
+def test_texts_in_one_row_are_edited_as_if_they_stood_alone(lens):
+    texts = random_ids(1, 7, vocab_size=500), random_ids(1, 9, seed=1, vocab_size=500)
+    places = torch.cat([torch.arange(7), torch.arange(9)])[None]
+    lens.patches.append(add_to_every_other_token)
+    together = lens(torch.cat(texts, 1), position_ids=places, use_cache=False).logits
+    alone = torch.cat([lens(text, use_cache=False).logits for text in texts], 1)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 def test_a_cache_filled_without_the_edit_is_refused(lens):
     ids = random_ids(1, 8, vocab_size=500)
     cache = lens(ids, use_cache=True).get(CACHE)

@@ -28,6 +28,7 @@ from functools import partial
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
+from transformers.masking_utils import find_packed_sequence_indices
 from transformers.utils import can_return_tuple
 
 from backpack_lib.model.backpack import (
@@ -258,10 +259,9 @@ class SenseLens(PreTrainedModel, GenerationMixin):
 
         def after(body, args, kwargs, outputs):
             named = {"input_ids": args[0]} | kwargs if args else kwargs
-            ids, mask = named.get("input_ids"), named.get("attention_mask")
-            if ids is None:
+            if named.get("input_ids") is None:
                 raise ValueError("Edits of senses need token ids; give `input_ids` instead of `inputs_embeds`.")
-            outputs.last_hidden_state = self._edited(ids, mask, outputs, output_senses, seen)
+            outputs.last_hidden_state = self._edited(named, outputs, output_senses, seen)
             return outputs
 
         body = self.base.get_decoder()
@@ -275,9 +275,15 @@ class SenseLens(PreTrainedModel, GenerationMixin):
             for hook in hooks:
                 hook.remove()
 
-    def _edited(self, input_ids, attention_mask, outputs, output_senses, seen):
-        """The base's last state, less what senses say without edits, plus what they say with them."""
+    def _edited(self, inputs, outputs, output_senses, seen):
+        """The base's last state, less what senses say without edits, plus what they say with them.
+
+        inputs, outputs: of the base's body. seen: takes what `output_senses` asks for.
+        """
         h, cache = outputs.last_hidden_state, outputs.get(CACHE)
+        input_ids, attention_mask, texts = inputs["input_ids"], inputs.get("attention_mask"), None
+        if inputs.get("position_ids") is not None and attention_mask is None and cache is None:
+            texts = find_packed_sequence_indices(inputs["position_ids"].expand_as(input_ids))
         queries, keys = self.queries_and_keys(torch.cat([h, outputs.hidden_states[self.config.middle_layer]], -1))
         ids = input_ids
         if cache is not None:
@@ -288,7 +294,7 @@ class SenseLens(PreTrainedModel, GenerationMixin):
         for patch in self.patches:
             new = patch(tokens, new)
         n_new, n_all = input_ids.shape[1], keys.shape[2]
-        allowed = allowed_positions(attention_mask, n_new, n_all, n_all - n_new, ids.device)
+        allowed = allowed_positions(attention_mask, n_new, n_all, n_all - n_new, ids.device, texts)
         if not (output_senses or self.weight_hooks):
             return h + mix_senses(queries, keys, new - old, inverse, allowed).to(h)
         alpha = contextualize(queries, keys, allowed)
