@@ -144,10 +144,11 @@ def test_mixing_makes_neither_all_weights_nor_all_senses(monkeypatch):
     """Of the tensors of k x T x T and k x T x d numbers there is never more than a part, backward neither."""
     B, k, T, d, n = 2, 8, 96, 64, 10
     queries, keys = (torch.rand(B, k, T, d // k) for _ in range(2))
-    table, place, allowed = torch.rand(n, k, d), torch.randint(n, (B, T)), torch.ones(B, T, T, dtype=torch.bool).tril()
+    table, place, allowed = torch.rand(n, k, d), torch.randint(n, (B, T)), torch.ones(T, T, dtype=torch.bool).tril()
+    monkeypatch.setattr(mixing, "SMALL", 0)
     with Sizes() as sizes:
-        mixed = mixing.in_blocks(queries, keys, table, place, allowed)
-        mixing.gradients_in_blocks(torch.ones_like(mixed), queries, keys, table, place, allowed)
+        leaves = [tensor.requires_grad_() for tensor in (queries, keys, table)]
+        mixing.mix_senses(*leaves, place, allowed).sum().backward()
     assert max(sizes.seen) < B * k * T * min(T, d) / 4
 
 
@@ -161,7 +162,6 @@ def mixing_input(dtype):
 
 def test_gradients_of_mixing_are_the_differences_of_its_values(monkeypatch):
     monkeypatch.setattr(mixing, "SMALL", 0)
-    monkeypatch.setitem(mixing.POSITIONS_AT_ONCE, "cpu", 3)
     queries, keys, table, place, allowed = mixing_input(torch.float64)
     assert torch.autograd.gradcheck(
         lambda *given: mixing.mix_senses(*given, place, allowed), (queries, keys, table), fast_mode=True
@@ -326,14 +326,13 @@ def test_gradients_reach_a_text_that_is_read_with_a_cache():
 
 
 @pytest.mark.parametrize("left", [0, 3])
-def test_a_text_is_read_by_sense_and_block(left, monkeypatch):
+def test_a_text_is_read_sense_by_sense(left, monkeypatch):
     model, ids = tiny_model(), random_ids(2, 19)
     mask = torch.ones_like(ids)
     mask[0, :left] = 0
     found = []
     for small in (2**22, 0):
         monkeypatch.setattr(mixing, "SMALL", small)
-        monkeypatch.setitem(mixing.POSITIONS_AT_ONCE, "cpu", 4)
         model.zero_grad()
         logits = model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
         logits.square().sum().backward()
@@ -423,28 +422,6 @@ def test_compiled_model_gives_the_same_loss_and_gradients():
     loss.backward()
     torch.testing.assert_close(loss, plain)
     torch.testing.assert_close(model.backpack.sense_network.final_mlp.c_proj.weight.grad, expected)
-
-
-@pytest.mark.slow
-def test_compiled_the_senses_are_summed_block_by_block_in_one_piece(monkeypatch):
-    """No weights of all positions come back, and nothing is left to run outside of what is compiled."""
-    torch._dynamo.reset()
-    monkeypatch.setattr(mixing, "SMALL", 0)
-    monkeypatch.setattr(mixing, "COMPILED_IN_BLOCKS", ("cpu",))  # as on a GPU
-    monkeypatch.setitem(mixing.POSITIONS_AT_ONCE, "cpu", 5)
-    model, called = tiny_model(), []
-    blocks_of = mixing._blocks
-    monkeypatch.setattr(mixing, "_blocks", lambda inverse: called.append(1) or blocks_of(inverse))
-    batch = make_batch([{"input_ids": row} for row in random_ids(3, 12)], padded=True)
-    loss = LanguageModelLoss(model)
-    gradients = []
-    for run in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
-        model.zero_grad()
-        called.clear()
-        run(*batch).backward()
-        assert called
-        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """A Backpack's prediction: sense vectors, weighted by one causal softmax per sense and summed.
 
 Done as the equation says, this makes tensors of k x T x T and k x T x d numbers, most of which are thrown away.
-`mix_senses` takes one sense and one block of positions at a time, leaves out later positions, and computes the
-weights again in a backward pass of its own. It equals `weighted_sum` of the weights of `contextualize`.
+`mix_senses` takes one sense at a time, and in a backward pass computes its weights again instead of keeping them. It
+equals `weighted_sum` of the weights of `contextualize`.
 
 Shapes: batch B, new tokens T, all tokens so far S (= T without a cache), width d, senses k, distinct tokens n, and
 d_s = floor(d / k), the width of a sense's queries and keys.
@@ -10,14 +10,8 @@ d_s = floor(d / k), the width of a sense's queries and keys.
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-POSITIONS_AT_ONCE = {"cpu": 64, "cuda": 512}  # a CPU keeps what a small block needs in its cache
-# Where compiled code takes blocks, too. A CPU does not: a compiled training step of demo size (bf16, 16 x 256 tokens)
-# takes 1.06 s with the equation, which is fused with what stands around it, and 1.40 s with blocks. (Alone, forward and
-# backward, the compiled equation takes 0.42 s, blocks 0.31 s, and `scaled_dot_product_attention(q, k, senses).sum(1)`
-# 0.63 s.) For a GPU this is an estimate: at 32 x 512 tokens all weights are 537 MB in float32, read and written several
-# times, those of one sense 33 MB, which its cache holds; and no fast kernel of attention takes values of width 768.
-COMPILED_IN_BLOCKS = ("cuda",)
 FEW = 8  # new positions; for more, a copy of the senses at each pays
 SMALL = 2**22  # numbers in the senses of all positions; below, many small products cost more than one
 
@@ -77,88 +71,19 @@ def mix_senses(queries, keys, table, inverse, allowed):
     queries (B, k, T, d_s), of the last positions; keys (B, k, S, d_s); table (n, k, d): the senses of distinct tokens;
     inverse (B, S): which of them stands where; allowed: broadcastable to (B, 1, T, S) and false for later positions.
     """
-    n_new, n_total, compiling = queries.shape[2], keys.shape[2], torch.compiler.is_compiling()
+    n_new, n_total = queries.shape[2], keys.shape[2]
+    compiling = torch.compiler.is_compiling()  # the equation is then fused with what stands around it
     if n_new < min(n_total, FEW) and not compiling:
         return sum_from_table(contextualize(queries, keys, allowed), table, inverse)
-    compiled_whole = compiling and inverse.device.type not in COMPILED_IN_BLOCKS
-    if n_new < n_total or compiled_whole or inverse.numel() * table[0].numel() < SMALL:
+    if n_new < n_total or compiling or inverse.numel() * table[0].numel() < SMALL:
         return weighted_sum(contextualize(queries, keys, allowed), at_positions(table, inverse))
-    return _mix_in_blocks(queries, keys, table, inverse, allowed.expand(len(inverse), 1, -1, -1)[:, 0])
-
-
-def _blocks(inverse) -> list[tuple[slice, slice]]:
-    """The positions of each block, and all positions that they may look at."""
-    length, step = inverse.shape[1], POSITIONS_AT_ONCE.get(inverse.device.type, 512)
-    stops = [min(start + step, length) for start in range(0, length, step)]
-    return [(slice(start, stop), slice(stop)) for start, stop in zip([0, *stops], stops)]
-
-
-def in_blocks(
-    queries: torch.Tensor, keys: torch.Tensor, table: torch.Tensor, inverse: torch.Tensor, allowed: torch.Tensor
-) -> torch.Tensor:
-    """The weighted sum, one sense and one block of positions at a time."""
-    mixed = torch.zeros(*inverse.shape, table.shape[-1], dtype=sum_type(table), device=table.device)
-    with torch.autocast(table.device.type, enabled=False):
-        for sense in range(table.shape[1]):
-            query, key, value = queries[:, sense], keys[:, sense], F.embedding(inverse, table[:, sense])
-            for now, before in _blocks(inverse):
-                alpha = contextualize(query[:, now], key[:, before], allowed[:, now, before])
-                mixed[:, now] += alpha.to(value.dtype) @ value[:, before]
+    mixed = 0.0
+    for parts in zip(queries.unbind(1), keys.unbind(1), table.unbind(1)):
+        mixed = mixed + checkpoint(_sum_of_sense, *parts, inverse, allowed, use_reentrant=False, preserve_rng_state=False)
     return mixed.to(table.dtype)
 
 
-def gradients_in_blocks(
-    d_mixed: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, table: torch.Tensor, inverse: torch.Tensor,
-    allowed: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Gradients of queries, keys and table, for which the weights are computed again.
-
-    With S = q K^T / sqrt(d_s), A = softmax(S), o = A C for each sense, and dX the gradient of X:
-    dC = A^T do, and dA = do C^T;
-    dS = A * (dA - rowsum(A * dA)), which is the softmax's backward;
-    dq = dS K / sqrt(d_s), and dK = dS^T q / sqrt(d_s). A token's gradient is the sum of dC over its places.
-    """
-    d_queries, d_keys, d_table = map(torch.empty_like, (queries, keys, table))
-    scale = queries.shape[-1] ** -0.5
-    with torch.autocast(table.device.type, enabled=False):
-        for sense in range(table.shape[1]):
-            query, key, value = queries[:, sense], keys[:, sense], F.embedding(inverse, table[:, sense])
-            d_key = torch.zeros_like(key, dtype=sum_type(key))
-            d_value = torch.zeros_like(value, dtype=sum_type(value))
-            for now, before in _blocks(inverse):
-                alpha = contextualize(query[:, now], key[:, before], allowed[:, now, before])
-                d_value[:, before] += alpha.to(value.dtype).transpose(1, 2) @ d_mixed[:, now]
-                d_alpha = (d_mixed[:, now] @ value[:, before].transpose(1, 2)).to(alpha.dtype)
-                d_scores = torch.ops.aten._softmax_backward_data(d_alpha, alpha, -1, alpha.dtype)
-                d_scores = (d_scores * scale).to(key.dtype)
-                d_queries[:, sense, now] = d_scores @ key[:, before]
-                d_key[:, before] += d_scores.transpose(1, 2) @ query[:, now]
-            d_keys[:, sense] = d_key
-            d_table[:, sense] = torch.ops.aten.embedding_dense_backward(d_value, inverse, len(table), -1, False)
-    return d_queries, d_keys, d_table
-
-
-# Operations of their own, into which a compiler does not look: it would write out each round of the loops.
-_mix_in_blocks = torch.library.custom_op("backpack::mix_senses", in_blocks, mutates_args=())
-_gradients_in_blocks = torch.library.custom_op("backpack::mix_senses_backward", gradients_in_blocks, mutates_args=())
-
-
-@_mix_in_blocks.register_fake
-def _(queries, keys, table, inverse, allowed):
-    return table.new_empty(*inverse.shape, table.shape[-1])
-
-
-@_gradients_in_blocks.register_fake
-def _(d_mixed, queries, keys, table, inverse, allowed):
-    return torch.empty_like(queries), torch.empty_like(keys), torch.empty_like(table)
-
-
-def _keep_inputs(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx, d_mixed):
-    return *_gradients_in_blocks(d_mixed, *ctx.saved_tensors), None, None
-
-
-_mix_in_blocks.register_autograd(_backward, setup_context=_keep_inputs)
+def _sum_of_sense(query, key, senses, inverse, allowed):
+    """The weighted sum of one sense. (B, T, d_s) twice, (n, d), (B, T) -> (B, T, d)"""
+    alpha = contextualize(query[:, None], key[:, None], allowed)[:, 0]
+    return (alpha.to(senses.dtype) @ F.embedding(inverse, senses)).to(sum_type(senses))
