@@ -62,8 +62,7 @@ setup: .venv/installed
 # Executes the notebooks in place, to renew the outputs that are stored with them, and the README's picture.
 notebooks: setup
 	$(BIN)/jupyter nbconvert --to notebook --inplace --execute --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
-	$(BIN)/python -c "import nbformat, pathlib; from backpack_lib.running.pages import pictures; \
-		pathlib.Path('data/tour.png').write_bytes(pictures(nbformat.read('notebooks/00_tour.ipynb', 4))[0])"
+	$(BIN)/python data/stored_notebooks.py
 
 demo-model: setup
 	$(BIN)/python data/demo/make.py --older '$(OLDER)' $(if $(OLDER_VALID),--older-valid '$(OLDER_VALID)') \

@@ -64,3 +64,14 @@ def test_the_index_leads_to_every_page_and_pages_to_each_other(tmp_path):
     for link in links:
         file, _, place = link.partition("#")
         assert (first.parent / file).resolve() == second and (not place or f'id="{place}"' in second.read_text())
+
+
+def test_progress_bars_are_left_out_and_explorers_stay():
+    def output(**data):
+        return nbformat.v4.new_output("display_data", data=data)
+
+    view = {"application/vnd.jupyter.widget-view+json": {"model_id": "1", "version_major": 2, "version_minor": 0}}
+    bar, explorer = output(**view, **{"text/plain": "0%|"}), output(**view, **{"text/html": "<p>senses</p>"})
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1", outputs=[bar, explorer])])
+    text = page(notebook, "one")
+    assert "0%|" not in text and "<p>senses</p>" in text

@@ -14,6 +14,7 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
 from backpack_lib.files import write_text
 
+WIDGET = "application/vnd.jupyter.widget-view+json"
 STYLE = """<style>
 main { max-width: 62rem; margin: 0 auto; }
 .jp-OutputArea-output { overflow-x: auto; }
@@ -32,9 +33,10 @@ class _Renderer(IPythonRenderer):
 
 def page(notebook: nbformat.NotebookNode, title: str) -> str:
     """A notebook as HTML that needs nothing else."""
+    drop_bars(notebook)
     for output in _outputs(notebook):
         if "text/html" in output.data:
-            output.data.pop("application/vnd.jupyter.widget-view+json", None)  # its page stands in
+            output.data.pop(WIDGET, None)  # its page stands in
         elif "image/png" in output.data:  # the exporter would leave out what describes it
             alt = escape(output.metadata.get("image/png", {}).get("alt", ""))
             output.data["text/html"] = f'<img src="data:image/png;base64,{output.data["image/png"]}" alt="{alt}">'
@@ -43,6 +45,13 @@ def page(notebook: nbformat.NotebookNode, title: str) -> str:
     html, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": title}})
     html = re.sub(r"<script.*?</script>", "", html, flags=re.DOTALL)  # for formulas and widgets, from the network
     return html.replace("</head>", f"{STYLE}</head>", 1)
+
+
+def drop_bars(notebook: nbformat.NotebookNode):
+    """Takes progress bars out: widgets that have no page to show without a kernel."""
+    for cell in notebook.cells:
+        if "outputs" in cell:
+            cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {}) or "text/html" in o.data]
 
 
 def _outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
