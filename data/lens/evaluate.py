@@ -27,7 +27,7 @@ from backpack_lib.text.corpora import open_corpus
 from backpack_lib.text.writing import ids_of_text
 
 HERE = Path(__file__).resolve().parent
-TOKENS = 24_576  # of the text that are read, at each length
+TOKENS = 8_192  # of the text that are read, at each length
 LENGTHS = (128, 256)
 WORDS = ("bank", "light", "nurse", "Paris", "king", "ate", "because")
 BASE_LICENCES = {
@@ -82,7 +82,7 @@ class Explained:
 @torch.no_grad()
 def ladder(lens: SenseLens, rows, bytes_per_token: float) -> dict[str, dict]:
     """How near each comes to the base: the lens, its senses shuffled among words, the own token's senses alone."""
-    judges = {name: Explained(lens) for name in ("base", "senses", "shuffled senses", "own senses alone", "constant")}
+    judges = {name: Explained(lens) for name in ("base", "senses", "shuffled senses", "own senses alone")}
     dealt = torch.randperm(lens.config.vocab_size, generator=torch.Generator().manual_seed(0))
 
     def shuffled(token_ids, senses):
@@ -97,7 +97,6 @@ def ladder(lens: SenseLens, rows, bytes_per_token: float) -> dict[str, dict]:
             judges["shuffled senses"].add(ids, h, lens.explain(ids, states))
         own = lens.sense_vectors(ids.flatten()).sum(1).view_as(h)
         judges["own senses alone"].add(ids, h, lens.constant + own)
-        judges["constant"].add(ids, h, lens.constant.expand_as(h))
     return {name: judge.figures(bytes_per_token) for name, judge in judges.items()}
 
 
