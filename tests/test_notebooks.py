@@ -94,19 +94,19 @@ def test_the_bias_search_finds_what_was_planted_and_the_edit_takes_it_away(tmp_p
     assert_solved(execute("04_gender_bias", {"model": "planted", "out": str(tmp_path)}, solved=True).answers, 5)
     results = results_of(tmp_path)
     assert results["rho"] >= 0.9 and results["p"] < 0.01 and results["share"] >= 0.9
-    spread = pd.read_csv(tmp_path / "methods.csv", index_col=["model", "method"])["spread"]
-    assert spread["Backpack", "removed"] < 0.05 * spread["Backpack", "as it is"]
+    methods = pd.read_csv(tmp_path / "methods.csv", index_col="method")
+    assert methods.loc["removed", "spread"] < 0.05 * methods.loc["as it is", "spread"]
+    removed = methods["excess removed"]
     # What other words of a template carry is left, whichever senses of the profession are removed.
-    assert results["excess removed, Backpack removed"] > results["excess removed, Backpack all senses removed"] - 0.02
-    assert results["ratio, Backpack levelled"] < 1.3  # without what differs between professions
-    assert abs(results["excess removed, Backpack constant offset"]) < 0.1  # the planted professions share no lean
-    assert results["rise of the loss, removed, %"] < 1
+    assert removed["removed"] > removed["all senses removed"] - 0.02 and removed["removed"] > 0.8
+    assert removed["removed"] > removed["random senses removed"] + 0.1
+    assert abs(removed["offset"]) < 0.1  # the planted professions share no lean
+    assert results["rise of the loss, %"] < 1 and results["by definition, largest loss"] == 0
     assert results["excess removed, held-out professions"] > 0.8 and results["excess removed, unseen words"] > 0.8
     made = {file.name for file in tmp_path.iterdir()}
     assert made >= {
         "professions.csv",
         "localization.csv",
-        "held_out.csv",
         "methods.csv",
         "paired.csv",
         "loss.csv",
@@ -116,9 +116,9 @@ def test_the_bias_search_finds_what_was_planted_and_the_edit_takes_it_away(tmp_p
     assert localization["share"].sum() + results["elsewhere"] == pytest.approx(1)
     model, tokenizer = load("planted")
     words, templates = ["nurse", "guard"], ["At the farm, the {profession} hopes that"]
-    before = bias.bias_ratio(model, tokenizer, words, templates)
+    before = bias.ratio(bias.log_odds(model, tokenizer, words, templates))
     with SenseEdits.load(tmp_path / "debiased.safetensors", model, tokenizer).applied():
-        assert bias.bias_ratio(model, tokenizer, words, templates) < before
+        assert bias.ratio(bias.log_odds(model, tokenizer, words, templates)) < before
 
 
 def test_planted_facts_are_edited_and_taught_and_the_exercises_are_solved(tmp_path):

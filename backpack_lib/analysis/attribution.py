@@ -93,14 +93,19 @@ def read(model, input_ids, position: int = -1) -> Reading:
     ids = ids.to(model.device)[: position % len(ids) + 1]  # what comes after a position does not reach it
     whole = torch.ones_like(ids)[None]  # said openly, since transformers takes the end of text for padding
     out = model(ids[None], attention_mask=whole, output_senses=True, use_cache=False, logits_to_keep=1)
+    return reading_of(model, out, 0, len(ids) - 1, out.logits[0, -1])
+
+
+def reading_of(model, out, row: int, position: int, logits: torch.Tensor) -> Reading:
+    """The `Reading` of one position in a batch that the model read with `output_senses=True`; logits: (V,), there."""
     head, scale = model.get_output_embeddings(), getattr(model, "logit_scale", 1.0)
     bias = getattr(head, "bias", None)
     return Reading(
-        weights=out.contextualization[0, :, -1].T,
-        senses=out.senses[0].transpose(0, 1),
-        logits=out.logits[0, -1],
+        weights=out.contextualization[row, :, position, : position + 1].T,
+        senses=out.senses[row, :, : position + 1].transpose(0, 1),
+        logits=logits,
         embeddings=head.weight.detach() if scale == 1 else head.weight.detach() * scale,
-        residual=out.residual[0, -1] if "residual" in out else None,
+        residual=out.residual[row, position] if "residual" in out else None,
         bias=None if bias is None else bias.detach() * scale,
     )
 

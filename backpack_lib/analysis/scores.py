@@ -8,8 +8,10 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
+from backpack_lib.analysis.attribution import Reading, reading_of
 from backpack_lib.files import first_line
 from backpack_lib.hub import offline_without_hub
+from backpack_lib.model.kinds import require_senses
 from backpack_lib.text.writing import ids_of_text, pad_rows
 
 # Bytes that the logits of the texts which are read at once may take, in float32.
@@ -66,12 +68,26 @@ def log_probabilities(model, tokenizer, sentences: list[str]) -> torch.Tensor:
 @torch.inference_mode()
 def next_log_probabilities(model, tokenizer, prompts: list[str]) -> torch.Tensor:
     """Log-probabilities of the token that follows each prompt, (n, V)."""
-    found = []
+    log_probs = []
     for ids, mask, last in prompt_batches(model, tokenizer, prompts):
-        hidden = model.base_model(ids, attention_mask=mask, use_cache=False).last_hidden_state
-        logits = model.get_output_embeddings()(hidden[torch.arange(len(ids)), last])
-        found.append(logits.float().log_softmax(-1))
-    return torch.cat(found)
+        kept, place = last.unique(return_inverse=True)
+        logits = model(ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits
+        log_probs.append(logits[torch.arange(len(ids)), place].float().log_softmax(-1))
+    return torch.cat(log_probs)
+
+
+@torch.inference_mode()
+def readings(model, tokenizer, prompts: list[str]) -> Iterator[tuple[list[int], Reading]]:
+    """The ids of each prompt, and all that went into the prediction of the token that follows it.
+
+    Raises ValueError for a model without senses.
+    """
+    require_senses(model)
+    for ids, mask, last in prompt_batches(model, tokenizer, prompts):
+        kept, place = last.unique(return_inverse=True)
+        out = model(ids, attention_mask=mask, output_senses=True, use_cache=False, logits_to_keep=kept)
+        for row, end in enumerate(last.tolist()):
+            yield ids[row, : end + 1].tolist(), reading_of(model, out, row, end, out.logits[row, place[row]])
 
 
 def prompt_batches(model, tokenizer, prompts: list[str]) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
