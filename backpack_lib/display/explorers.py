@@ -5,6 +5,7 @@
 Controls are attributes, so `explorer.word.value = "king"` does what typing does. `among` is as in `tables.py`.
 """
 
+from functools import cache
 from html import escape
 
 import ipywidgets as W
@@ -142,17 +143,10 @@ class EditWorkbench(Explorer):
     def __init__(self, model, tokenizer, prompt: str, watch: str = "he she"):
         self.edits = SenseEdits(model, tokenizer)
         buttons = {"keep": self._keep, "undo": self.edits.undo, "clear": self.edits.clear, "write a text": self._write}
-        controls = {
-            "text": prompt,
-            "watch": watch,
-            "word": W.Text(placeholder="empty: all words"),
-            "sense": W.Dropdown(options=[ALL, *range(model.config.num_senses)]),
-            "scale_by": (1.0, -2, 3),
-            "replace_by": "",
-            "take_out": "",
-            "put_in": "",
-        }
-        super().__init__(model, tokenizer, buttons, **controls)
+        texts = {"text": prompt, "watch": watch, "word": W.Text(placeholder="empty: all words")}
+        senses = W.Dropdown(options=[ALL, *range(model.config.num_senses)])
+        edits = {"scale_by": (1.0, -2, 3), "replace_by": "", "take_out": "", "put_in": ""}
+        super().__init__(model, tokenizer, buttons, **texts, sense=senses, **edits)
 
     def pending(self) -> SenseEdits:
         """What the controls say, as a stack of its own; empty while they say nothing."""
@@ -203,24 +197,20 @@ class TopicExplorer(Explorer):
 
     def __init__(self, model, tokenizer, topics, baseline=None, largest=None, temperature=1.0, among=None):
         topics = {topic["name"]: tuple(topic["steer"]) for topic in topics}
-        self.baseline, self.among, self.largest = baseline, among, largest or LargestPushes(model)
-        self.by_words = {}  # a topic's scores are computed once
-        controls = {
-            "topic": W.Dropdown(options=topics),
-            "words": W.Text(description="or words of your own"),
-            "strength": W.SelectionSlider(options=list(STRENGTHS), value=2),
-            "temperature": (temperature, 0.3, 2),
-            "text": W.Text(placeholder="empty: from nothing"),
-            "seed": W.IntText(),
-        }
-        super().__init__(model, tokenizer, {"write texts": self._write}, **controls)
+        largest = largest or LargestPushes(model)
+        self.baseline, self.among = baseline, among
+        self.control_of = cache(lambda words: TopicControl(model, tokenizer, words, largest=largest))
+        words = W.Text(description="or words of your own")
+        strength = W.SelectionSlider(options=list(STRENGTHS), value=2)
+        text = W.Text(placeholder="empty: from nothing")
+        writing = {"temperature": (temperature, 0.3, 2), "text": text, "seed": W.IntText()}
+        chosen = {"topic": W.Dropdown(options=topics), "words": words, "strength": strength}
+        super().__init__(model, tokenizer, {"write texts": self._write}, **chosen, **writing)
 
     def control(self) -> TopicControl:
         """The control that the page shows."""
         words = tuple(self.words.value.replace(",", " ").split()) or self.topic.value
-        if words not in self.by_words:
-            self.by_words[words] = TopicControl(self.model, self.tokenizer, words, largest=self.largest)
-        return self.by_words[words].at(self.strength.value)
+        return self.control_of(words).at(self.strength.value)
 
     def show(self, **_):
         control = self.control()
@@ -315,10 +305,7 @@ class KnowledgeExplorer(SensePanel):
 
     def show(self, take_out, put_in, texts, **_):
         pair = tokens_of_pair(self.tokenizer, (take_out, put_in))
-        lines = [line for line in texts.splitlines() if line.strip()]
-        if not lines:
-            raise ValueError("There is no text to look at; write at least one.")
-        return self.effects(lines, pair)
+        return self.effects(texts.splitlines() or [""], pair)
 
 
 class ExplanationExplorer(Explorer):

@@ -52,9 +52,6 @@ def new_figure(title: str, height: float = 3.6, columns: int = 1, **kwargs):
     return figure, axes
 
 
-# ---------------------------------------------------------------- lines and points
-
-
 def loss_curves(histories: dict):
     """Training and validation loss over tokens, of one or more runs, with the floor where it is known.
 
@@ -151,9 +148,6 @@ def _plain_log(axes):
     axes.xaxis.set_minor_formatter("")
 
 
-# ---------------------------------------------------------------- heat maps
-
-
 def heatmap(values, title: str, label: str, marked=None):
     """A heat map of a DataFrame: blue above zero, orange below.
 
@@ -181,7 +175,7 @@ def product(first, second, third, title: str):
     sizes = third.abs()
     for axes, (name, unit, values) in zip(all_axes, panels):
         bar = {"location": "bottom", "aspect": 18, "label": unit}
-        sns.heatmap(values, ax=axes, cbar_kws=bar, **_colors(values, signed=name != "weight"))
+        sns.heatmap(values, ax=axes, cbar_kws=bar, **_colors(values))
         _frame(axes, sizes == sizes.max().max(), "black")
         axes.set_title(name, fontsize=11)
         axes.set(xlabel="sense", ylabel="")
@@ -190,10 +184,10 @@ def product(first, second, third, title: str):
     return figure
 
 
-def _colors(values, signed: bool | None = None) -> dict:
-    """Blue for what is above zero, deeper the greater, and orange for what is below."""
+def _colors(values) -> dict:
+    """Blue for what is above zero, deeper the greater, and orange for what is below, if anything is."""
     greatest = values.abs().max().max()
-    if (values < 0).any(axis=None) if signed is None else signed:
+    if (values < 0).any(axis=None):
         colors, lowest = sns.diverging_palette(35, 245, s=90, as_cmap=True), -greatest
     else:
         colors, lowest = sns.light_palette("#2079b8", as_cmap=True), 0
@@ -204,9 +198,6 @@ def _frame(axes, marked, color: str):
     """Frames the cells of a heat map where a DataFrame of truth values is true."""
     for row, column in zip(*marked.to_numpy().nonzero()):
         axes.add_patch(plt.Rectangle((column, row), 1, 1, fill=False, edgecolor=color, linewidth=2))
-
-
-# ---------------------------------------------------------------- bars and intervals
 
 
 def grouped_bars(values, title: str, xlabel: str):
@@ -242,7 +233,7 @@ def intervals(tables, title: str, xlabel: str, at: float = 0.0, log: bool = Fals
     """
     tables = tables if isinstance(tables, dict) else {None: tables}
     rows = next(iter(tables.values())).index
-    figure, axes = new_figure(title, height=1.2 + 0.27 * len(rows))
+    figure, axes = new_figure(title, height=1.2 + (0.09 + 0.18 * len(tables)) * len(rows))
     for number, (name, table) in enumerate(tables.items()):
         places = np.arange(len(table)) - 0.18 * (number - (len(tables) - 1) / 2)
         value = table.iloc[:, 0]
@@ -254,11 +245,11 @@ def intervals(tables, title: str, xlabel: str, at: float = 0.0, log: bool = Fals
     if log:
         _plain_log(axes)
     if len(tables) > 1:
-        axes.legend()
+        figure.legend(loc="outside lower center", ncols=len(tables))
     return figure
 
 
-row_intervals = intervals
+row_intervals = intervals  # as notebook 04 calls them
 
 
 def waterfall(parts, title: str, xlabel: str):

@@ -1,9 +1,7 @@
 """What the notebooks and widgets show: tables as DataFrames, and small pieces of HTML with every token escaped.
 
-Tables hold numbers and can be computed with; `shaded`, `sense_words_html` and `colored_tokens` turn them into
-something to look at. Blue stands for up and orange for down; colours are laid over the page's own background,
-so they read in light and dark mode. `among` are ids of the tokens to choose from; None: all that the model was
-trained with.
+Blue stands for up and orange for down; colours are laid over the page's own background, so they read in light and
+dark mode. `among` are ids of the tokens to choose from; None: all that the model was trained with.
 """
 
 import hashlib
@@ -23,9 +21,6 @@ UP, DOWN = "1, 115, 178", "222, 143, 5"  # of seaborn's colour-blind-safe palett
 DEEPEST = 0.6  # opacity of the largest value's colour
 RESIDUAL = "residual"  # the row of what no sense contributes
 ROWS = 24  # of a figure, at most
-
-
-# ---------------------------------------------------------------- tables
 
 
 def word_senses(model, tokenizer, word: str, n: int = 7, multi_token="mean", among=None) -> pd.DataFrame:
@@ -124,9 +119,6 @@ def turned_up(control, among: torch.Tensor | None = None) -> pd.DataFrame:
     columns = {"sense": senses, "score": scores[rows, senses], "factor": factors[rows, senses]}
     columns = {name: values.tolist() for name, values in columns.items()}
     return pd.DataFrame({"token": spell(control.tokenizer, ids[rows])} | columns)
-
-
-# ---------------------------------------------------------------- HTML
 
 
 def _background(value: float, largest: float) -> str:
