@@ -155,8 +155,6 @@ def test_tokens_show_as_text_everywhere(scripted):
 
 
 def test_larger_values_are_deeper_in_colour_and_signs_differ():
-    html = tables.colored_tokens(TOKENIZER, [5, 6, 7], torch.tensor([2.0, -1.0, 0.0]))
-    assert re.findall(r"rgba\(([^)]*)\)", html)[:2] == [f"{tables.UP}, 0.60", f"{tables.DOWN}, 0.30"]
     styled = tables.shaded(pd.DataFrame({"a": [4.0, -1.0], "b": ["x", "y"]})).to_html()
     assert f"{tables.UP}, 0.60" in styled and f"{tables.DOWN}, 0.15" in styled
     assert "rgba" not in tables.shaded(pd.DataFrame({"a": [4.0]}), shade=[]).to_html()
@@ -265,7 +263,7 @@ def test_the_workbench_replaces_projects_undoes_and_clears():
     bench = EditWorkbench(MODEL, TOKENIZER, "the nurse said")
     bench.word.value, bench.sense.value, bench.replace_by.value = "nurse", 2, "concert"
     bench.buttons["keep"].click()
-    bench.word.value, bench.sense.value, bench.take_out.value, bench.put_in.value = "", "all", "he", "she"
+    bench.word.value, bench.sense.index, bench.take_out.value, bench.put_in.value = "", 0, "he", "she"
     bench.buttons["keep"].click()
     assert repr(bench.edits).splitlines() == [
         "1. replace sense 2 of “nurse” by those of “concert”",

@@ -1,6 +1,4 @@
-"""Explorers to click on: controls over the functions of `tables.py`, which do all the work.
-
-    SenseExplorer(model, tokenizer, "film")
+"""Explorers to click on, such as SenseExplorer(model, tokenizer, "film"): controls over the functions of `tables.py`.
 
 Controls are attributes, so `explorer.word.value = "king"` does what typing does. `among` is as in `tables.py`.
 """
@@ -21,13 +19,10 @@ from backpack_lib.analysis.scores import next_log_probabilities
 from backpack_lib.analysis.senses import senses_of_words
 from backpack_lib.analysis.topic import STRENGTHS, LargestPushes, TopicControl
 from backpack_lib.display import tables
-from backpack_lib.model.kinds import require_senses
 from backpack_lib.text.words import MULTI_TOKEN, readable, spell, token_of_word, tokens_of_word
 from backpack_lib.text.writing import continue_text, ids_of_text
 
-ALL = "all"
 TWIN = "An explorer, as it opens. Its controls answer in a running notebook."
-EXPLAINED = 10  # words of an explanation, up and as many down
 FITTED_ON = 500  # words, from whose explanations a simulator learns
 GENERATED, WRITTEN = 20, 40  # tokens of a text that shows an edit, and of one that has a topic
 
@@ -41,7 +36,6 @@ class Explorer(W.VBox):
     """
 
     def __init__(self, model, tokenizer, buttons: dict | None = None, **controls):
-        require_senses(model)
         self.model, self.tokenizer, self.busy = model, tokenizer, False
         self.message, self.page, self.written = W.HTML(), W.HTML(), W.HTML()
         self.controls = {name: control_of(name, value) for name, value in controls.items()}
@@ -78,12 +72,11 @@ class Explorer(W.VBox):
 
 def control_of(name: str, value) -> W.Widget:
     """A control that is read when it is left or let go: (value, lowest, highest) of a slider, a text, or a widget."""
+    control = value
     if isinstance(value, tuple):
         control = W.FloatSlider(value[0], min=value[1], max=value[2], step=0.1)
     elif isinstance(value, str):
         control = W.Text(value, layout={"width": "40em" if " " in value else "16em"})
-    else:
-        control = value
     control.description = control.description or name.replace("_", " ")
     control.style.description_width = "initial"
     if control.has_trait("continuous_update"):
@@ -121,9 +114,8 @@ class SentenceExplorer(Explorer):
     """One prediction in a text: how much of each sense goes in, and what each contributes to a next word."""
 
     def __init__(self, model, tokenizer, text: str, target: str, contrast: str = ""):
-        shown = W.ToggleButtons(options=["contributions", "weights"])
         controls = {"text": text, "position": W.IntText(-1), "next_word": target, "rather_than": contrast}
-        super().__init__(model, tokenizer, **controls, shown=shown)
+        super().__init__(model, tokenizer, **controls, shown=W.ToggleButtons(options=["contributions", "weights"]))
 
     def show(self, text, position, next_word, rather_than, shown):
         ids = ids_of_text(self.tokenizer, text)
@@ -136,24 +128,23 @@ class SentenceExplorer(Explorer):
 class EditWorkbench(Explorer):
     """Edits, tried out live: the next word and a text, before and after.
 
-    `edits` is the stack that the buttons work on; what the controls say is shown at once, as if it were on top of
-    the stack, and joins it with "keep". The stack can be saved, and goes on working outside of the widget.
+    `edits` is the stack that the buttons work on, and can be saved; what the controls say is shown at once, as if it
+    were on top of the stack, and joins it with "keep".
     """
 
     def __init__(self, model, tokenizer, prompt: str, watch: str = "he she"):
         self.edits = SenseEdits(model, tokenizer)
         buttons = {"keep": self._keep, "undo": self.edits.undo, "clear": self.edits.clear, "write a text": self._write}
         texts = {"text": prompt, "watch": watch, "word": W.Text(placeholder="empty: all words")}
-        senses = W.Dropdown(options=[ALL, *range(model.config.num_senses)])
-        edits = {"scale_by": (1.0, -2, 3), "replace_by": "", "take_out": "", "put_in": ""}
-        super().__init__(model, tokenizer, buttons, **texts, sense=senses, **edits)
+        senses = W.Dropdown(options={"all": None} | {str(sense): sense for sense in range(model.config.num_senses)})
+        changes = {"scale_by": (1.0, -2, 3), "replace_by": "", "take_out": "", "put_in": ""}
+        super().__init__(model, tokenizer, buttons, **texts, sense=senses, **changes)
 
     def pending(self) -> SenseEdits:
         """What the controls say, as a stack of its own; empty while they say nothing."""
         boxes = (self.word, self.replace_by, self.take_out, self.put_in)
         word, replace_by, take_out, put_in = (box.value.strip() or None for box in boxes)
-        sense = None if self.sense.value == ALL else self.sense.value
-        edits = SenseEdits(self.model, self.tokenizer)
+        edits, sense = SenseEdits(self.model, self.tokenizer), self.sense.value
         if self.scale_by.value != 1:
             edits.scale(word, sense, self.scale_by.value)
         if replace_by:
@@ -200,10 +191,9 @@ class TopicExplorer(Explorer):
         largest = largest or LargestPushes(model)
         self.baseline, self.among = baseline, among
         self.control_of = cache(lambda words: TopicControl(model, tokenizer, words, largest=largest))
-        words = W.Text(description="or words of your own")
-        strength = W.SelectionSlider(options=list(STRENGTHS), value=2)
-        text = W.Text(placeholder="empty: from nothing")
-        writing = {"temperature": (temperature, 0.3, 2), "text": text, "seed": W.IntText()}
+        words, strength = W.Text(description="or words"), W.SelectionSlider(options=list(STRENGTHS), value=2)
+        begin = W.Text(placeholder="empty: from nothing")
+        writing = {"temperature": (temperature, 0.3, 2), "text": begin, "seed": W.IntText()}
         chosen = {"topic": W.Dropdown(options=topics), "words": words, "strength": strength}
         super().__init__(model, tokenizer, {"write texts": self._write}, **chosen, **writing)
 
@@ -229,7 +219,7 @@ class TopicExplorer(Explorer):
 class SensePanel(Explorer):
     """A slider for each sense of a word, and what the edits that `edit` makes of them do to two words after some texts.
 
-    UNEDITED: a slider's value that stands for no edit. At a strength of 0 the sliders do nothing, at 2 twice as much.
+    UNEDITED: the value that stands for no edit. At a strength of 0 the sliders do nothing, at 2 twice as much.
     """
 
     UNEDITED = 1.0
@@ -253,9 +243,8 @@ class SensePanel(Explorer):
         before = next_log_probabilities(self.model, self.tokenizer, texts)
         with self.edits().applied():
             after = next_log_probabilities(self.model, self.tokenizer, texts)
-            contributions = read(self.model, ids).contributions(*pair)
+            parts = tables.by_token(self.tokenizer, ids, read(self.model, ids).contributions(*pair))
         changes = tables.before_and_after(self.tokenizer, texts, before, after, pair)
-        parts = tables.by_token(self.tokenizer, ids, contributions)
         odds = [f"{log_probs[0, pair[0]] - log_probs[0, pair[1]]:+.2f}" for log_probs in (before, after)]
         words = " to ".join(spell(self.tokenizer, pair))
         caption = f"log-odds of {words} in the first text: {odds[0]} before, {odds[1]} after, the sum of"
@@ -311,15 +300,14 @@ class KnowledgeExplorer(SensePanel):
 class ExplanationExplorer(Explorer):
     """A sense of a word and its explanation, to be edited; what the words cost on a text, and what they leave out.
 
-    among: the words that explanations are made of, on which the simulator is fitted. The loss is that of the text with
-    this sense of the word as it is, as its explanation says, and taken away.
+    among: the words that explanations are made of, on which the simulator is fitted.
     """
 
     def __init__(self, model, tokenizer, word: str, text: str, among: torch.Tensor, seed: int = 0):
         self.among = torch.tensor(readable(tokenizer, among.tolist()), device=model.device)
         order = torch.randperm(len(self.among), generator=torch.Generator().manual_seed(seed))[:FITTED_ON]
         others = self.among[order.to(model.device)]
-        self.fitted = Simulator.fit(model, explain(model, others, EXPLAINED, self.among), others)
+        self.fitted = Simulator.fit(model, explain(model, others, among=self.among), others)
         self.explained = None  # the token and the sense whose own words were put in
         controls = {"word": word, "sense": W.Dropdown(options=range(model.config.num_senses)), "text": text}
         words = {name: W.Text(placeholder="its own words", layout={"width": "48em"}) for name in ("up", "down")}
@@ -329,7 +317,7 @@ class ExplanationExplorer(Explorer):
     def show(self, word, sense, text, up, down):
         token = torch.tensor([token_of_word(self.tokenizer, word)], device=self.among.device)
         if self.explained != (token, sense) or not (up.strip() and down.strip()):
-            own = explain(self.model, token, EXPLAINED, self.among)
+            own = explain(self.model, token, among=self.among)
             up, down = (" ".join(spell(self.tokenizer, words[0, sense])) for words in (own.up, own.down))
             self.up.value, self.down.value, self.explained = up, down, (token, sense)
         vector = self.model.sense_vectors(token)[0, sense].float()

@@ -14,6 +14,7 @@ LINE = 88  # characters of a title
 COLORS = sns.color_palette("colorblind")
 QUIET = sns.color_palette("colorblind", desat=0.75)  # for the larger areas of bars
 BLUE, ORANGE = COLORS[:2]  # up and down
+BESIDE = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "fontsize": 8}  # a legend
 
 
 class DescribedFigure(Figure):
@@ -39,10 +40,7 @@ class DescribedFigure(Figure):
 
 
 def new_figure(title: str, height: float = 3.6, columns: int = 1, **kwargs):
-    """A figure in the suite's style, and its axes. It is closed for pyplot, so a notebook shows it once.
-
-    title: states the finding, across the whole width.
-    """
+    """A figure in the suite's style, its finding as title, and its axes; closed for pyplot, so it is shown once."""
     with sns.axes_style("whitegrid"), sns.color_palette("colorblind"):
         figure, axes = plt.subplots(
             1, columns, figsize=(WIDTH, height), layout="constrained", FigureClass=DescribedFigure, **kwargs
@@ -89,7 +87,7 @@ def curves(table, title: str, xlabel: str, ylabel: str, **kwargs):
     figure, axes = new_figure(title)
     colors = sns.color_palette("colorblind", len(table.columns))
     table.plot(ax=axes, color=colors, xlabel=xlabel, ylabel=ylabel, grid=True, **kwargs)
-    _legend_beside(axes)
+    axes.legend(**BESIDE)
     return figure
 
 
@@ -133,12 +131,8 @@ def trade_off(table, title: str):
     axes.axvline(1, color="gray", linewidth=1, linestyle="--")
     axes.set(xlabel="perplexity, times that of no control", ylabel="success (share of texts on topic)")
     _plain_log(axes)
-    _legend_beside(axes)
+    axes.legend(**BESIDE)
     return figure
-
-
-def _legend_beside(axes):
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
 
 
 def _plain_log(axes):
@@ -172,11 +166,11 @@ def product(first, second, third, title: str):
     """
     figure, all_axes = new_figure(title, height=1.9 + 0.24 * len(first), columns=3, sharey=True)
     panels = (("weight", "0 to 1", first), ("× push", "nats", second), ("= contribution", "nats", third))
-    sizes = third.abs()
+    largest = third.abs() == third.abs().max().max()
     for axes, (name, unit, values) in zip(all_axes, panels):
         bar = {"location": "bottom", "aspect": 18, "label": unit}
         sns.heatmap(values, ax=axes, cbar_kws=bar, **_colors(values))
-        _frame(axes, sizes == sizes.max().max(), "black")
+        _frame(axes, largest, "black")
         axes.set_title(name, fontsize=11)
         axes.set(xlabel="sense", ylabel="")
         axes.tick_params(axis="x", labelsize=7, rotation=0)
@@ -203,8 +197,7 @@ def _frame(axes, marked, color: str):
 def grouped_bars(values, title: str, xlabel: str):
     """Horizontal bars of a DataFrame: a group for each row, a bar for each column."""
     figure, axes = new_figure(title, height=1.2 + 0.34 * len(values))
-    _bars(axes, values, xlabel)
-    axes.set_ylabel("")
+    _bars(axes, values.rename_axis(None), xlabel)
     return figure
 
 

@@ -26,8 +26,7 @@ ROWS = 24  # of a figure, at most
 def word_senses(model, tokenizer, word: str, n: int = 7, multi_token="mean", among=None) -> pd.DataFrame:
     """The tokens that each sense of a word pushes up most and down most, one row each.
 
-    Columns: sense, direction ("up" or "down"), rank (from 1), token, and push, in logits. For `multi_token`, and for
-    what is raised, see `senses_of_words`.
+    push is in logits, rank is from 1. For `multi_token`, and for what is raised, see `senses_of_words`.
     """
     vectors = senses_of_words(model, tokenizer, [word], multi_token)[0]
     up, up_scores, down, down_scores = pushed_most(model, vectors, n, among)
@@ -40,10 +39,7 @@ def word_senses(model, tokenizer, word: str, n: int = 7, multi_token="mean", amo
 
 
 def compare_senses(model, tokenizer, one: torch.Tensor, two: torch.Tensor, among=None) -> pd.DataFrame:
-    """Two words by their sense vectors, (k, d) each: the cosine of each sense, and the tokens that both push up.
-
-    The order of tokens is decided by the smaller of its two pushes.
-    """
+    """Two words by their sense vectors, (k, d) each: cosines, and the tokens of which the smaller push is largest."""
     both = torch.minimum(pushes(model, one), pushes(model, two))
     among = used_tokens(model) if among is None else among.to(both.device)
     shared = among[both[:, among].topk(min(5, len(among))).indices]
@@ -116,9 +112,9 @@ def turned_up(control, among: torch.Tensor | None = None) -> pd.DataFrame:
     scores, factors = control.scores_of(ids), control.factors_of(ids)
     best = scores.flatten().topk(min(10, scores.numel())).indices
     rows, senses = best // scores.shape[1], best % scores.shape[1]
-    columns = {"sense": senses, "score": scores[rows, senses], "factor": factors[rows, senses]}
-    columns = {name: values.tolist() for name, values in columns.items()}
-    return pd.DataFrame({"token": spell(control.tokenizer, ids[rows])} | columns)
+    values = torch.stack([scores[rows, senses], factors[rows, senses]], 1).tolist()
+    table = pd.DataFrame(values, columns=["score", "factor"])
+    return pd.DataFrame({"token": spell(control.tokenizer, ids[rows]), "sense": senses.tolist()}).join(table)
 
 
 def _background(value: float, largest: float) -> str:
@@ -165,21 +161,8 @@ def sense_words_html(words: pd.DataFrame, caption: str = "") -> str:
     return _styled(cells[["up", "down"]].add_prefix("pushes ").rename_axis(columns=None), caption).to_html()
 
 
-def colored_tokens(tokenizer, input_ids, values: torch.Tensor) -> str:
-    """A text with each token shaded by its value, (T,), and the value written below it."""
-    values = values.tolist()
-    greatest = max(map(abs, values), default=0.0)
-    box = "display: inline-block; text-align: center; margin: 1px; padding: 1px 4px; border-radius: 3px"
-    spans = [
-        f"<span style='{box}; {_background(value, greatest)}'>{escape(name)}<br>"
-        f"<small style='opacity: .7'>{value:+.2f}</small></span>"
-        for name, value in zip(spell_text(tokenizer, input_ids[: len(values)]), values)
-    ]
-    return f"<div style='line-height: 1.3'>{''.join(spans)}</div>"
-
-
 def reading_html(tokenizer, input_ids, reading, target: int, contrast: int | None = None, what="contributions") -> str:
-    """All about one prediction: the likeliest next words, the text shaded, and each (token, sense), with the residual.
+    """All about one prediction: its sum, each (token, sense), and the likeliest next words.
 
     reading: an `attribution.Reading` of the ids. what: "contributions" to the logit of `target` (or to its log-odds
     to `contrast`), or "weights".
@@ -189,15 +172,13 @@ def reading_html(tokenizer, input_ids, reading, target: int, contrast: int | Non
     watched = [target] if contrast is None else [target, contrast]
     names = " to ".join(f"“{name}”" for name in spell(tokenizer, watched))
     quantity = f"{'logit' if contrast is None else 'log-odds'} of {names}: {total:.3f}"
-    table = by_token(tokenizer, input_ids, reading.weights if what == "weights" else contributions)
-    return "".join(
-        [
-            colored_tokens(tokenizer, input_ids, contributions.sum(1)[: len(reading.weights)]),
-            f"<p>{escape(quantity)}; the contributions sum to it with a residual of {residual:.0e}</p>",
-            shaded(condensed(table), caption=f"{what}: tokens and senses").to_html(),
-            shaded(next_words(tokenizer, reading.log_probs(), n=6, watch=watched), 3, "the next word").to_html(),
-        ]
-    )
+    table = condensed(by_token(tokenizer, input_ids, reading.weights if what == "weights" else contributions))
+    if what == "contributions":
+        table.insert(0, "all", table.sum(axis=1))
+    after = next_words(tokenizer, reading.log_probs(), n=6, watch=watched)
+    page = f"<p>{escape(quantity)}; the contributions sum to it with a residual of {residual:.0e}</p>"
+    page += shaded(table, caption=f"{what}: tokens and senses").to_html()
+    return page + shaded(after, 3, "the next word").to_html()
 
 
 def folded(summary: str, frame: pd.DataFrame, precision: int = 2, shade: list | None = None):
