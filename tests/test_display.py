@@ -25,6 +25,7 @@ from backpack_lib.display.explorers import (
     SentenceExplorer,
     TopicExplorer,
 )
+from backpack_lib.model.lens import SenseLens, SenseLensConfig
 from backpack_lib.text.tokenizers import train_tokenizer
 from backpack_lib.text.words import spell, spell_text, token_of_word
 from backpack_lib.text.writing import ids_of_text
@@ -372,13 +373,17 @@ def test_the_explanation_explorer_says_what_the_words_cost():
 
 
 EXPLORERS = {
-    "topic": lambda: TopicExplorer(MODEL, TOKENIZER, [{"name": "care", "steer": ["nurse"]}]),
-    "senses": lambda: SenseExplorer(MODEL, TOKENIZER, "nurse"),
-    "sentence": lambda: SentenceExplorer(MODEL, TOKENIZER, "the nurse said", "he"),
-    "bias": lambda: BiasExplorer(MODEL, TOKENIZER, ["nurse"], ["the {profession} said"]),
-    "knowledge": lambda: KnowledgeExplorer(MODEL, TOKENIZER, "nurse", "he", "she", ["the nurse said"], ["the concert"]),
-    "explanation": lambda: ExplanationExplorer(MODEL, TOKENIZER, "nurse", "near the nurse", torch.arange(20, 200)),
-    "edits": lambda: EditWorkbench(MODEL, TOKENIZER, "the nurse said"),
+    "topic": lambda model=MODEL: TopicExplorer(model, TOKENIZER, [{"name": "care", "steer": ["nurse"]}]),
+    "senses": lambda model=MODEL: SenseExplorer(model, TOKENIZER, "nurse"),
+    "sentence": lambda model=MODEL: SentenceExplorer(model, TOKENIZER, "the nurse said", "he"),
+    "bias": lambda model=MODEL: BiasExplorer(model, TOKENIZER, ["nurse"], ["the {profession} said"]),
+    "knowledge": lambda model=MODEL: KnowledgeExplorer(
+        model, TOKENIZER, "nurse", "he", "she", ["the nurse said"], ["the concert"]
+    ),
+    "explanation": lambda model=MODEL: ExplanationExplorer(
+        model, TOKENIZER, "nurse", "near the nurse", torch.arange(20, 200)
+    ),
+    "edits": lambda model=MODEL: EditWorkbench(model, TOKENIZER, "the nurse said"),
 }
 
 
@@ -406,6 +411,16 @@ def test_bad_input_is_one_sentence_and_the_widget_stays_usable(kind, control, va
     assert message in unescape(explorer.message.value) and explorer.page.value == page
     getattr(explorer, control).value = good
     assert explorer.message.value == ""
+
+
+@pytest.mark.parametrize("kind", EXPLORERS)
+def test_explorers_work_with_a_sense_lens(kind):
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=64, n_embd=16, n_layer=2, n_head=2)).eval()
+    explorer = EXPLORERS[kind](SenseLens(SenseLensConfig.of_base(base, num_senses=4), base).eval())
+    assert explorer.page.value and not explorer.message.value
+    if kind in ("sentence", "bias", "knowledge"):
+        assert "residual" in text_of(explorer.page.value).split()  # contributions have a row for it
 
 
 def test_a_page_for_readers_without_a_kernel_goes_with_the_widget():

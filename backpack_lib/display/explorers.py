@@ -15,7 +15,6 @@ from backpack_lib.analysis.attribution import read
 from backpack_lib.analysis.bias import PAIR, debias, fill, tokens_of_pair
 from backpack_lib.analysis.edits import SenseEdits
 from backpack_lib.analysis.explanations import Explanations, Simulator, explain
-from backpack_lib.analysis.scores import next_log_probabilities
 from backpack_lib.analysis.senses import senses_of_words
 from backpack_lib.analysis.topic import STRENGTHS, LargestPushes, TopicControl
 from backpack_lib.display import tables
@@ -239,11 +238,12 @@ class SensePanel(Explorer):
 
     def effects(self, texts: list[str], pair: tuple[int, int]) -> str:
         """What the edits do to the probabilities of two tokens after texts, and what their log-odds are made of."""
-        ids = ids_of_text(self.tokenizer, texts[0])
-        before = next_log_probabilities(self.model, self.tokenizer, texts)
+        rows = [ids_of_text(self.tokenizer, text) for text in texts]
+        before = torch.stack([read(self.model, ids).log_probs() for ids in rows])
         with self.edits().applied():
-            after = next_log_probabilities(self.model, self.tokenizer, texts)
-            parts = tables.by_token(self.tokenizer, ids, read(self.model, ids).contributions(*pair))
+            readings = [read(self.model, ids) for ids in rows]
+        after = torch.stack([reading.log_probs() for reading in readings])
+        parts = tables.by_token(self.tokenizer, rows[0], readings[0].contributions(*pair))
         changes = tables.before_and_after(self.tokenizer, texts, before, after, pair)
         odds = [f"{log_probs[0, pair[0]] - log_probs[0, pair[1]]:+.2f}" for log_probs in (before, after)]
         words = " to ".join(spell(self.tokenizer, pair))
