@@ -1,1 +1,1 @@
-"""What notebooks show: tables and explorers, with no maths of their own."""
+"""What notebooks show: figures, tables and explorers, with no maths of their own."""

@@ -1,17 +1,9 @@
-"""Explorers to click on: controls over the functions of `tables.py`, which do all the work.
+"""Explorers to click on, such as SenseExplorer(model, tokenizer, "film"): controls over the functions of `tables.py`.
 
-    SenseExplorer(model, tokenizer, "film")
-    SentenceExplorer(model, tokenizer, "The film was directed by a woman who", "was", "had")
-    EditWorkbench(model, tokenizer, "The nurse said that")
-    TopicExplorer(model, tokenizer, topics, baseline)
-    BiasExplorer(model, tokenizer, ["nurse", "guard"], ["The {profession} said that"])
-    ExplanationExplorer(model, tokenizer, "bank", "He went to the bank to pay.", common)
-    KnowledgeExplorer(model, tokenizer, "Paris", "France", "Germany", ["Paris is a city in"], ["Rome is a city in"])
-
-Each shows what a function of `tables.py` returns, and, for bad input, what it raises, in one sentence; the last
-good page stays. Controls are attributes, so `explorer.word.value = "king"` does what typing does.
+Controls are attributes, so `explorer.word.value = "king"` does what typing does. `among` is as in `tables.py`.
 """
 
+from functools import cache
 from html import escape
 
 import ipywidgets as W
@@ -22,253 +14,168 @@ from backpack_lib.analysis import pplm
 from backpack_lib.analysis.attribution import read
 from backpack_lib.analysis.bias import PAIR, debias, fill, tokens_of_pair
 from backpack_lib.analysis.edits import SenseEdits
-from backpack_lib.analysis.explanations import Explanations, Replacement, Simulator, explain
-from backpack_lib.analysis.scores import next_log_probabilities
+from backpack_lib.analysis.explanations import Explanations, Simulator, explain
 from backpack_lib.analysis.senses import senses_of_words
 from backpack_lib.analysis.topic import STRENGTHS, LargestPushes, TopicControl
 from backpack_lib.display import tables
-from backpack_lib.model.kinds import require_senses
-from backpack_lib.text.words import readable, spell, token_of_word, tokens_of_word
+from backpack_lib.text.words import MULTI_TOKEN, readable, spell, token_of_word, tokens_of_word
 from backpack_lib.text.writing import continue_text, ids_of_text
 
-ALL = "all"
-OWN = "words of your own"
-MEAN = ("mean of all", "mean")
 TWIN = "An explorer, as it opens. Its controls answer in a running notebook."
 FITTED_ON = 500  # words, from whose explanations a simulator learns
 GENERATED, WRITTEN = 20, 40  # tokens of a text that shows an edit, and of one that has a topic
 
 
-def _text(description: str, value: str = "", width: str = "16em", **kwargs) -> W.Text:
-    """A field that is read when Enter is pressed or the field is left."""
-    style, layout = {"description_width": "initial"}, W.Layout(width=width)
-    return W.Text(value, description=description, continuous_update=False, style=style, layout=layout, **kwargs)
-
-
 class Explorer(W.VBox):
-    """Controls, a line for errors, and a page that `show` fills in."""
+    """Controls, buttons, a line for errors, and a page: the HTML that `show` makes of the controls' values by name.
 
-    def __init__(self, model, tokenizer, rows: list[list[W.Widget]]):
-        require_senses(model)
-        self.model, self.tokenizer = model, tokenizer
-        self.message, self.page = W.HTML(), W.HTML()
-        super().__init__(
-            [*(W.HBox(row, layout=W.Layout(flex_flow="row wrap")) for row in rows), self.message, self.page]
-        )
+    controls: as `control_of` takes them. buttons: what each does, by name, before the page is drawn again. Where one
+    of these raises a ValueError, the line for errors says it, and the last good page stays.
+    (`ipywidgets.interactive_output` does much of this, but shows nothing in a stored notebook.)
+    """
 
-    def show(self) -> str:
-        """The page as HTML, or a ValueError in one sentence."""
-        raise NotImplementedError
+    def __init__(self, model, tokenizer, buttons: dict | None = None, **controls):
+        self.model, self.tokenizer, self.busy = model, tokenizer, False
+        self.message, self.page, self.written = W.HTML(), W.HTML(), W.HTML()
+        self.controls = {name: control_of(name, value) for name, value in controls.items()}
+        self.buttons = {name: W.Button(description=name) for name in buttons or {}}
+        for name, control in self.controls.items():
+            setattr(self, name, control)
+            control.observe(self.refresh, "value")
+        for name, button in self.buttons.items():
+            button.on_click(lambda _, work=buttons[name]: self.refresh(work=work))
+        rows = [W.HBox([*row.values()], layout={"flex_flow": "row wrap"}) for row in (self.controls, self.buttons)]
+        super().__init__([*rows, self.message, self.page, self.written])
+        self.refresh()
+
+    def refresh(self, _change=None, work=lambda: None):
+        """Does something, and draws the page once, whatever controls change meanwhile."""
+        if self.busy:
+            return
+        self.busy = True
+        try:
+            work()
+            page = self.show(**{name: control.value for name, control in self.controls.items()})
+            self.page.value = f"<div style='line-height: 1.4; overflow-x: auto'>{page}</div>"
+            self.message.value = ""
+        except ValueError as error:
+            self.message.value = f"<b role='alert'>{escape(str(error))}</b>"
+        finally:
+            self.busy = False
 
     def _repr_mimebundle_(self, **kwargs):
         """The widget, and its page for places where none can live: a saved page, or a notebook that is not trusted."""
         twin = f"{self.message.value}{self.page.value}<p><small>{TWIN}</small></p>"
         return super()._repr_mimebundle_(**kwargs) | {"text/html": twin}
 
-    def observe_all(self, *controls: W.Widget):
-        for control in controls:
-            control.observe(self.refresh, "value")
 
-    def set_and_draw(self, values: dict):
-        """Sets several observed controls, and draws once."""
-        for control, value in values.items():
-            control.unobserve(self.refresh, "value")
-            control.value = value
-            control.observe(self.refresh, "value")
-        self.refresh()
-
-    def draw(self):
-        self.page.value = f"<div style='line-height: 1.4; overflow-x: auto'>{self.show()}</div>"
-
-    def refresh(self, _change=None):
-        self.attempt(self.draw)
-
-    def attempt(self, work) -> bool:
-        """Does something, and says in the line for messages what it returned, or what was wrong."""
-        try:
-            self.message.value = escape(work() or "")
-        except ValueError as error:
-            self.message.value = f"<b role='alert'>{escape(str(error))}</b>"
-            return False
-        return True
+def control_of(name: str, value) -> W.Widget:
+    """A control that is read when it is left or let go: (value, lowest, highest) of a slider, a text, or a widget."""
+    control = value
+    if isinstance(value, tuple):
+        control = W.FloatSlider(value[0], min=value[1], max=value[2], step=0.1)
+    elif isinstance(value, str):
+        control = W.Text(value, layout={"width": "40em" if " " in value else "16em"})
+    control.description = control.description or name.replace("_", " ")
+    control.style.description_width = "initial"
+    if control.has_trait("continuous_update"):
+        control.continuous_update = False
+    return control
 
 
 class SenseExplorer(Explorer):
     """A word's senses: what each pushes up and down, another word beside it, and the nearest words.
 
     directions: of all sense vectors (`senses.sense_directions`), for the nearest words; without, they are left out.
-    among: the tokens to choose from; see `senses.pushed_most`.
     """
 
     def __init__(self, model, tokenizer, word: str, directions: torch.Tensor | None = None, among=None):
         self.directions, self.among = directions, among
-        self.word, self.other = _text("word", word), _text("compare with")
-        self.part = W.Dropdown(options=[MEAN], description="tokens")
-        super().__init__(model, tokenizer, [[self.word, self.part, self.other]])
-        self.word.observe(self._new_word, "value")
-        self.observe_all(self.part, self.other)
-        self._new_word()
+        super().__init__(model, tokenizer, word=word, tokens=W.Dropdown(options=MULTI_TOKEN), compare_with="")
 
-    def _new_word(self, _change=None):
-        def offer_tokens():
-            names = spell(self.tokenizer, tokens_of_word(self.tokenizer, self.word.value))
-            single = [(name, number) for number, name in enumerate(names)]
-            self.part.options = single if len(names) == 1 else [MEAN, *single]
-
-        if self.attempt(offer_tokens):
-            self.refresh()
-
-    def show(self) -> str:
-        word, part = self.word.value, self.part.value
+    def show(self, word, tokens, compare_with):
         names = spell(self.tokenizer, tokens_of_word(self.tokenizer, word))
         counted = "one token" if len(names) == 1 else f"{len(names)} tokens: {' · '.join(names)}"
-        words = tables.word_senses(self.model, self.tokenizer, word, multi_token=part, among=self.among)
-        pages = [f"<p>“{escape(word.strip())}” is {escape(counted)}.</p>", tables.sense_words_html(words)]
-        vectors = senses_of_words(self.model, self.tokenizer, [word], part)[0]
-        if self.other.value.strip():
-            others = senses_of_words(self.model, self.tokenizer, [self.other.value])[0]
-            compared = tables.compare_senses(self.model, self.tokenizer, vectors, others, among=self.among)
-            pages.append(tables.shaded(compared, caption=f"{word} and {self.other.value}").to_html())
+        words = tables.word_senses(self.model, self.tokenizer, word, multi_token=tokens, among=self.among)
+        page = f"<p>“{escape(word.strip())}” is {escape(counted)}.</p>{tables.sense_words_html(words)}"
+        (vectors,) = senses_of_words(self.model, self.tokenizer, [word], tokens)
+        if compare_with.strip():
+            (others,) = senses_of_words(self.model, self.tokenizer, [compare_with])
+            compared = tables.compare_senses(self.model, self.tokenizer, vectors, others, self.among)
+            page += tables.shaded(compared, caption=f"{word} and {compare_with}").to_html()
         if self.directions is not None:
             near = tables.near_words(self.directions, self.tokenizer, vectors)
-            pages.append(tables.shaded(near, caption="the words whose sense lies nearest").to_html())
-        return "".join(pages)
+            page += tables.shaded(near, caption="the words whose sense lies nearest").to_html()
+        return page
 
 
 class SentenceExplorer(Explorer):
     """One prediction in a text: how much of each sense goes in, and what each contributes to a next word."""
 
     def __init__(self, model, tokenizer, text: str, target: str, contrast: str = ""):
-        self.text = _text("text", text, width="40em")
-        self.position = W.IntText(-1, description="position", layout=W.Layout(width="12em"))
-        self.target, self.contrast = _text("next word", target), _text("rather than", contrast)
-        self.what = W.ToggleButtons(options=["contributions", "weights"])
-        super().__init__(model, tokenizer, [[self.text, self.position], [self.target, self.contrast], [self.what]])
-        self.observe_all(self.text, self.position, self.target, self.contrast, self.what)
-        self.refresh()
+        controls = {"text": text, "position": W.IntText(-1), "next_word": target, "rather_than": contrast}
+        super().__init__(model, tokenizer, **controls, shown=W.ToggleButtons(options=["contributions", "weights"]))
 
-    def show(self) -> str:
-        ids = ids_of_text(self.tokenizer, self.text.value)
-        reading = read(self.model, ids, self.position.value)
-        target = token_of_word(self.tokenizer, self.target.value)
-        contrast = token_of_word(self.tokenizer, self.contrast.value) if self.contrast.value.strip() else None
-        return tables.reading_html(self.tokenizer, ids, reading, target, contrast, self.what.value)
+    def show(self, text, position, next_word, rather_than, shown):
+        ids = ids_of_text(self.tokenizer, text)
+        reading = read(self.model, ids, position)
+        target = token_of_word(self.tokenizer, next_word)
+        contrast = token_of_word(self.tokenizer, rather_than) if rather_than.strip() else None
+        return tables.reading_html(self.tokenizer, ids, reading, target, contrast, shown)
 
 
 class EditWorkbench(Explorer):
     """Edits, tried out live: the next word and a text, before and after.
 
-    `edits` is the stack that the buttons work on; what the controls say is shown at once, as if it were on top of
-    the stack, and joins it with "keep". The stack can be saved, and goes on working outside of the widget.
+    `edits` is the stack that the buttons work on, and can be saved; what the controls say is shown at once, as if it
+    were on top of the stack, and joins it with "keep".
     """
 
-    def __init__(
-        self, model, tokenizer, prompt: str, word: str = "", watch: str = "he she", edits: SenseEdits | None = None
-    ):
-        self.edits = SenseEdits(model, tokenizer) if edits is None else edits
-        k = model.config.num_senses
-        self.prompt, self.watch = _text("text", prompt, width="40em"), _text("watch", watch)
-        self.word = _text("word", word, placeholder="empty: all words")
-        self.sense = W.Dropdown(options=[ALL, *range(k)], description="sense", layout=W.Layout(width="12em"))
-        self.kind = W.Dropdown(options=["scale", "replace", "project"], description="edit")
-        self.by = W.FloatSlider(1.0, min=-2, max=3, step=0.1, description="scale by", continuous_update=False)
-        self.other = _text("by those of")
-        self.into = _text("put in")
-        self.keep, self.undo, self.clear = (W.Button(description=name) for name in ("keep", "undo", "clear"))
-        self.write = W.Button(description="write a text")
-        self.file = _text("file", "edits.safetensors")
-        self.save, self.load = W.Button(description="save"), W.Button(description="load")
-        self.written = W.HTML()
-        super().__init__(
-            model,
-            tokenizer,
-            [
-                [self.prompt, self.watch],
-                [self.word, self.sense, self.kind],
-                [self.by, self.other, self.into],
-                [self.keep, self.undo, self.clear, self.write],
-                [self.file, self.save, self.load],
-            ],
-        )
-        self.children = [*self.children, self.written]
-        self.kind.observe(self._new_kind, "value")
-        self.observe_all(self.prompt, self.watch, self.word, self.sense, self.by, self.other, self.into)
-        for button, work in (
-            (self.keep, self._keep), (self.undo, self._undo), (self.clear, self._clear),
-            (self.write, self._write), (self.save, self._save), (self.load, self._load),
-        ):  # fmt: skip
-            button.on_click(lambda _, work=work: self.attempt(work))
-        self._new_kind()
+    def __init__(self, model, tokenizer, prompt: str, watch: str = "he she"):
+        self.edits = SenseEdits(model, tokenizer)
+        buttons = {"keep": self._keep, "undo": self.edits.undo, "clear": self.edits.clear, "write a text": self._write}
+        texts = {"text": prompt, "watch": watch, "word": W.Text(placeholder="empty: all words")}
+        senses = W.Dropdown(options={"all": None} | {str(sense): sense for sense in range(model.config.num_senses)})
+        changes = {"scale_by": (1.0, -2, 3), "replace_by": "", "take_out": "", "put_in": ""}
+        super().__init__(model, tokenizer, buttons, **texts, sense=senses, **changes)
 
     def pending(self) -> SenseEdits:
         """What the controls say, as a stack of its own; empty while they say nothing."""
-        edits = SenseEdits(self.model, self.tokenizer)
-        word = self.word.value if self.word.value.strip() else None
-        sense = None if self.sense.value == ALL else self.sense.value
-        kind, other, into = self.kind.value, self.other.value, self.into.value
-        if kind == "scale" and self.by.value != 1:
-            edits.scale(word, sense, self.by.value)
-        elif kind == "replace" and other.strip():
-            edits.replace(word, sense, other)
-        elif kind == "project" and other.strip():
-            edits.project(word, remove=other, add=into if into.strip() else None, sense=sense)
+        boxes = (self.word, self.replace_by, self.take_out, self.put_in)
+        word, replace_by, take_out, put_in = (box.value.strip() or None for box in boxes)
+        edits, sense = SenseEdits(self.model, self.tokenizer), self.sense.value
+        if self.scale_by.value != 1:
+            edits.scale(word, sense, self.scale_by.value)
+        if replace_by:
+            edits.replace(word, sense, replace_by)
+        if take_out:
+            edits.project(word, take_out, put_in, sense)
         return edits
 
-    def show(self) -> str:
-        ids = ids_of_text(self.tokenizer, self.prompt.value)
-        watched = [token_of_word(self.tokenizer, word) for word in self.watch.value.split()]
+    def show(self, text, watch, **_):
+        ids = ids_of_text(self.tokenizer, text)
+        watched = [token_of_word(self.tokenizer, word) for word in watch.split()]
         before = read(self.model, ids).log_probs()
         pending = self.pending()
         with self.edits.applied(), pending.applied():
             after = read(self.model, ids).log_probs()
-        made = "".join(f"<li>{escape(edit.note)}</li>" for edit in self.edits)
-        trying = "".join(f"<li><i>{escape(edit.note)} (not kept yet)</i></li>" for edit in pending)
+        lines = [f"<li>{escape(kept.note)}</li>" for kept in self.edits]
+        lines += [f"<li><i>{escape(tried.note)} (not kept yet)</i></li>" for tried in pending]
         table = tables.next_words(self.tokenizer, before, after, watch=watched)
-        shown = tables.shaded(table, precision=3, shade=["before", "after"], caption="the next word").to_html()
-        return f"<ol>{made}{trying or ('' if made else '<li>no edits</li>')}</ol>{shown}"
-
-    def _new_kind(self, _change=None):
-        kind = self.kind.value
-        for control, kinds in ((self.by, ["scale"]), (self.other, ["replace", "project"]), (self.into, ["project"])):
-            control.layout.display = None if kind in kinds else "none"
-        self.other.description = "take out" if kind == "project" else "by those of"
-        self.refresh()
+        shown = tables.shaded(table, 3, "the next word", shade=["before", "after"]).to_html()
+        return f"<ol>{''.join(lines) or '<li>no edits</li>'}</ol>{shown}"
 
     def _keep(self):
-        pending = self.pending()
-        if not len(pending):
-            raise ValueError("There is nothing to keep; move the slider, or name a word to replace by or to take out.")
-        self.edits.extend(pending)
-        self.by.value, self.other.value, self.into.value = 1.0, "", ""
-        self.draw()
-
-    def _undo(self):
-        self.edits.undo()
-        self.draw()
-
-    def _clear(self):
-        self.edits.clear()
-        self.draw()
+        self.edits.extend(self.pending())
+        self.scale_by.value = 1.0
+        self.replace_by.value = self.take_out.value = self.put_in.value = ""
 
     def _write(self):
-        def text():
-            return continue_text(
-                self.model, self.tokenizer, self.prompt.value, GENERATED, top_p=0.8, repetition_penalty=1.2
-            )
-
-        before = text()
+        settings = {"max_new_tokens": GENERATED, "top_p": 0.8, "repetition_penalty": 1.2}
+        before = continue_text(self.model, self.tokenizer, self.text.value, **settings)
         with self.edits.applied(), self.pending().applied():
-            self.written.value = tables.side_by_side({"before": before, "after": text()})
-
-    def _save(self):
-        self.edits.save(self.file.value)
-        return f"saved as {self.file.value}: {len(self.edits)} edits"
-
-    def _load(self):
-        loaded = SenseEdits.load(self.file.value, self.model, self.tokenizer)
-        self.edits.extend(loaded)
-        self.draw()
-        return f"loaded from {self.file.value}: {len(loaded)} edits"
+            after = continue_text(self.model, self.tokenizer, self.text.value, **settings)
+        self.written.value = tables.side_by_side({"before": before, "after": after})
 
 
 class TopicExplorer(Explorer):
@@ -276,288 +183,158 @@ class TopicExplorer(Explorer):
 
     topics: as in `data/topics.json`. baseline: a Transformer with the same tokenizer, for PPLM; None: without.
     largest: the model's `topic.LargestPushes`. temperature: of the Backpack's sampling under control, to begin with.
-    among: the tokens whose senses are listed; see `tables.turned_up`.
     """
 
-    def __init__(
-        self, model, tokenizer, topics: list[dict], baseline=None, largest: LargestPushes | None = None,
-        temperature: float = 1.0, among: torch.Tensor | None = None, pplm_settings: pplm.Settings = pplm.Settings(),
-    ):  # fmt: skip
-        self.words_of = {topic["name"]: " ".join(topic["steer"]) for topic in topics}
-        self.baseline, self.among, self.pplm_settings = baseline, among, pplm_settings
-        self.largest = LargestPushes(model) if largest is None else largest
-        self.controls = {}  # by their words; a topic's scores are computed once
-        first = next(iter(self.words_of))
-        self.topic = W.Dropdown(options=[*self.words_of, OWN], value=first, description="topic")
-        self.words = _text("words", self.words_of[first], width="24em")
-        self.strength = W.SelectionSlider(options=list(STRENGTHS), value=2, description="strength")
-        self.temperature = W.FloatSlider(
-            temperature, min=0.3, max=2, step=0.05, description="temperature", continuous_update=False
-        )
-        self.prompt = _text("text", "", width="30em", placeholder="empty: from nothing")
-        self.seed = W.IntText(0, description="seed", layout=W.Layout(width="12em"))
-        self.write = W.Button(description="write texts")
-        self.written = W.HTML()
-        rows = [[self.topic, self.words], [self.strength, self.temperature], [self.prompt, self.seed, self.write]]
-        super().__init__(model, tokenizer, rows)
-        self.children = [*self.children, self.written]
-        self.topic.observe(self._new_topic, "value")
-        self.words.observe(self._new_words, "value")
-        self.observe_all(self.strength)
-        self.write.on_click(lambda _: self.attempt(self._write))
-        self.refresh()
+    def __init__(self, model, tokenizer, topics, baseline=None, largest=None, temperature=1.0, among=None):
+        topics = {topic["name"]: tuple(topic["steer"]) for topic in topics}
+        largest = largest or LargestPushes(model)
+        self.baseline, self.among = baseline, among
+        self.control_of = cache(lambda words: TopicControl(model, tokenizer, words, largest=largest))
+        words, strength = W.Text(description="or words"), W.SelectionSlider(options=list(STRENGTHS), value=2)
+        begin = W.Text(placeholder="empty: from nothing")
+        writing = {"temperature": (temperature, 0.3, 2), "text": begin, "seed": W.IntText()}
+        chosen = {"topic": W.Dropdown(options=topics), "words": words, "strength": strength}
+        super().__init__(model, tokenizer, {"write texts": self._write}, **chosen, **writing)
 
     def control(self) -> TopicControl:
         """The control that the page shows."""
-        words = tuple(self.words.value.replace(",", " ").split())
-        if words not in self.controls:
-            self.controls[words] = TopicControl(self.model, self.tokenizer, words, largest=self.largest)
-        return self.controls[words].at(self.strength.value)
+        words = tuple(self.words.value.replace(",", " ").split()) or self.topic.value
+        return self.control_of(words).at(self.strength.value)
 
-    def show(self) -> str:
+    def show(self, **_):
         control = self.control()
-        table = tables.turned_up(control, among=self.among)
         caption = f"the senses of highest score for {', '.join(control.words)}"
-        return tables.shaded(table, caption=caption, shade=["factor"]).to_html()
-
-    def _new_topic(self, _change=None):
-        if self.topic.value != OWN:
-            self.words.value = self.words_of[self.topic.value]
-
-    def _new_words(self, _change=None):
-        if self.words.value != self.words_of.get(self.topic.value):
-            self.topic.value = OWN
-        self.refresh()
+        return tables.shaded(tables.turned_up(control, self.among), caption=caption, shade=["factor"]).to_html()
 
     def _write(self):
-        control, prompts, seed = self.control(), [self.prompt.value], self.seed.value
-        plain = control.at(0).generate(prompts, WRITTEN, seed)
-        steered = control.generate(prompts, WRITTEN, seed, temperature=self.temperature.value)
-        texts = {"no control": plain[0], f"Backpack, strength {self.strength.value}": steered[0]}
+        control, settings = self.control(), ([self.text.value], WRITTEN, self.seed.value)
+        steered = control.generate(*settings, temperature=self.temperature.value)
+        texts = {"no control": control.at(0).generate(*settings), f"Backpack, strength {self.strength.value}": steered}
         if self.baseline is not None:
-            by_pplm = pplm.generate(
-                self.baseline, self.tokenizer, control.words, prompts, WRITTEN, seed, self.pplm_settings
-            )
-            texts[f"PPLM, step {self.pplm_settings.step:g}"] = by_pplm[0]
-        self.written.value = tables.side_by_side(texts)
+            texts["PPLM"] = pplm.generate(self.baseline, self.tokenizer, control.words, *settings)
+        self.written.value = tables.side_by_side({title: text for title, (text,) in texts.items()})
 
 
-class BiasExplorer(Explorer):
-    """A profession in a template: the probabilities of two words, and what each sense contributes, while its senses
-    are scaled.
+class SensePanel(Explorer):
+    """A slider for each sense of a word, and what the edits that `edit` makes of them do to two words after some texts.
 
-    scales: a slider for each sense of the profession's own tokens. turned_down: senses that are at 0 when it opens,
-    and that a button sets to 0, such as those that `bias.localize` found. Professions and templates of one's own can
-    be typed in.
+    UNEDITED: the value that stands for no edit. At a strength of 0 the sliders do nothing, at 2 twice as much.
     """
 
-    def __init__(
-        self, model, tokenizer, professions: list[str], templates: list[str], pair=PAIR, turned_down: list[int] = ()
-    ):
-        wide, labelled = W.Layout(width="34em"), {"description_width": "initial"}
-        self.profession, self.template = (
-            W.Combobox(
-                value=given[0], options=list(given), description=name, continuous_update=False, layout=layout,
-                style=labelled,
-            )
-            for name, given, layout in (
-                ("profession", professions, W.Layout(width="20em")), ("template", templates, wide)
-            )
-        )  # fmt: skip
-        self.pair = _text("two words", " ".join(pair))
-        self.turned_down = turned_down
-        self.scales = [
-            W.FloatSlider(
-                0.0 if sense in turned_down else 1.0,
-                min=-1,
-                max=3,
-                step=0.1,
-                description=f"sense {sense}",
-                continuous_update=False,
-                layout=W.Layout(width="19em"),
-            )  # fmt: skip
-            for sense in range(model.config.num_senses)
-        ]
-        names = f"turn down {', '.join(map(str, turned_down))}", "leave all as they are"
-        self.down, self.reset = (W.Button(description=name, layout=W.Layout(width="16em")) for name in names)
-        buttons = [self.down, self.reset] if turned_down else [self.reset]
-        super().__init__(model, tokenizer, [[self.profession, self.template], [self.pair, *buttons], self.scales])
-        self.observe_all(self.profession, self.template, self.pair, *self.scales)
-        self.down.on_click(lambda _: self._set({sense: 0.0 for sense in self.turned_down}))
-        self.reset.on_click(lambda _: self._set({}))
-        self.refresh()
+    UNEDITED = 1.0
+
+    def __init__(self, model, tokenizer, start: list[float], low: float, high: float, **controls):
+        sliders = {f"sense_{sense}": (value, low, high) for sense, value in enumerate(start)}
+        super().__init__(model, tokenizer, **controls, strength=(1.0, 0, 5), **sliders)
 
     def edits(self) -> SenseEdits:
         """What the sliders say, as edits that can be saved; empty while they say nothing."""
         edits = SenseEdits(self.model, self.tokenizer)
-        for sense, slider in enumerate(self.scales):
-            if slider.value != 1:
-                edits.extend(debias(self.model, self.tokenizer, [self.profession.value], [sense], slider.value))
+        for sense in range(self.model.config.num_senses):
+            change = self.strength.value * (self.controls[f"sense_{sense}"].value - self.UNEDITED)
+            if change:
+                self.edit(edits, sense, self.UNEDITED + change)
         return edits
 
-    def show(self) -> str:
-        pair = self.pair.value.split()
-        first, second = tokens_of_pair(self.tokenizer, pair)
-        (prompt,) = fill(self.tokenizer, [self.profession.value], [self.template.value])
-        ids = ids_of_text(self.tokenizer, prompt)
-        before = read(self.model, ids)
+    def effects(self, texts: list[str], pair: tuple[int, int]) -> str:
+        """What the edits do to the probabilities of two tokens after texts, and what their log-odds are made of."""
+        rows = [ids_of_text(self.tokenizer, text) for text in texts]
+        before = torch.stack([read(self.model, ids).log_probs() for ids in rows])
         with self.edits().applied():
-            after = read(self.model, ids)
-        words = tables.next_words(self.tokenizer, before.log_probs(), after.log_probs(), n=0, watch=[first, second])
-        odds = [f"{reading.total(first, second):+.2f}" for reading in (before, after)]
-        table = tables.by_token(self.tokenizer, ids, after.contributions(first, second))
-        return (
-            tables.shaded(words, 4, "the next word", shade=["before", "after"]).to_html()
-            + f"<p>log-odds of {' to '.join(map(escape, pair))}: {odds[0]} before, {odds[1]} after, the sum of:</p>"
-            + tables.shaded(table, caption="what each sense of each token contributes, after").to_html()
-        )
-
-    def _set(self, scales: dict[int, float]):
-        self.set_and_draw({slider: scales.get(sense, 1.0) for sense, slider in enumerate(self.scales)})
+            readings = [read(self.model, ids) for ids in rows]
+        after = torch.stack([reading.log_probs() for reading in readings])
+        parts = tables.by_token(self.tokenizer, rows[0], readings[0].contributions(*pair))
+        changes = tables.before_and_after(self.tokenizer, texts, before, after, pair)
+        odds = [f"{log_probs[0, pair[0]] - log_probs[0, pair[1]]:+.2f}" for log_probs in (before, after)]
+        words = " to ".join(spell(self.tokenizer, pair))
+        caption = f"log-odds of {words} in the first text: {odds[0]} before, {odds[1]} after, the sum of"
+        return tables.shaded(changes, 3, shade=[]).to_html() + tables.shaded(parts, caption=caption).to_html()
 
 
-class KnowledgeExplorer(Explorer):
-    """A fact and its edit: what is taken out of a word's senses, what is put in, sense by sense, and what else changes.
+class BiasExplorer(SensePanel):
+    """A profession in a template: the probabilities of two words, while the profession's senses are scaled.
 
-    scales: a slider for each sense of the word, of how many times the projection is made: 0 not, 1 as in the paper.
-    prompts: with the word, one in a line; neighbours: without it, or about something else.
+    turned_down: senses of the profession's own tokens that are at 0 when it opens, such as those that `bias.localize`
+    found. Professions and templates of one's own can be typed in.
     """
 
+    def __init__(self, model, tokenizer, professions, templates, pair=PAIR, turned_down=()):
+        controls = {
+            "profession": W.Combobox(value=professions[0], options=list(professions)),
+            "template": W.Combobox(value=templates[0], options=list(templates), layout={"width": "34em"}),
+            "two_words": " ".join(pair),
+        }
+        start = [0.0 if sense in turned_down else 1.0 for sense in range(model.config.num_senses)]
+        super().__init__(model, tokenizer, start, -1, 3, **controls)
+
+    def edit(self, edits: SenseEdits, sense: int, value: float):
+        edits.extend(debias(self.model, self.tokenizer, [self.profession.value], [sense], value))
+
+    def show(self, profession, template, two_words, **_):
+        pair = tokens_of_pair(self.tokenizer, two_words.split())
+        return self.effects(fill(self.tokenizer, [profession], [template]), pair)
+
+
+class KnowledgeExplorer(SensePanel):
+    """A fact and its edit: what is taken out of a word's senses, what is put in, and what else changes.
+
+    Sliders say how many times the projection is made: 0 not, 1 as in the paper.
+    prompts: with the word; neighbours: without it, or about something else.
+    """
+
+    UNEDITED = 0.0
+
     def __init__(self, model, tokenizer, word: str, remove: str, add: str, prompts: list[str], neighbours: list[str]):
-        self.word, self.remove, self.add = _text("word", word), _text("take out", remove), _text("put in", add)
-        lines = W.Layout(width="32em", height="6em")
-        self.prompts, self.neighbours = (
-            W.Textarea("\n".join(given), description=name, continuous_update=False, layout=lines)
-            for name, given in (("prompts", prompts), ("neighbours", neighbours))
-        )
-        self.every = W.FloatSlider(1.0, min=0, max=5, step=0.1, description="all senses", continuous_update=False)
-        layout = W.Layout(width="19em")
-        self.scales = [
-            W.FloatSlider(
-                1.0, min=0, max=5, step=0.1, description=f"sense {sense}", continuous_update=False, layout=layout
-            )
-            for sense in range(model.config.num_senses)
-        ]
-        super().__init__(
-            model,
-            tokenizer,
-            [[self.word, self.remove, self.add], [self.prompts, self.neighbours], [self.every], self.scales],
-        )
-        self.observe_all(self.word, self.remove, self.add, self.prompts, self.neighbours, *self.scales)
-        self.every.observe(self._set_all, "value")
-        self.refresh()
+        lines = W.Textarea("\n".join([*prompts, *neighbours]), layout={"width": "40em", "height": "9em"})
+        controls = {"word": word, "take_out": remove, "put_in": add, "texts": lines}
+        super().__init__(model, tokenizer, [1.0] * model.config.num_senses, 0, 5, **controls)
 
-    def edits(self) -> SenseEdits:
-        """What the sliders say, as edits that can be saved; empty while all of them are at 0."""
-        edits = SenseEdits(self.model, self.tokenizer)
-        word, remove, add = (token_of_word(self.tokenizer, box.value) for box in (self.word, self.remove, self.add))
-        if remove == add:
-            raise ValueError(f"What is put in is what is taken out, {self.remove.value!r}; name another word.")
-        for sense, slider in enumerate(self.scales):
-            if slider.value:
-                edits.project(word, remove, add, sense, by=1 - slider.value)
-        return edits
+    def edit(self, edits: SenseEdits, sense: int, value: float):
+        edits.project(self.word.value, self.take_out.value, self.put_in.value, sense, by=1 - value)
 
-    def show(self) -> str:
-        edits = self.edits()
-        watched = [token_of_word(self.tokenizer, box.value) for box in (self.remove, self.add)]
-        pages = []
-        for name, box in (("prompts", self.prompts), ("neighbours", self.neighbours)):
-            prompts = [line for line in box.value.splitlines() if line.strip()]
-            if prompts:
-                before = next_log_probabilities(self.model, self.tokenizer, prompts)
-                with edits.applied():
-                    after = next_log_probabilities(self.model, self.tokenizer, prompts)
-                table = tables.before_and_after(self.tokenizer, prompts, before, after, watched)
-                pages.append(tables.shaded(table, 3, name, shade=[]).to_html())
-        if not pages:
-            raise ValueError("There is no prompt to look at; write at least one.")
-        return "".join(pages)
-
-    def _set_all(self, _change):
-        self.set_and_draw(dict.fromkeys(self.scales, self.every.value))
+    def show(self, take_out, put_in, texts, **_):
+        pair = tokens_of_pair(self.tokenizer, (take_out, put_in))
+        return self.effects(texts.splitlines() or [""], pair)
 
 
 class ExplanationExplorer(Explorer):
     """A sense of a word and its explanation, to be edited; what the words cost on a text, and what they leave out.
 
-    among: the words that explanations are made of, on which the simulator is fitted. The loss is that of the text, with
-    this sense of the word as it is, as its explanation says, as the mean sense, and taken away.
+    among: the words that explanations are made of, on which the simulator is fitted.
     """
 
-    def __init__(self, model, tokenizer, word: str, text: str, among: torch.Tensor, n: int = 10, seed: int = 0):
-        require_senses(model)
-        among = torch.tensor(readable(tokenizer, among.tolist()), device=model.device)
-        self.among, self.n = among, n
-        order = torch.randperm(len(among), generator=torch.Generator().manual_seed(seed))[:FITTED_ON]
-        self.others = among[order.to(among.device)]
-        self.fitted = Simulator.fit(model, explain(model, self.others, n, among), self.others)
-        with torch.no_grad():
-            self.mean = model.sense_vectors(self.others).float().mean(0)
-        self.word, self.text = _text("word", word), _text("text", text, width="40em")
-        self.sense = W.Dropdown(
-            options=range(model.config.num_senses), description="sense", layout=W.Layout(width="12em")
-        )
-        self.up, self.down = (_text(name, width="48em") for name in ("up", "down"))
-        self.again = W.Button(description="its own words")
-        rows = [[self.word, self.sense, self.again], [self.text], [self.up], [self.down]]
-        super().__init__(model, tokenizer, rows)
-        for control in (self.word, self.sense):
-            control.observe(lambda _: self._own_words(), "value")
-        self.observe_all(self.text, self.up, self.down)
-        self.again.on_click(lambda _: self._own_words())
-        self._own_words()
+    def __init__(self, model, tokenizer, word: str, text: str, among: torch.Tensor, seed: int = 0):
+        self.among = torch.tensor(readable(tokenizer, among.tolist()), device=model.device)
+        order = torch.randperm(len(self.among), generator=torch.Generator().manual_seed(seed))[:FITTED_ON]
+        others = self.among[order.to(model.device)]
+        self.fitted = Simulator.fit(model, explain(model, others, among=self.among), others)
+        self.explained = None  # the token and the sense whose own words were put in
+        controls = {"word": word, "sense": W.Dropdown(options=range(model.config.num_senses)), "text": text}
+        words = {name: W.Text(placeholder="its own words", layout={"width": "48em"}) for name in ("up", "down")}
+        super().__init__(model, tokenizer, **controls, **words)
 
-    def _own_words(self):
-        """Puts the sense's own strongest words into the fields."""
-        own = {}
+    @torch.no_grad()
+    def show(self, word, sense, text, up, down):
+        token = torch.tensor([token_of_word(self.tokenizer, word)], device=self.among.device)
+        if self.explained != (token, sense) or not (up.strip() and down.strip()):
+            own = explain(self.model, token, among=self.among)
+            up, down = (" ".join(spell(self.tokenizer, words[0, sense])) for words in (own.up, own.down))
+            self.up.value, self.down.value, self.explained = up, down, (token, sense)
+        vector = self.model.sense_vectors(token)[0, sense].float()
+        simulated = self.fitted(Explanations(self._ids_of(up), self._ids_of(down)))[0, sense]
+        ids = torch.tensor([ids_of_text(self.tokenizer, text)], device=self.among.device)
+        vectors = {"the sense itself": vector, "as its words say": simulated, "taken away": torch.zeros_like(vector)}
+        losses = {}
+        for name, replacement in vectors.items():
+            with SenseEdits(self.model, self.tokenizer).replace(token.item(), sense, replacement).applied():
+                losses[name] = self.model(ids, attention_mask=torch.ones_like(ids), labels=ids).loss.item()
+        table = pd.Series(losses, name="loss (nats per token)").to_frame()
+        table["rise"] = table.iloc[:, 0] - losses["the sense itself"]
+        cosine = torch.cosine_similarity(simulated, vector, dim=0).item()
+        caption = f"“{word.strip()}” is {(ids == token).sum()} times in the text; sense and words: cosine {cosine:.2f}"
+        return tables.shaded(table, 4, caption, shade=["rise"]).to_html()
 
-        def find():
-            said = explain(self.model, torch.tensor([self._token()], device=self.among.device), self.n, self.among)
-            for box, ids in ((self.up, said.up), (self.down, said.down)):
-                own[box] = " ".join(spell(self.tokenizer, ids[0, self.sense.value].tolist()))
-
-        if self.attempt(find):
-            self.set_and_draw(own)
-
-    def _token(self) -> int:
-        return token_of_word(self.tokenizer, self.word.value)
-
-    def show(self) -> str:
-        token, sense = self._token(), self.sense.value
-        ids = ids_of_text(self.tokenizer, self.text.value)
-        if token not in ids[:-1]:
-            raise ValueError(
-                f"The text does not have {self.word.value.strip()!r} in it, after a space and before its end; "
-                "write one that has."
-            )
-        if len(ids) > self.model.config.n_positions:
-            raise ValueError(
-                f"The text has {len(ids)} tokens; this model reads at most {self.model.config.n_positions}."
-            )
-        up, down = ([token_of_word(self.tokenizer, one) for one in box.value.split()] for box in (self.up, self.down))
-        if not up or not down:
-            raise ValueError("An explanation needs at least one word up and one word down.")
-        said = Explanations(*(self._as_explanation(words) for words in (up, down)))
-        simulated = self.fitted(said)[0, sense]
-        texts = Replacement(self.model, [ids])
-        place, own = texts.tokens == token, texts.senses[:, sense]
-        losses = {"the sense itself": texts.losses()}
-        for name, vector in (
-            ("as its words say", simulated),
-            ("the mean sense", self.mean[sense]),
-            ("taken away", 0 * simulated),
-        ):
-            losses[name] = texts.losses({sense: torch.where(place[:, None], vector, own)})
-        table = pd.DataFrame(
-            {"loss (nats per token)": {name: loss.sum() / texts.counts[0] for name, loss in losses.items()}}
-        )
-        table["rise"] = table.iloc[:, 0] - table.iloc[0, 0]
-        cosine = torch.cosine_similarity(simulated, own[place][0], dim=0).item()
-        return tables.shaded(table, 4, f"sense {sense} of {self.word.value.strip()}", shade=["rise"]).to_html() + (
-            f"<p>cosine of the sense and what its words say: {cosine:.2f}</p>"
-        )
-
-    def _as_explanation(self, words: list[int]) -> torch.Tensor:
+    def _ids_of(self, words: str) -> torch.Tensor:
         """The same words for each sense, (1, k, n)."""
-        return torch.tensor(words, device=self.among.device).expand(1, self.model.config.num_senses, -1)
+        ids = [token_of_word(self.tokenizer, word) for word in words.split()]
+        return torch.tensor(ids, device=self.among.device).expand(1, self.model.config.num_senses, -1)

@@ -1,8 +1,7 @@
 """What the notebooks and widgets show: tables as DataFrames, and small pieces of HTML with every token escaped.
 
-Tables hold numbers and can be computed with; `shaded`, `sense_words_html` and `colored_tokens` turn them into
-something to look at. Blue stands for up and orange for down; colours are laid over the page's own background,
-so they read in light and dark mode.
+Blue stands for up and orange for down; colours are laid over the page's own background, so they read in light and
+dark mode. `among` are ids of the tokens to choose from; None: all that the model was trained with.
 """
 
 import hashlib
@@ -21,51 +20,36 @@ from backpack_lib.text.words import spell, spell_text
 UP, DOWN = "1, 115, 178", "222, 143, 5"  # of seaborn's colour-blind-safe palette
 DEEPEST = 0.6  # opacity of the largest value's colour
 RESIDUAL = "residual"  # the row of what no sense contributes
+ROWS = 24  # of a figure, at most
 
 
-# ---------------------------------------------------------------- tables
-
-
-def word_senses(
-    model, tokenizer, word: str, n: int = 7, multi_token: str | int = "mean", among: torch.Tensor | None = None
-) -> pd.DataFrame:
+def word_senses(model, tokenizer, word: str, n: int = 7, multi_token="mean", among=None) -> pd.DataFrame:
     """The tokens that each sense of a word pushes up most and down most, one row each.
 
-    Columns: sense, direction ("up" or "down"), rank (from 1), token, and push, in logits. For `multi_token` see
-    `senses_of_words`, for `among` see `pushed_most`; both say what they raise.
+    push is in logits, rank is from 1. For `multi_token`, and for what is raised, see `senses_of_words`.
     """
     vectors = senses_of_words(model, tokenizer, [word], multi_token)[0]
     up, up_scores, down, down_scores = pushed_most(model, vectors, n, among)
-    rows = [
-        (sense, direction, rank, token, push)
-        for direction, ids, scores in (("up", up, up_scores), ("down", down, down_scores))
-        for sense, (row, values) in enumerate(zip(ids, scores.tolist()))
-        for rank, (token, push) in enumerate(zip(spell(tokenizer, row), values), start=1)
-    ]
+    rows = []
+    for direction, ids, scores in (("up", up, up_scores), ("down", down, down_scores)):
+        for sense in range(len(ids)):
+            for rank, token in enumerate(spell(tokenizer, ids[sense])):
+                rows.append((sense, direction, rank + 1, token, scores[sense, rank].item()))
     return pd.DataFrame(rows, columns=["sense", "direction", "rank", "token", "push"])
 
 
-def compare_senses(
-    model, tokenizer, one: torch.Tensor, two: torch.Tensor, n: int = 5, among: torch.Tensor | None = None
-) -> pd.DataFrame:
-    """Two words by their sense vectors, (k, d) each: the cosine of each sense, and the tokens that both push up.
-
-    The order of tokens is decided by the smaller of its two pushes. For `among` see `pushed_most`.
-    """
+def compare_senses(model, tokenizer, one: torch.Tensor, two: torch.Tensor, among=None) -> pd.DataFrame:
+    """Two words by their sense vectors, (k, d) each: cosines, and the tokens of which the smaller push is largest."""
     both = torch.minimum(pushes(model, one), pushes(model, two))
     among = used_tokens(model) if among is None else among.to(both.device)
-    shared = among[both[:, among].topk(min(n, len(among))).indices]
-    return pd.DataFrame(
-        {
-            "cosine": F.cosine_similarity(one, two, dim=-1).tolist(),
-            "both push up": word_lists(tokenizer, shared),
-        }
-    ).rename_axis("sense")
+    shared = among[both[:, among].topk(min(5, len(among))).indices]
+    cosines = F.cosine_similarity(one, two, dim=-1).tolist()
+    return pd.DataFrame({"cosine": cosines, "both push up": word_lists(tokenizer, shared)}).rename_axis("sense")
 
 
-def near_words(directions: torch.Tensor, tokenizer, vectors: torch.Tensor, n: int = 8) -> pd.DataFrame:
+def near_words(directions: torch.Tensor, tokenizer, vectors: torch.Tensor) -> pd.DataFrame:
     """For each of a word's senses, (k, d), the tokens whose same sense lies nearest, and their mean cosine."""
-    ids, cosines = neighbours(directions, vectors, n)
+    ids, cosines = neighbours(directions, vectors)
     table = pd.DataFrame({"nearest": word_lists(tokenizer, ids), "mean cosine": cosines.mean(1).tolist()})
     return table.rename_axis("sense")
 
@@ -82,29 +66,18 @@ def by_token(tokenizer, input_ids, values: torch.Tensor) -> pd.DataFrame:
     return pd.DataFrame(values.cpu().numpy(), index=pd.Index(names, name="token")).rename_axis(columns="sense")
 
 
-def condensed(table: pd.DataFrame, rows: int = 24) -> pd.DataFrame:
+def condensed(table: pd.DataFrame) -> pd.DataFrame:
     """A long text's table for a figure: the rows of the largest entries by size, in order, and the sum of others."""
-    if len(table) <= rows:
+    if len(table) <= ROWS:
         return table
-    kept = np.sort(table.abs().max(axis=1).to_numpy().argsort()[::-1][: rows - 1])
-    rest = table.drop(table.index[kept]).sum().rename(f"the other {len(table) - len(kept)}")
-    return pd.concat([table.iloc[kept], rest.to_frame().T]).rename_axis(
-        index=table.index.name, columns=table.columns.name
-    )
+    sizes = table.abs().max(axis=1)
+    kept = table[sizes.rank(method="first", ascending=False) < ROWS]
+    others = (table.sum() - kept.sum()).rename(f"the other {len(table) - len(kept)}")
+    short = pd.concat([kept, others.to_frame().T])
+    return short.rename_axis(index=table.index.name, columns=table.columns.name)
 
 
-def largest(contributions: pd.DataFrame, n: int = 10) -> pd.DataFrame:
-    """The (token, sense) pairs that contribute most, of either sign, and the sum of all the others."""
-    flat = contributions.stack()
-    order = flat.abs().sort_values(ascending=False).index[:n]
-    top = flat.loc[order].rename("contribution").reset_index()
-    rest = pd.DataFrame([("all others", "", flat.sum() - flat.loc[order].sum())], columns=top.columns)
-    return pd.concat([top, rest], ignore_index=True)
-
-
-def next_words(
-    tokenizer, before: torch.Tensor, after: torch.Tensor | None = None, n: int = 10, watch: Iterable[int] = ()
-) -> pd.DataFrame:
+def next_words(tokenizer, before, after=None, n: int = 10, watch: Iterable[int] = ()) -> pd.DataFrame:
     """The likeliest next tokens with their probabilities, and after them those to watch.
 
     before, after: log-probabilities, (V,). With both, the tokens are the likeliest of either, and the columns
@@ -113,48 +86,35 @@ def next_words(
     highest = before if after is None else torch.maximum(before, after)
     ids = list(dict.fromkeys([*highest.topk(min(n, len(highest))).indices.tolist(), *watch]))
     if after is None:
-        columns = {"probability": before[ids].exp().tolist()}
+        columns = {"probability": before}
     else:
-        columns = {"before": before[ids].exp(), "after": after[ids].exp(), "ratio": (after[ids] - before[ids]).exp()}
-        columns = {name: values.tolist() for name, values in columns.items()}
-    return pd.DataFrame({"next": spell(tokenizer, ids)} | columns)
+        columns = {"before": before, "after": after, "ratio": after - before}
+    values = {name: log_probs[ids].exp().tolist() for name, log_probs in columns.items()}
+    return pd.DataFrame({"next": spell(tokenizer, ids)} | values)
 
 
-def before_and_after(
-    tokenizer, prompts: list[str], before: torch.Tensor, after: torch.Tensor, watch: Iterable[int]
-) -> pd.DataFrame:
+def before_and_after(tokenizer, prompts: list[str], before, after, watch: Iterable[int]) -> pd.DataFrame:
     """What follows each prompt, before and after an edit: the likeliest token, and the probabilities of those to watch.
 
     before, after: log-probabilities, (n, V).
     """
-    columns = {}
-    for when, log_probs in (("before", before), ("after", after)):
-        columns[f"likeliest {when}"] = spell(tokenizer, log_probs.argmax(-1).tolist())
+    times = {"before": before, "after": after}
+    columns = {f"likeliest {when}": spell(tokenizer, log_probs.argmax(-1)) for when, log_probs in times.items()}
     for token, name in zip(watch, spell(tokenizer, watch)):
-        for when, log_probs in (("before", before), ("after", after)):
+        for when, log_probs in times.items():
             columns[f"p({name}) {when}"] = log_probs[:, token].exp().tolist()
     return pd.DataFrame(columns, index=pd.Index(prompts, name="text"))
 
 
-def turned_up(control, n: int = 10, among: torch.Tensor | None = None) -> pd.DataFrame:
-    """The (token, sense) pairs of highest score under a `TopicControl`, and what each is multiplied by.
-
-    among: the tokens to choose from; None: all that the model was trained with.
-    """
+def turned_up(control, among: torch.Tensor | None = None) -> pd.DataFrame:
+    """The ten (token, sense) pairs of highest score under a `TopicControl`, and what each is multiplied by."""
     ids = used_tokens(control.model) if among is None else among
-    scores = control.scores_of(ids)
-    best = scores.flatten().topk(min(n, scores.numel())).indices
+    scores, factors = control.scores_of(ids), control.factors_of(ids)
+    best = scores.flatten().topk(min(10, scores.numel())).indices
     rows, senses = best // scores.shape[1], best % scores.shape[1]
-    columns = {
-        "sense": senses,
-        "score": scores[rows, senses],
-        "factor": control.factors_of(ids[rows]).gather(1, senses[:, None])[:, 0],
-    }
-    rows = ids[rows]
-    return pd.DataFrame({"token": spell(control.tokenizer, rows)} | {k: v.tolist() for k, v in columns.items()})
-
-
-# ---------------------------------------------------------------- HTML
+    values = torch.stack([scores[rows, senses], factors[rows, senses]], 1).tolist()
+    table = pd.DataFrame(values, columns=["score", "factor"])
+    return pd.DataFrame({"token": spell(control.tokenizer, ids[rows]), "sense": senses.tolist()}).join(table)
 
 
 def _background(value: float, largest: float) -> str:
@@ -168,89 +128,57 @@ def _background(value: float, largest: float) -> str:
 def shaded(frame: pd.DataFrame, precision: int = 2, caption: str = "", shade: list | None = None):
     """A table with everything escaped and its numbers shaded, as a pandas Styler; `.to_html()` gives the HTML.
 
-    An index without a name that only counts the rows is left out.
-
     shade: the columns to shade together; None: all that hold numbers.
     """
-    numbered = isinstance(frame.index, pd.RangeIndex) and not frame.index.name
-    names = [name for name in (frame.index.name, frame.columns.name) if name]
-    frame = frame.rename_axis(index=None, columns=" \\ ".join(names) or None)  # both in the corner, on one line
-    columns = frame.columns if shade is None else shade
-    columns = [c for c in columns if pd.api.types.is_numeric_dtype(frame[c])]
+    columns = [c for c in (frame if shade is None else shade) if pd.api.types.is_numeric_dtype(frame[c])]
     greatest = float(frame[columns].abs().max().max()) if columns else 0.0
+    styler = _styled(frame, caption).format(precision=precision, escape="html", na_rep="")
+    return styler.map(lambda value: _background(value, greatest), subset=columns) if columns else styler
+
+
+def _styled(frame: pd.DataFrame, caption: str):
+    """A table as it looks everywhere, its cells not escaped yet."""
+    names = [name for name in (frame.index.name, frame.columns.name) if name]
+    only_counts = isinstance(frame.index, pd.RangeIndex) and not frame.index.name
+    frame = frame.rename_axis(index=None, columns=" \\ ".join(names) or None)  # both in the corner, on one line
     name = hashlib.sha256(f"{caption}{frame.to_csv()}".encode()).hexdigest()[:8]  # the same page for the same table
-    styler = frame.style.set_uuid(name).format(precision=precision, escape="html", na_rep="")
-    styler = styler.format_index(escape="html").format_index(escape="html", axis=1)
-    if numbered:
-        styler = styler.hide(axis="index")
-    if columns:
-        styler = styler.map(lambda value: _background(value, greatest), subset=columns)
+    styler = frame.style.set_uuid(name).format_index(escape="html").format_index(escape="html", axis=1)
     styles = {
-        "td, th": "padding: 2px 5px; text-align: left",
+        "td, th": "padding: 2px 5px; text-align: left; vertical-align: top",
         "th, caption": "text-align: left; white-space: nowrap",
         "caption": "padding-top: 0.6em",
     }
     styler = styler.set_table_styles([{"selector": selector, "props": props} for selector, props in styles.items()])
+    styler = styler.hide(axis="index") if only_counts else styler
     return styler.set_caption(escape(caption)) if caption else styler
 
 
 def sense_words_html(words: pd.DataFrame, caption: str = "") -> str:
     """`word_senses` as a table of HTML: a row for each sense, what it pushes up and down, each with its score."""
-
-    def run(rows: pd.DataFrame) -> str:
-        return " &nbsp;".join(
-            f"<span style='white-space: nowrap'>{escape(row.token)} "
-            f"<small style='opacity: .6'>{row.push:+.1f}</small></span>"
-            for row in rows.itertuples()
-        )
-
-    cell = "style='text-align: left; padding: 2px 8px; vertical-align: top'"
-    lines = []
-    for sense, rows in words.groupby("sense"):
-        up, down = (run(rows[rows["direction"] == direction]) for direction in ("up", "down"))
-        lines.append(f"<tr><th {cell}>{sense}</th><td {cell}>{up}</td><td {cell}>{down}</td></tr>")
-    head = "".join(f"<th {cell}>{name}</th>" for name in ("sense", "pushes up", "pushes down"))
-    return (
-        f"<table><caption style='text-align: left'>{escape(caption)}</caption><tr>{head}</tr>{''.join(lines)}</table>"
-    )
-
-
-def colored_tokens(tokenizer, input_ids, values: torch.Tensor) -> str:
-    """A text with each token shaded by its value, (T,), and the value written below it."""
-    values = values.tolist()
-    greatest = max(map(abs, values), default=0.0)
-    box = "display: inline-block; text-align: center; margin: 1px; padding: 1px 4px; border-radius: 3px"
-    spans = [
-        f"<span style='{box}; {_background(value, greatest)}'>{escape(name)}<br>"
-        f"<small style='opacity: .7'>{value:+.2f}</small></span>"
-        for name, value in zip(spell_text(tokenizer, input_ids[: len(values)]), values)
-    ]
-    return f"<div style='line-height: 1.3'>{''.join(spans)}</div>"
+    push = words["push"].map(" <small style='opacity: .6'>{:+.1f}</small></span>".format)
+    spans = "<span style='white-space: nowrap'>" + words["token"].map(escape) + push
+    cells = spans.groupby([words["sense"], words["direction"]]).agg(" &nbsp;".join).unstack()
+    return _styled(cells[["up", "down"]].add_prefix("pushes ").rename_axis(columns=None), caption).to_html()
 
 
 def reading_html(tokenizer, input_ids, reading, target: int, contrast: int | None = None, what="contributions") -> str:
-    """All about one prediction: the likeliest next words, the text shaded, and each (token, sense), with the residual.
+    """All about one prediction: its sum, each (token, sense), and the likeliest next words.
 
     reading: an `attribution.Reading` of the ids. what: "contributions" to the logit of `target` (or to its log-odds
     to `contrast`), or "weights".
     """
-    contributions = reading.contributions(target, contrast)
-    names = spell(tokenizer, [target] if contrast is None else [target, contrast])
-    total = reading.total(target, contrast)
+    contributions, total = reading.contributions(target, contrast), reading.total(target, contrast)
     residual = abs(contributions.sum().item() - total)
-    quantity = f"logit of “{names[0]}”" if contrast is None else f"log-odds of “{names[0]}” to “{names[1]}”"
-    sentence = f"{quantity}: {total:.3f}; the contributions sum to it with a residual of {residual:.0e}"
-    table = by_token(tokenizer, input_ids, contributions)
-    shown = condensed(by_token(tokenizer, input_ids, reading.weights) if what == "weights" else table)
     watched = [target] if contrast is None else [target, contrast]
-    parts = [
-        colored_tokens(tokenizer, input_ids, contributions.sum(1)[: len(reading.weights)]),
-        f"<p>{escape(sentence)}</p>",
-        shaded(shown, caption=f"{what}: tokens and senses").to_html(),
-        shaded(largest(table), caption="largest contributions").to_html(),
-        shaded(next_words(tokenizer, reading.log_probs(), n=6, watch=watched), 3, "the next word").to_html(),
-    ]
-    return "".join(parts)
+    names = " to ".join(f"“{name}”" for name in spell(tokenizer, watched))
+    quantity = f"{'logit' if contrast is None else 'log-odds'} of {names}: {total:.3f}"
+    table = condensed(by_token(tokenizer, input_ids, reading.weights if what == "weights" else contributions))
+    if what == "contributions":
+        table.insert(0, "all", table.sum(axis=1))
+    after = next_words(tokenizer, reading.log_probs(), n=6, watch=watched)
+    page = f"<p>{escape(quantity)}; the contributions sum to it with a residual of {residual:.0e}</p>"
+    page += shaded(table, caption=f"{what}: tokens and senses").to_html()
+    return page + shaded(after, 3, "the next word").to_html()
 
 
 def folded(summary: str, frame: pd.DataFrame, precision: int = 2, shade: list | None = None):
