@@ -67,7 +67,7 @@ def test_conda_users_get_the_same():
 
 
 # The wings of the library, from the ground up; each imports only from those before it.
-WINGS = "files hub model text loading training analysis studies display figures lessons running".split()
+WINGS = "files hub model text loading training analysis studies display lessons running".split()
 ALONE = {"running": {"files"}}  # what a wing may import besides itself, where that is not all before it
 
 

@@ -242,9 +242,6 @@ def intervals(tables, title: str, xlabel: str, at: float = 0.0, log: bool = Fals
     return figure
 
 
-row_intervals = intervals  # as notebook 04 calls them
-
-
 def waterfall(parts, title: str, xlabel: str):
     """A sum as a flight of bars: each part begins where the one before it ended, and the last bar is the sum.
 
