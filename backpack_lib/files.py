@@ -69,8 +69,13 @@ def write_text(path: Path, text: str):
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Makes a folder and keeps other runs out. Raises ValueError if one is in it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Makes a folder and keeps other runs out. Raises ValueError if one is in it, OSError if it can't be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"The folder {str(folder)!r} cannot be written ({error.strerror}); choose another `out`."
+        ) from error
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         lock.acquire()

@@ -24,7 +24,9 @@ from backpack_lib import SenseEdits, attribute, load, train
 from backpack_lib.analysis.attribution import read
 from backpack_lib.analysis.topic import TopicControl
 from backpack_lib.model.cache import CACHE
+from backpack_lib.model.hooks import hooked
 from backpack_lib.model.lens import SenseLens, SenseLensConfig
+from backpack_lib.text.writing import ids_of_text
 from backpack_lib.training.lens import LensLoss
 from backpack_lib.training.run import Run
 
@@ -258,6 +260,23 @@ def test_states_beyond_the_bound_are_computed_and_give_the_same_lens(lens_run, m
     a, b = weights(lens_run.out), weights(other.out)
     for name in a:  # what is computed beside other rows rounds otherwise
         torch.testing.assert_close(a[name], b[name], rtol=1e-2, atol=1e-3)
+
+
+def test_the_shipped_lens_of_the_demo_explains_more_than_shuffled_senses_do():
+    lens, tokenizer = load("demo-lens")
+    assert lens.num_parameters() < 3e6
+    ids = torch.tensor([ids_of_text(tokenizer, "The old king lived in a castle with his three daughters.")])
+    states = lens.states(ids)
+    dealt = torch.randperm(lens.config.vocab_size, generator=torch.Generator().manual_seed(0))
+
+    def nats():
+        logits = lens.logits_of(lens.explain(ids, states))[0, :-1]
+        return torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item()
+
+    with torch.no_grad():
+        own = nats()
+        with hooked(lens.patches, lambda tokens, senses: lens.sense_vectors(dealt[tokens], patched=False)):
+            assert own < nats() - 1
 
 
 def test_a_base_that_cannot_be_had_is_named_in_one_sentence(lens_run, tmp_path):

@@ -22,8 +22,9 @@ from backpack_lib.training.checkpoints import RunFolder
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_ends_with_the_same_weights(tiny):
-    config = replace(tiny, steps=60, save_every=4, eval_every=7, accumulate=2)
+@pytest.mark.parametrize("changes", [{}, {"lens_of": "planted-transformer", "dropout": 0.0}], ids=["backpack", "lens"])
+def test_killed_at_any_moment_it_ends_with_the_same_weights(tiny, changes):
+    config = replace(tiny, **changes, steps=60, save_every=4, eval_every=7, accumulate=2)
     whole = replace(config, out=config.out + "-whole")
     assert run_command(whole).returncode == 0
 
