@@ -197,7 +197,9 @@ class Run:
 
     def check_weights(self):
         """Raises FloatingPointError if a weight is not finite: the last step's, which no loss has seen yet."""
-        finite = torch.stack([parameter.detach().isfinite().all() for parameter in self.loss.parameters()]).all()
+        # Of a model that is divided among processes, each looks at its own part.
+        own = [getattr(parameter, "_local_tensor", parameter).detach() for parameter in self.loss.parameters()]
+        finite = torch.stack([tensor.isfinite().all() for tensor in own]).all()
         if self.accelerator.reduce((~finite).float(), "sum").item():
             self.stop(f"After step {self.step} a weight is not finite")
 
