@@ -162,7 +162,8 @@ def test_finetuning_uses_the_dropout_that_is_asked_for(tiny):
 @pytest.mark.slow
 def test_another_number_of_processes_is_refused(tiny, monkeypatch):
 
-    monkeypatch.setattr(RunFolder, "finish", lambda *args: None)  # as if killed just before
+    monkeypatch.setattr(RunFolder, "write_model", lambda *args: None)  # as if killed just before
+    monkeypatch.setattr(RunFolder, "finish", lambda *args: None)
     train(tiny)
     result = run_command(tiny, ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29618"])
     assert result.returncode != 0
