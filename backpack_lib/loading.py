@@ -41,8 +41,8 @@ def load(name, device: str | torch.device = "cpu", dtype: torch.dtype = torch.fl
     """A model in evaluation mode, and its tokenizer.
 
     name: "demo" or "demo-transformer" (shipped with the suite); "planted" or "planted-transformer" (the
-        last that 01_training trained on planted text, or, before it has, those shipped); "smollm2", and a sense lens
-        on it, "smollm2-lens", or on the demo's Transformer, "demo-lens"; a folder that training or
+        last that 01_training trained on planted text, or, before it has, those shipped); "demo-lens", a sense lens
+        on the demo's Transformer; "smollm2", and a lens on it, "smollm2-lens", once `make lens` has made it; a folder that training or
         `save_pretrained` wrote; or a hub id such as "stanfordnlp/backpack-gpt2".
     device: see `pick_device`.
 

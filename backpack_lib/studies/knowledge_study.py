@@ -20,15 +20,7 @@ from tqdm.auto import tqdm
 from backpack_lib.analysis.bias import fewest
 from backpack_lib.analysis.finetuning import Examples, bounded_share, changed, finetune, general_loss, rows_of_texts
 from backpack_lib.analysis.knowledge import (
-    WANTED,
-    Fact,
-    dose,
-    margins,
-    project,
-    projected_inputs,
-    search_strength,
-    sense_effects,
-    tokens_of_fact,
+    WANTED, Fact, dose, margins, project, projected_inputs, search_strength, sense_effects, tokens_of_fact,
 )  # fmt: skip
 from backpack_lib.analysis.scores import log_probabilities, next_log_probabilities
 from backpack_lib.analysis.statistics import mean_interval

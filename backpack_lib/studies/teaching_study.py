@@ -19,14 +19,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from backpack_lib.analysis.finetuning import (
-    Examples,
-    SenseTeaching,
-    bounded_share,
-    changed,
-    finetune,
-    general_loss,
-    make_examples,
-    rows_of_texts,
+    Examples, SenseTeaching, bounded_share, changed, finetune, general_loss, make_examples, rows_of_texts,
 )  # fmt: skip
 from backpack_lib.analysis.statistics import mean_interval
 from backpack_lib.files import cached_json

@@ -23,20 +23,19 @@ START_TOKENS, START_STEPS, START_BATCH, START_RATE = 20_000, 250, 512, 2e-3
 FREQUENT, RARE = 6_000, 2_000  # tokens whose probabilities are taught at a step: the most frequent, others by lot
 
 
-class KeptStates(nn.Module):
+class KeptStates:
     """The base's states of blocks, computed once: a file a block in a folder, in half precision.
 
     most_bytes: blocks beyond it are computed whenever they are needed.
     """
 
     def __init__(self, lens: SenseLens, folder: Path, most_bytes: float):
-        super().__init__()
         self.lens, self.folder, self.most_bytes = lens, folder, most_bytes
         folder.mkdir(parents=True, exist_ok=True)
         self.bytes = sum(file.stat().st_size for file in folder.glob("*.npy"))
 
     @torch.no_grad()
-    def forward(self, input_ids):
+    def __call__(self, input_ids):
         """(B, T) -> (B, T, 2 d), as they are read from the files, so that a resumed run sees the same numbers."""
         files = [self._file(row) for row in input_ids.cpu()]
         # One missing: all are computed again, since rounding depends on what a product computes beside.
@@ -67,7 +66,7 @@ class LensLoss(nn.Module):
     def __init__(self, lens: SenseLens, states: KeptStates, counts: torch.Tensor):
         super().__init__()
         self.model = lens
-        object.__setattr__(self, "states", states)  # it holds the lens, whose weights should not be listed twice
+        self.states = states
         self._no_split_modules = lens._no_split_modules
         E = lens.get_output_embeddings().weight.detach().float()
         E = E - E.mean(0)  # logits less their mean over the vocabulary
