@@ -86,9 +86,7 @@ def load_model(name, dtype: torch.dtype = torch.float32, **changes):
         if "Unrecognized configuration class" not in str(error):
             raise
         kind = config.get("model_type")
-        raise ValueError(
-            f"{str(name)!r} holds a model of type {kind!r}, which is no causal language model."
-        ) from error
+        raise ValueError(f"{str(name)!r} holds a model of type {kind!r}, which is no causal language model.") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(

@@ -10,14 +10,14 @@ import torch
 from helpers import ROOT, tiny_model, tiny_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from scipy.stats import bootstrap
+from scipy import stats
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from backpack_lib import SenseEdits, attribute
 from backpack_lib.analysis import bias
 from backpack_lib.analysis.bias import SLOT, Split, debias, localize, log_odds, nullspace, split_odds
 from backpack_lib.analysis.scores import next_log_probabilities
-from backpack_lib.analysis.statistics import bootstrap_intervals
+from backpack_lib.analysis.statistics import bootstrap
 from backpack_lib.lessons.bias import read_prompts
 from backpack_lib.model.lens import SenseLens, SenseLensConfig
 from backpack_lib.text.words import tokens_of_word
@@ -184,11 +184,13 @@ def test_without_any_difference_there_is_nothing_to_find():
 def test_intervals_agree_with_scipys_where_only_professions_vary():
     rng = np.random.default_rng(0)
     values = rng.normal(size=(40, 1)) + np.zeros((1, 8))
-    ours = bootstrap_intervals(lambda x: x.mean(), values, resamples=4000)
-    scipys = bootstrap((values[:, 0],), np.mean, method="percentile", n_resamples=4000, rng=rng).confidence_interval
+    ours = bootstrap(lambda x: x.mean(), values, axes=2, resamples=4000)
+    scipys = stats.bootstrap(
+        (values[:, 0],), np.mean, method="percentile", n_resamples=4000, rng=rng
+    ).confidence_interval
     np.testing.assert_allclose(ours, scipys, atol=0.03)
     templates = rng.normal(size=(1, 8)) + np.zeros((40, 1))
-    low, high = bootstrap_intervals(lambda x: x.mean(), templates)
+    low, high = bootstrap(lambda x: x.mean(), templates, axes=2)
     assert high - low > 0.5  # few templates that differ are little evidence, however many professions there are
 
 

@@ -6,9 +6,8 @@ import math
 import pytest
 from helpers import ROOT, tiny_classifier
 
-from backpack_lib.analysis.scores import log_probabilities
 from backpack_lib.studies.judges import ClassifierJudge, WordJudge
-from backpack_lib.studies.text_quality import bag_share, mauve, perplexity, repetition
+from backpack_lib.studies.text_quality import bag_share, mauve, repetition
 
 TOPICS = [
     {"name": "sports", "steer": ["sports"], "words": ["team", "goal", "Sports"]},
@@ -40,16 +39,6 @@ def test_a_classifier_says_every_topic_above_one_half(tmp_path):
     assert found[["food & dining", "sports", "music"]].to_numpy().tolist() == [[True, False, True]] * 2
     with pytest.raises(ValueError, match="classifier .*none' could not be loaded; give a folder, or use the words"):
         ClassifierJudge(str(tmp_path / "none"))
-
-
-def test_perplexity_is_of_what_was_written_only(model, tokenizer):
-    prompts, texts = ["the nurse", ""], ["the nurse said that", "the concert"]
-    written = sum(len(tokenizer(t)["input_ids"]) - len(tokenizer(p)["input_ids"]) for t, p in zip(texts, prompts))
-    nats = log_probabilities(model, tokenizer, prompts) - log_probabilities(model, tokenizer, texts)
-    assert perplexity(model, tokenizer, texts, prompts) == pytest.approx(
-        math.exp(nats.sum().item() / written), rel=1e-5
-    )
-    assert perplexity(model, tokenizer, texts, texts) == 1.0
 
 
 def test_runs_of_words_are_counted_by_hand():

@@ -1,6 +1,5 @@
 """Devices and baselines by name. (What cannot be loaded is among the bad inputs; the hub has a file of its own.)"""
 
-
 import pytest
 from helpers import tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel

@@ -118,7 +118,7 @@ def test_another_run_is_not_mixed_into_a_folder(tiny, text):
 
 def test_changed_text_is_not_mixed_into_a_run(tiny, monkeypatch, tmp_path):
     file = tmp_path / "text.txt"
-    file.write_text(open(tiny.corpus).read())
+    file.write_text(open(tiny.corpus, encoding="utf-8").read())
     config = replace(tiny, corpus=str(file))
     from backpack_lib.training.checkpoints import RunFolder
 
@@ -126,7 +126,7 @@ def test_changed_text_is_not_mixed_into_a_run(tiny, monkeypatch, tmp_path):
     monkeypatch.setattr(RunFolder, "finish", lambda *args: None)  # as if killed just before
     train(config)
     monkeypatch.undo()
-    file.write_text(open(tiny.corpus).read() + "\n\nMore text.")
+    file.write_text(open(tiny.corpus, encoding="utf-8").read() + "\n\nMore text.")
     with pytest.raises(ValueError, match="holds a run with text="):
         train(config)
 

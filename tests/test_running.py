@@ -180,8 +180,8 @@ def test_wrong_names_and_types_are_refused_before_anything_starts(
     suite, tmp_path, capfd, monkeypatch, arguments, words
 ):
     monkeypatch.chdir(tmp_path)
-    Path("list.yaml").write_text("- a")
-    Path("mapping.yaml").write_text("words: {a: b}")
+    Path("list.yaml").write_text("- a", encoding="utf-8")
+    Path("mapping.yaml").write_text("words: {a: b}", encoding="utf-8")
     assert main(["01_first", *arguments] if arguments != ["03_third"] else arguments) == 2
     err = capfd.readouterr().err.splitlines()[-1]
     assert err.startswith("error: ") and words in err

@@ -9,7 +9,14 @@ import torch
 from helpers import tiny_model
 
 from backpack_lib.analysis import scores
-from backpack_lib.analysis.scores import bits_per_byte, blimp_accuracy, log_probabilities, read_blimp
+from backpack_lib.analysis.scores import (
+    bits_per_byte,
+    blimp_accuracy,
+    log_probabilities,
+    nats_per_token,
+    read_blimp,
+    token_nats,
+)
 from backpack_lib.text import planted
 from backpack_lib.text.tokenizers import train_tokenizer
 
@@ -103,14 +110,27 @@ def test_evaluation_builds_no_cache(model, tokenizer, monkeypatch):
 
 
 @pytest.mark.parametrize("room", [5, 12, 40, 1000])
-def test_as_many_texts_are_read_at_once_as_fit_the_memory(model, tokenizer, room, monkeypatch):
-    rows, short = [list(range(n)) for n in (3, 3, 9, 1, 1, 1, 20, 2)], [text[:40] for text in TEXTS[:6]]
-    expected = log_probabilities(model, tokenizer, short)
+def test_as_many_texts_are_read_at_once_as_fit_the_memory(model, room, monkeypatch):
+    rows = [list(range(n)) for n in (3, 3, 9, 1, 1, 1, 20, 2)]
     monkeypatch.setitem(scores.MEMORY, "cpu", room * 400 * 4)
-    parts = list(scores.fitting(model, rows))
-    assert sum(parts, []) == rows
-    for part, following in zip(parts, [*parts[1:], None]):
-        assert len(part) == 1 or len(part) * max(map(len, part)) <= room
-        if following is not None:  # one more would not have fitted
-            assert (len(part) + 1) * max(map(len, [*part, following[0]])) > room
-    torch.testing.assert_close(log_probabilities(model, tokenizer, short), expected)
+    read = []
+    for places, ids, mask in scores.batches(model, rows):
+        assert len(places) == 1 or ids.numel() <= room
+        assert [row[row_mask.bool()].tolist() for row, row_mask in zip(ids, mask)] == [rows[place] for place in places]
+        read += places
+    assert sorted(read) == list(range(len(rows)))
+
+
+def test_nats_are_of_what_was_written_only(model, tokenizer):
+    prompts, texts = ["the nurse", ""], ["the nurse said that", "the concert"]
+    written = sum(len(tokenizer(t)["input_ids"]) - len(tokenizer(p)["input_ids"]) for t, p in zip(texts, prompts))
+    nats = log_probabilities(model, tokenizer, prompts) - log_probabilities(model, tokenizer, texts)
+    assert nats_per_token(model, tokenizer, texts, prompts) == pytest.approx(nats.sum().item() / written, rel=1e-5)
+
+
+def test_each_token_has_its_loss_in_the_order_of_the_rows(model, monkeypatch):
+    rows = [[0, 5, 9, 3, 7], [0, 4], [0, 8, 2]]
+    monkeypatch.setitem(scores.MEMORY, "cpu", 6 * 400 * 4)
+    for row, losses in zip(rows, token_nats(model, rows)):
+        expected = -model(torch.tensor([row])).logits[0].log_softmax(-1)[range(len(row) - 1), row[1:]]
+        torch.testing.assert_close(losses, expected.detach(), atol=1e-4, rtol=1e-4)

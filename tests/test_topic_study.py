@@ -1,15 +1,18 @@
 """The study of topic control: resumable, and its conclusions are those of slow versions and planted differences."""
 
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from backpack_lib import load
+from backpack_lib.analysis.scores import nats_per_token
 from backpack_lib.analysis.topic import TopicControl
 from backpack_lib.lessons import topics as of_topics
 from backpack_lib.lessons.opening import open_lesson
 from backpack_lib.studies import topic_study
-from backpack_lib.studies.text_quality import perplexity, repetition, words_of
+from backpack_lib.studies.text_quality import repetition, words_of
 from backpack_lib.studies.topic_study import (
     at_equal_fluency,
     chosen_elsewhere,
@@ -43,7 +46,7 @@ def test_rows_hold_what_a_slow_reading_of_the_texts_finds(study, texts):
     )
     assert list(music["text"]) == [text[len(prompt) :] for text, prompt in zip(written, prompts)] and len(law) == 6
     found = topic_study.perplexity_of(music)
-    assert found == pytest.approx(perplexity(transformer, tokenizer, written, prompts), rel=1e-4)
+    assert found == pytest.approx(math.exp(nats_per_token(transformer, tokenizer, written, prompts)), rel=1e-4)
     behind = [text[len(prompt) :] for text, prompt in zip(written, prompts)]
     assert list(music["on topic"]) == list(of_topics.planted_judge(behind)["music"])
     assert list(music["words"]) == [len(words_of(text)) for text in behind]

@@ -21,7 +21,7 @@ import torch
 
 from backpack_lib.analysis.edits import SenseEdits
 from backpack_lib.analysis.scores import next_log_probabilities, readings
-from backpack_lib.analysis.statistics import bootstrap_intervals, p_value
+from backpack_lib.analysis.statistics import bootstrap, p_value
 from backpack_lib.text.words import known_tokens_of_word, token_of_word
 
 SLOT = "{profession}"
@@ -195,7 +195,7 @@ def localize(split: Split, wanted: float = 0.9, seed: int = 0) -> Localization:
     if np.ptp(split.odds.mean(1)) < 1e-6:
         raise ValueError("The log-odds of all professions are the same, so there is no difference to find.")
     share = shares(split.odds, split.own)
-    low, high = bootstrap_intervals(shares, split.odds, split.own, resamples=RESAMPLES, seed=seed)
+    low, high = bootstrap(shares, split.odds, split.own, axes=2, resamples=RESAMPLES, seed=seed)
     senses = fewest(share, wanted)
     together = permuted_shares(split, range(len(share)), seed)[:, : len(senses)].sum(1)
     columns = {"level": split.own.mean((0, 1)), "share": share, "low": low, "high": high}

@@ -60,7 +60,7 @@ def losses_by_part(model, rows: list[list[int]]) -> dict[str, np.ndarray]:
     require_senses(model)
     E = model.get_output_embeddings().weight
     found = {"model": [], "last token": [], "last token, renormalised": [], "last": [], "next": []}
-    for ids, mask in batches(model, rows):
+    for _, ids, mask in batches(model, rows):
         out = model.base_model(ids, attention_mask=mask, output_senses=True, use_cache=False)
         here = mask[:, 1:].bool()
         weights = out.contextualization.diagonal(dim1=2, dim2=3)[..., :-1].transpose(1, 2)[here]  # (n, k)

@@ -180,7 +180,7 @@ class Replacement:
         self.tokens = torch.tensor(sorted({token for row in rows for token in row[:-1]}), device=model.device)
         self.senses = model.sense_vectors(self.tokens).float()
         self.texts, self.counts = [], []
-        for ids, mask in batches(model, rows):
+        for _, ids, mask in batches(model, rows):
             out = model.base_model(ids, attention_mask=mask, output_senses=True, use_cache=False)
             for n, size in enumerate(mask.sum(1).tolist()):
                 place = torch.searchsorted(self.tokens, ids[n, : size - 1])

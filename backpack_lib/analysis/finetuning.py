@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from backpack_lib.analysis.edits import SenseEdits
-from backpack_lib.analysis.scores import batches, next_log_probabilities, prompt_batches
+from backpack_lib.analysis.scores import batches, next_log_probabilities, prompt_batches, token_nats
 from backpack_lib.files import as_seen, data_folder, first_line
 from backpack_lib.model.kinds import require_senses
 from backpack_lib.text.words import tokens_of_word
@@ -124,15 +124,9 @@ def make_examples(tokenizer, table: pd.DataFrame, use: str) -> Examples:
 # ---------------------------------------------------------------- general text
 
 
-@torch.inference_mode()
 def general_loss(model, rows: list[list[int]]) -> float:
     """Mean loss in nats per token on rows of token ids, which begin with an end-of-text token."""
-    nats = count = 0
-    for ids, mask in batches(model, rows):
-        logits = model(ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
-        each = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
-        nats, count = nats + (each * mask[:, 1:]).sum().item(), count + int(mask[:, 1:].sum())
-    return nats / count
+    return torch.cat(token_nats(model, rows)).mean().item()
 
 
 def rows_of_texts(model, tokenizer, texts: list[str]) -> list[list[int]]:
@@ -201,7 +195,7 @@ class SenseTeaching:
         """Weights of the pairs and hidden states, where they reach the general text, (P, m), (P, d)."""
         tokens, senses = (one.to(self.model.device) for one in self._columns())
         weights, states = [], []
-        for ids, mask in batches(self.model, self.background):
+        for _, ids, mask in batches(self.model, self.background):
             out = self.model.base_model(ids, attention_mask=mask, output_senses=True, use_cache=False)
             # alpha summed over the places where a pair's token stands: (B, k, T, T), (B, T, m) -> (B, T, m)
             found = torch.einsum(
@@ -261,7 +255,7 @@ class SenseTeaching:
 def mean_weights(model, rows: list[list[int]]) -> torch.Tensor:
     """How much weight each sense of each token has in general text: the mean over all places, (V, k)."""
     total, count = torch.zeros(model.config.vocab_size, model.config.num_senses, device=model.device), 0
-    for ids, mask in batches(model, rows):
+    for _, ids, mask in batches(model, rows):
         out = model.base_model(ids, attention_mask=mask, output_senses=True, use_cache=False)
         of_sources = (out.contextualization.float() * mask[:, None, :, None]).sum(2)  # (B, k, T)
         total.index_add_(0, ids.flatten(), of_sources.transpose(1, 2).flatten(0, 1))
@@ -323,7 +317,7 @@ def finetune(
     before = {name: weight.detach().clone() for name, weight in taught.named_parameters()}
     learner = _with_lora(taught, seed) if lora else taught
     optimizer = torch.optim.AdamW([w for w in learner.parameters() if w.requires_grad], learning_rate, weight_decay=0.0)
-    general = list(batches(model, background))
+    general = [batch for _, *batch in batches(model, background)]
     for step in range(steps):
         log_probs = _last_log_probs(learner, model.device, tokenizer, examples.prompts)
         if until is not None and (examples.margins(log_probs.detach()) >= until).all():

@@ -1,7 +1,7 @@
 """How well a model knows a language: bits per byte, and BLiMP's minimal pairs (Warstadt et al., 2020)."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -20,27 +20,32 @@ PROMPTS_AT_ONCE = 64  # of which only the last token's logits are made
 
 
 @torch.inference_mode()
+def token_nats(model, rows: list[list[int]]) -> list[torch.Tensor]:
+    """The loss of each token but the first of every row of token ids, in nats: for each row a float32 (T - 1,)."""
+    nats = [torch.empty(0)] * len(rows)
+    for places, ids, mask in batches(model, rows):
+        logits = model(ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+        losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").cpu()
+        for place, row in zip(places, losses):
+            nats[place] = row[: len(rows[place]) - 1]
+    return nats
+
+
 def bits_per_byte(model, tokenizer, texts: Iterable[str]) -> float:
     """Mean bits that the model needs for a byte of UTF-8 text, which does not depend on the tokenizer.
 
     Each text stands alone after an end-of-text token. Longer ones are read in windows that overlap by
     half, so that a token has at least half a window before it; each token counts once.
     """
-    nats = n_bytes = 0
-    windows = []
+    n_bytes, windows = 0, []
     for text in texts:
         n_bytes += len(text.encode())
         windows += _windows(ids_of_text(tokenizer, text), model.config.n_positions)
     if not n_bytes:
         raise ValueError("There is no text to measure; give at least one that is not empty.")
-    windows.sort(key=lambda window: len(window[0]))
-    for part in fitting(model, windows, lambda window: len(window[0])):
-        ids, mask = pad_rows([ids for ids, _ in part], tokenizer.eos_token_id)
-        logits = model(ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
-        for row, (tokens, first) in zip(logits, part):
-            labels = torch.tensor(tokens[first:], device=model.device)
-            nats += F.cross_entropy(row[first - 1 : len(tokens) - 1].float(), labels, reduction="sum").item()
-    return nats / math.log(2) / n_bytes
+    nats = token_nats(model, [ids for ids, _ in windows])
+    counted = sum(losses[first - 1 :].sum().item() for losses, (_, first) in zip(nats, windows))
+    return counted / math.log(2) / n_bytes
 
 
 def _windows(ids: list[int], size: int) -> Iterator[tuple[list[int], int]]:
@@ -52,17 +57,18 @@ def _windows(ids: list[int], size: int) -> Iterator[tuple[list[int], int]]:
         start += size // 2
 
 
-@torch.inference_mode()
 def log_probabilities(model, tokenizer, sentences: list[str]) -> torch.Tensor:
     """Log-probability of each sentence, the sum over its tokens, (n,)."""
-    found = []
-    for part in fitting(model, [ids_of_text(tokenizer, sentence) for sentence in sentences]):
-        ids, mask = pad_rows(part, tokenizer.eos_token_id)
-        ids, mask = ids.to(model.device), mask.to(model.device)
-        logits = model(ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
-        nats = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
-        found.append(-(nats * mask[:, 1:]).sum(1))
-    return torch.cat(found)
+    nats = token_nats(model, [ids_of_text(tokenizer, sentence) for sentence in sentences])
+    return -torch.stack([losses.sum() for losses in nats])
+
+
+def nats_per_token(model, tokenizer, texts: list[str], prompts: list[str] | None = None) -> float:
+    """The mean loss on texts, or on what each says after its prompt, in nats per token; `math.exp` of it is perplexity."""
+    nats = token_nats(model, [ids_of_text(tokenizer, text) for text in texts])
+    if prompts is not None:
+        nats = [losses[len(ids_of_text(tokenizer, prompt)) - 1 :] for losses, prompt in zip(nats, prompts)]
+    return torch.cat(nats).mean().item()
 
 
 @torch.inference_mode()
@@ -93,15 +99,30 @@ def readings(model, tokenizer, prompts: list[str]) -> Iterator[tuple[list[int], 
 def prompt_batches(model, tokenizer, prompts: list[str]) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Prompts, `PROMPTS_AT_ONCE` at a time: ids and mask, (B, T), and where each one's last token stands, (B,)."""
     for part in parts(prompts, PROMPTS_AT_ONCE):
-        ids, mask = pad_rows([ids_of_text(tokenizer, prompt) for prompt in part], tokenizer.eos_token_id)
-        yield ids.to(model.device), mask.to(model.device), mask.sum(1) - 1
+        ids, mask = _padded(model, [ids_of_text(tokenizer, prompt) for prompt in part])
+        yield ids, mask, mask.sum(1) - 1
 
 
-def batches(model, rows: list[list[int]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Rows of token ids, the shortest first, as many as fit: their ids and mask, (B, T), on the model's device."""
-    for part in fitting(model, sorted(rows, key=len)):
-        ids, mask = pad_rows(part, 0)
-        yield ids.to(model.device), mask.to(model.device)
+def batches(model, rows: list[list[int]]) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """Rows of token ids, the shortest first, as many at once as have logits that fit `MEMORY`.
+
+    -> where they stand in `rows`, and their ids and mask, (B, T), on the model's device.
+    """
+    memory = MEMORY.get(model.device.type, MEMORY["cpu"])
+    room = memory // (model.config.vocab_size * torch.float32.itemsize)  # tokens
+    part = []
+    for place in sorted(range(len(rows)), key=lambda place: len(rows[place])):
+        if part and (len(part) + 1) * len(rows[place]) > room:
+            yield part, *_padded(model, [rows[one] for one in part])
+            part = []
+        part.append(place)
+    if part:
+        yield part, *_padded(model, [rows[one] for one in part])
+
+
+def _padded(model, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    ids, mask = pad_rows(rows, 0)  # what stands after a text is read by nothing before it
+    return ids.to(model.device), mask.to(model.device)
 
 
 def blimp_accuracy(model, tokenizer, pairs: pd.DataFrame) -> pd.Series:
@@ -127,24 +148,6 @@ def read_blimp(source: str) -> pd.DataFrame:
         raise ValueError(
             f"{source!r} is no folder, and BLiMP could not be loaded by that name: {first_line(error)}"
         ) from error
-
-
-def fitting(model, items: list, length: Callable = len) -> Iterator[list]:
-    """Texts in their order, as many at once as have logits that fit `MEMORY` when they are padded to the longest.
-
-    length: the tokens of a text.
-    """
-    memory = MEMORY.get(model.device.type, MEMORY["cpu"])
-    room = memory // (model.config.vocab_size * torch.float32.itemsize)  # tokens
-    part, longest = [], 0
-    for item in items:
-        longest = max(longest, length(item))
-        if part and (len(part) + 1) * longest > room:
-            yield part
-            part, longest = [], length(item)
-        part.append(item)
-    if part:
-        yield part
 
 
 def parts(items: list, size: int) -> Iterator[list]:

@@ -1,11 +1,13 @@
 """What 00_tour alone needs: small counts and sentences, and the checks of its exercises."""
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
 import torch
 
+from backpack_lib.analysis.scores import nats_per_token
 from backpack_lib.analysis.statistics import p_value
 from backpack_lib.lessons.exercises import (
     check_choice,
@@ -13,7 +15,7 @@ from backpack_lib.lessons.exercises import (
     check_number,
     check_strongest_push,  # noqa: F401, for the notebook
 )
-from backpack_lib.studies.text_quality import bag_share, count_among, perplexity
+from backpack_lib.studies.text_quality import bag_share, count_among
 from backpack_lib.text.words import spell, spell_text
 
 SHOWN = 6  # of the contributions, one by one
@@ -43,7 +45,7 @@ def steering_table(model, tokenizer, texts: dict[str, list[str]], prompts: list[
     words = list(words)
     rows = {
         name: {
-            "perplexity": perplexity(model, tokenizer, some, prompts),
+            "perplexity": math.exp(nats_per_token(model, tokenizer, some, prompts)),
             "topic words per 1,000": 1000 * bag_share(some, words),
         }
         for name, some in texts.items()

@@ -79,7 +79,9 @@ def mix_senses(queries, keys, table, inverse, allowed):
         return weighted_sum(contextualize(queries, keys, allowed), at_positions(table, inverse))
     mixed = 0.0
     for parts in zip(queries.unbind(1), keys.unbind(1), table.unbind(1)):
-        mixed = mixed + checkpoint(_sum_of_sense, *parts, inverse, allowed, use_reentrant=False, preserve_rng_state=False)
+        mixed = mixed + checkpoint(
+            _sum_of_sense, *parts, inverse, allowed, use_reentrant=False, preserve_rng_state=False
+        )
     return mixed.to(table.dtype)
 
 

@@ -20,9 +20,17 @@ from tqdm.auto import tqdm
 from backpack_lib.analysis.bias import fewest
 from backpack_lib.analysis.finetuning import Examples, bounded_share, changed, finetune, general_loss, rows_of_texts
 from backpack_lib.analysis.knowledge import (
-    WANTED, Fact, dose, margins, project, projected_inputs, search_strength, sense_effects, tokens_of_fact,
+    WANTED,
+    Fact,
+    dose,
+    margins,
+    project,
+    projected_inputs,
+    search_strength,
+    sense_effects,
+    tokens_of_fact,
 )  # fmt: skip
-from backpack_lib.analysis.scores import log_probabilities, next_log_probabilities
+from backpack_lib.analysis.scores import nats_per_token, next_log_probabilities
 from backpack_lib.analysis.statistics import mean_interval
 from backpack_lib.files import cached_json
 from backpack_lib.loading import fingerprint
@@ -147,7 +155,7 @@ class KnowledgeStudy:
             # An edit of one word reaches no text without it, so their loss is not measured again.
             after = self._state(net, fact, None if everywhere else before["without"])
         with torch.inference_mode():
-            judged = _nats_per_token(net, self.tokenizer, after["written"], list(fact.edit))
+            judged = nats_per_token(net, self.tokenizer, after["written"], list(fact.edit))
         return compare_states(self.tokenizer, net, fact, before, after) | {
             "perplexity of what it writes": math.exp(judged),
             "repetition": repetition(after["written"], 2),
@@ -161,7 +169,7 @@ class KnowledgeStudy:
         state = dict(zip(("edit", "test", "neighbours", "about"), np.split(np.arange(len(prompts)), cuts)))
         state = {use: found[torch.as_tensor(numbers)] for use, numbers in state.items()}
         return state | {
-            "with": _nats_per_token(net, self.tokenizer, self._texts_with(fact), [""]),
+            "with": nats_per_token(net, self.tokenizer, self._texts_with(fact)),
             "without": general_loss(net, self._rows_without(fact)) if without is None else without,
             "written": self._write(net, list(fact.edit), WRITTEN_TOKENS),
         }
@@ -209,15 +217,6 @@ def related_tokens(net, token: int, but=(), n: int = RELATED) -> list[int]:
     return [one for one in order if one not in (token, *but)][:n]
 
 
-def _nats_per_token(net, tokenizer, texts: list[str], prompts: list[str]) -> float:
-    """The loss on what texts say after prompts, which count for nothing: one for each text, or "" for all."""
-    prompts = prompts * len(texts) if len(prompts) == 1 else prompts
-    nats = log_probabilities(net, tokenizer, prompts) - log_probabilities(net, tokenizer, texts)
-    count = sum(len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
-    count -= sum(len(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"])
-    return nats.sum().item() / max(count, 1)
-
-
 # ---------------------------------------------------------------- several edits at once
 
 
@@ -243,23 +242,23 @@ def at_once(model, tokenizer, facts: list[Fact], numbers=(1, 5, 20), seed: int =
 # ---------------------------------------------------------------- what the rows show
 
 
-def methods_table(rows: pd.DataFrame, seed: int = 0, resamples: int = 2000) -> pd.DataFrame:
+def methods_table(rows: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Means over facts with 95 % intervals, (mean, low, high) of each of `MEASURES`: a row a model and method."""
     found = {}
     for key, some in rows.groupby(KEYS, sort=False):
         found[key] = {
             (measure, what): value
             for measure in MEASURES
-            for what, value in zip(("mean", "low", "high"), mean_interval(some[measure].to_numpy(), resamples, seed))
+            for what, value in zip(("mean", "low", "high"), mean_interval(some[measure].to_numpy(), seed))
         } | {("facts", ""): len(some)}
     return pd.DataFrame(found).T.rename_axis(KEYS)
 
 
 def paired(
-    rows: pd.DataFrame, measure: str, one: tuple[str, str], other: tuple[str, str], seed: int = 0, resamples: int = 2000
+    rows: pd.DataFrame, measure: str, one: tuple[str, str], other: tuple[str, str], seed: int = 0
 ) -> dict[str, float]:
     """How much more of a measure one method has than another on the same facts: difference, low, high (95 %), facts."""
     by_fact = rows.set_index([*KEYS, "relation", "subject"])[measure].sort_index()
     difference = (by_fact.loc[one] - by_fact.loc[other]).dropna()
-    mean, low, high = mean_interval(difference.to_numpy(), resamples, seed)
+    mean, low, high = mean_interval(difference.to_numpy(), seed)
     return {"difference": mean, "low": low, "high": high, "facts": len(difference)}

@@ -19,7 +19,14 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from backpack_lib.analysis.finetuning import (
-    Examples, SenseTeaching, bounded_share, changed, finetune, general_loss, make_examples, rows_of_texts,
+    Examples,
+    SenseTeaching,
+    bounded_share,
+    changed,
+    finetune,
+    general_loss,
+    make_examples,
+    rows_of_texts,
 )  # fmt: skip
 from backpack_lib.analysis.statistics import mean_interval
 from backpack_lib.files import cached_json
@@ -157,11 +164,11 @@ class TeachingStudy:
 # ---------------------------------------------------------------- what the rows show
 
 
-def success_table(rows: pd.DataFrame, seed: int = 0, resamples: int = 2000) -> pd.DataFrame:
+def success_table(rows: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """The share of held-out examples solved (95 % interval), and its cost: a row a set, model, method and bound."""
     found = {}
     for key, some in rows.groupby(KEYS, sort=False):
-        mean, low, high = mean_interval(some["success"].to_numpy(dtype=float), resamples, seed)
+        mean, low, high = mean_interval(some["success"].to_numpy(dtype=float), seed)
         costs = some[["general text, %", "texts with the words, %"]].iloc[0].to_dict()
         found[key] = {"success": mean, "low": low, "high": high, "examples": len(some)} | costs
     return pd.DataFrame(found).T.rename_axis(KEYS)
@@ -169,11 +176,10 @@ def success_table(rows: pd.DataFrame, seed: int = 0, resamples: int = 2000) -> p
 
 def paired(
     rows: pd.DataFrame, name: str, bound: float, one: tuple[str, str], other: tuple[str, str], seed: int = 0,
-    resamples: int = 2000,
 ) -> dict[str, float]:  # fmt: skip
     """How much more of a set one (model, method) solves than another at a bound: difference, low, high (95 %)."""
     some = rows[(rows["set"] == name) & (rows["bound"] == bound)]
     some = some.set_index(["model", "method", "example"])["success"].sort_index()
     difference = some.loc[one].astype(float) - some.loc[other].astype(float)
-    mean, low, high = mean_interval(difference.to_numpy(), resamples, seed)
+    mean, low, high = mean_interval(difference.to_numpy(), seed)
     return {"difference": mean, "low": low, "high": high}

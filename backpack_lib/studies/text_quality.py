@@ -1,4 +1,4 @@
-"""Is a text good text? Perplexity under another model, repetition, and MAUVE."""
+"""Is a text good text? Repetition, words of a topic, and MAUVE."""
 
 import math
 import re
@@ -7,17 +7,10 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from backpack_lib.analysis.scores import log_probabilities, parts
+from backpack_lib.analysis.scores import parts
 from backpack_lib.text.writing import ids_of_text, pad_rows
 
 TEXTS_AT_ONCE = 32
-
-
-def perplexity(model, tokenizer, texts: list[str], prompts: list[str]) -> float:
-    """The perplexity of what was written after the prompts, all together, under a model that did not write it."""
-    nats = log_probabilities(model, tokenizer, prompts) - log_probabilities(model, tokenizer, texts)
-    tokens = sum(len(ids_of_text(tokenizer, t)) - len(ids_of_text(tokenizer, p)) for t, p in zip(texts, prompts))
-    return math.exp(nats.sum().item() / max(tokens, 1))
 
 
 def repetition(texts: list[str], n: int = 4) -> float:

@@ -22,7 +22,7 @@ from backpack_lib import load
 from backpack_lib.analysis import roles, similarity
 from backpack_lib.analysis.bias import fill, ratio, tokens_of_pair
 from backpack_lib.analysis.scores import bits_per_byte, blimp_accuracy, next_log_probabilities, read_blimp
-from backpack_lib.analysis.statistics import bootstrap_intervals
+from backpack_lib.analysis.statistics import bootstrap
 from backpack_lib.files import exit_status, write_text
 from backpack_lib.lessons.bias import rank_correlation
 from backpack_lib.loading import fingerprint
@@ -50,7 +50,7 @@ def pronouns(model, tokenizer) -> dict[str, float]:
     log_p = log_p[:, list(tokens_of_pair(tokenizer, ("he", "she")))].view(len(PROFESSIONS), len(templates), 2)
     odds = (log_p[..., 0] - log_p[..., 1]).cpu().numpy()
     men = np.broadcast_to(100 - PROFESSIONS["percent_women"].to_numpy()[:, None], odds.shape)
-    low, high = bootstrap_intervals(rank_correlation, odds, men)
+    low, high = bootstrap(rank_correlation, odds, men, axes=2)
     rho = {"rho": rank_correlation(odds, men), "rho_low": low, "rho_high": high}
     return {"mass": log_p.exp().sum(-1).mean().item(), "ratio": float(ratio(odds))} | {
         k: float(v) for k, v in rho.items()

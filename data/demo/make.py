@@ -43,7 +43,7 @@ def recipe(device: str) -> dict[str, dict]:
 def studied_words() -> list[str]:
     """Words that the notebooks study: professions, pronouns and words like them, and those of the topics."""
     words = (HERE / "words.txt").read_text().split()
-    with open(HERE.parent / "professions.csv", newline="") as file:
+    with open(HERE.parent / "professions.csv", encoding="utf-8", newline="") as file:
         words += [word for row in csv.DictReader(file) for word in row["profession"].split()]
     for topic in json.loads((HERE.parent / "topics.json").read_text()):
         words += [*re.findall(r"\w+", topic["name"]), *topic["steer"], *topic["words"]]
