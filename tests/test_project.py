@@ -21,7 +21,7 @@ from backpack_lib.running.pages import pictures
 from backpack_lib.running.parameters import default_parameters
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PROJECT, LINE_LENGTH = PYPROJECT["project"], PYPROJECT["tool"]["ruff"]["line-length"]
+PROJECT = PYPROJECT["project"]
 
 
 def pinned():
@@ -42,20 +42,6 @@ def test_every_requirement_is_pinned_to_a_version_that_it_allows():
         pin = pins[requirement.name]
         (version,) = [s.version for s in pin.specifier if s.operator == "=="]
         assert requirement.specifier.contains(version), requirement
-    assert str(pins["torch"]) == "torch==2.13.0"
-
-
-def test_pins_are_exact_and_for_every_platform():
-    for name, pin in pinned().items():
-        assert [s.operator for s in pin.specifier] == ["=="] and "+" not in str(pin), name
-
-
-def test_oldest_supported_versions():
-    supported = {r.name: r.specifier for r in requirements()}
-    assert supported["torch"] == SpecifierSet(">=2.11")
-    assert supported["transformers"] == SpecifierSet(">=5.17,<5.25")
-    assert SpecifierSet(PROJECT["requires-python"]) == SpecifierSet(">=3.11,<3.14")
-    assert PROJECT["license"] == "Apache-2.0"
 
 
 def test_conda_users_get_the_same():

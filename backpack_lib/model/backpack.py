@@ -210,6 +210,13 @@ def allowed_positions(attention_mask, n_new, n_total, n_past, device, texts=None
     return allowed
 
 
+def packed_texts(position_ids, attention_mask, cache, batch):
+    """The number of the text that each position belongs to, (B, T), where positions say that several stand in a row."""
+    if position_ids is None or attention_mask is not None or cache is not None:
+        return None
+    return find_packed_sequence_indices(position_ids.expand(batch, -1))
+
+
 def check_ids(input_ids: torch.Tensor, vocab_size: int):
     """Raises ValueError if one of some token ids is no row of the vocabulary, which on a GPU would end the process."""
     if not 0 <= input_ids.min() <= input_ids.max() < vocab_size:
@@ -344,11 +351,10 @@ class BackpackModel(BackpackPreTrainedModel):
 
         distinct: what `distinct_tokens(input_ids)` returned, if it has been asked.
         """
-        self._check_input(input_ids, inputs_embeds, 0 if cache is None else cache.get_seq_length())
+        past = 0 if cache is None else cache.get_seq_length()
+        self._check_input(input_ids, inputs_embeds, past)
         batch, n_new = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
-        texts = None
-        if position_ids is not None and attention_mask is None and cache is None:
-            texts = find_packed_sequence_indices(position_ids.expand(batch, -1))
+        texts = packed_texts(position_ids, attention_mask, cache, batch)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             # Padding takes no position, so a left-padded text is read as if it stood alone.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -n_new:]
@@ -383,20 +389,20 @@ class BackpackModel(BackpackPreTrainedModel):
         table, inverse = table.to(keys.device), inverse.to(keys.device)  # if layers are spread over devices
         allowed = allowed_positions(attention_mask, n_new, n_total, n_past, keys.device, texts)
 
-        alpha, senses = None, None
+        seen = {}
         if output_senses or self.weight_hooks:
             alpha, senses = contextualize(queries, keys, allowed), at_positions(table, inverse)
             for hook in self.weight_hooks:
                 alpha = hook(alpha, senses, input_ids, attention_mask)
             mixed = weighted_sum(alpha, senses)
+            seen = {"contextualization": alpha, "senses": senses} if output_senses else {}
         else:
             mixed = mix_senses(queries, keys, table, inverse, allowed)
         return BackpackModelOutput(
             last_hidden_state=mixed,
             hidden_states=trunk.hidden_states,
             attentions=trunk.attentions,
-            contextualization=alpha if output_senses else None,
-            senses=senses if output_senses else None,
+            **seen,
             **{CACHE: cache if use_cache else None},
         )
 

@@ -28,7 +28,6 @@ from functools import partial
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import find_packed_sequence_indices
 from transformers.utils import can_return_tuple
 
 from backpack_lib.model.backpack import (
@@ -38,6 +37,7 @@ from backpack_lib.model.backpack import (
     allowed_positions,
     check_sizes,
     distinct_tokens,
+    packed_texts,
 )
 from backpack_lib.model.cache import CACHE, SenseTable, sense_layer
 from backpack_lib.model.mixing import at_positions, contextualize, mix_senses, weighted_sum
@@ -281,9 +281,8 @@ class SenseLens(PreTrainedModel, GenerationMixin):
         inputs, outputs: of the base's body. seen: takes what `output_senses` asks for.
         """
         h, cache = outputs.last_hidden_state, outputs.get(CACHE)
-        input_ids, attention_mask, texts = inputs["input_ids"], inputs.get("attention_mask"), None
-        if inputs.get("position_ids") is not None and attention_mask is None and cache is None:
-            texts = find_packed_sequence_indices(inputs["position_ids"].expand_as(input_ids))
+        input_ids, attention_mask = inputs["input_ids"], inputs.get("attention_mask")
+        texts = packed_texts(inputs.get("position_ids"), attention_mask, cache, len(input_ids))
         queries, keys = self.queries_and_keys(torch.cat([h, outputs.hidden_states[self.config.middle_layer]], -1))
         ids = input_ids
         if cache is not None:

@@ -8,7 +8,9 @@ import hashlib
 import json
 import os
 import re
+import signal
 import sys
+from contextlib import contextmanager
 from itertools import islice, product
 from pathlib import Path
 
@@ -73,9 +75,11 @@ class Grid:
             threads = str(max(1, os.cpu_count() // at_once))
             where = {"n_workers": at_once, "env": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}} | PROCESS
         waiting, failed = iter(left), []
+        # What is killed is tried once more.
+        with config.set({"distributed.scheduler.allowed-failures": 1}), interrupts_ignored():
+            client = Client(**where)
         with (
-            config.set({"distributed.scheduler.allowed-failures": 1}),  # what is killed is tried once more
-            Client(**where) as client,
+            client,
             tqdm(total=len(self.runs), initial=len(self.runs) - len(left), desc=self.name, unit="run") as bar,
         ):
 
@@ -110,6 +114,16 @@ class Grid:
         table = pd.DataFrame(rows).drop(columns="parameters", errors="ignore")
         write_text(self.file, table.to_csv(index=False))
         return table
+
+
+@contextmanager
+def interrupts_ignored():
+    """Processes that start meanwhile leave Ctrl-C to this one, which stops them."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def gpus_here() -> list[str]:
