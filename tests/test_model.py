@@ -106,15 +106,6 @@ def test_outputs_are_the_parts_of_the_sum():
     assert model(ids).senses is None and model(ids).contextualization is None
 
 
-def test_sense_network_sees_each_distinct_token_once():
-    model = tiny_model()
-    seen = []
-    model.backpack.sense_network.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
-    ids = torch.tensor([[5, 6, 5, 5], [6, 5, 6, 9]])
-    model(ids)
-    assert seen == [3]
-
-
 class Sizes(TorchDispatchMode):
     """Notes how many numbers each new tensor holds."""
 
@@ -128,16 +119,6 @@ class Sizes(TorchDispatchMode):
         if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in inputs:
             self.seen.append(out.numel())
         return out
-
-
-def test_sum_over_senses_makes_no_large_intermediate():
-    """No tensor as large as (B, k, T, d) is made by the sum, forward."""
-    B, k, T, d = 2, 8, 16, 64
-    alpha, senses = torch.rand(B, k, T, T), torch.rand(B, k, T, d)
-    with Sizes() as sizes:
-        total = mixing.weighted_sum(alpha, senses)
-    torch.testing.assert_close(total, (alpha @ senses).sum(1))
-    assert max(sizes.seen) < B * k * T * d
 
 
 def test_mixing_makes_neither_all_weights_nor_all_senses(monkeypatch):
@@ -238,15 +219,6 @@ def test_caches_of_every_make_hold_the_senses():
 
 
 @torch.no_grad()
-def test_a_cache_goes_by_its_older_name_too():
-    model, ids = tiny_model(), random_ids(2, 10)
-    first = model(ids[:, :4], use_cache=True)
-    with pytest.warns(FutureWarning, match="Use `cache` instead"):
-        rest = model(ids[:, 4:], past_key_values=first[CACHE]).logits
-    torch.testing.assert_close(torch.cat([first.logits, rest], 1), model(ids).logits, atol=1e-5, rtol=1e-4)
-
-
-@torch.no_grad()
 def test_with_a_cache_the_senses_of_each_token_are_computed_once():
     model = tiny_model()
     seen = []
@@ -273,16 +245,6 @@ def test_a_cache_keeps_tokens_and_no_senses():
     torch.testing.assert_close(
         model(ids[:, :2], cache=cache).logits, model(torch.cat([ids, ids[:, :2]], 1)).logits[:, 10:]
     )
-
-
-@torch.no_grad()
-def test_a_cache_that_is_filled_anew_has_the_senses_of_the_present_weights():
-    model, ids = tiny_model(), random_ids(2, 10)
-    cache = model(ids, use_cache=True)[CACHE]
-    cache.reset()
-    model.lm_head.weight.mul_(2)
-    logits = [model(ids[:, part], cache=cache).logits for part in (slice(0, 6), slice(6, 10))]
-    torch.testing.assert_close(torch.cat(logits, 1), model(ids, use_cache=False).logits, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ def test_a_clone_in_a_foreign_folder_with_data_that_is_only_read_and_no_network(
     for path in [clone / "data", *(clone / "data").rglob("*")]:
         path.chmod(0o555 if path.is_dir() else 0o444)
     before = contents(clone / "data")
+    (tmp_path / "home").mkdir()
     env = environment(HOME=tmp_path / "home", PYTHONPATH=clone, PYTHONDONTWRITEBYTECODE=1)
     for name in ("HF_HOME", "HF_HUB_OFFLINE", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "MPLCONFIGDIR", "IPYTHONDIR"):
         env.pop(name, None)

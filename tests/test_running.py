@@ -76,6 +76,14 @@ def test_all_notebooks_run_in_order_and_a_failure_does_not_stop_the_others(suite
     assert (tmp_path / "runs" / "index.html").is_file()
 
 
+def test_notebooks_run_side_by_side_and_are_listed_in_their_order(suite, tmp_path, capfd):
+    suite("01_first", "import time; time.sleep(2)", WRITE)
+    assert main(["--processes", "2"]) == 0
+    out, err = capfd.readouterr()
+    assert "[1/2] 02_second" in err and "[2/2] 01_first" in err
+    assert out.index("01_first, ") < out.index("02_second, ") and (tmp_path / "runs" / "index.html").is_file()
+
+
 def test_a_renamed_and_moved_copy_runs_and_its_results_are_strict_json(suite, tmp_path, capfd, monkeypatch):
     source = suite("03_third", WRITE)
     copy = tmp_path / "my {notes} 1" / "third {2}.ipynb"

@@ -216,7 +216,7 @@ class SenseEdits:
     # ------------------------------------------------------------ saving and loading
 
     def save(self, path: str | Path):
-        """Writes the edits into one small safetensors file, whole or not at all. Raises ValueError where it cannot."""
+        """Writes the edits into one small safetensors file, whole or not at all."""
         path, tensors, edits = Path(path), {"probe": probe(self.model)}, []
         for number, edit in enumerate(self):
             edits.append({"note": edit.note, "by": edit.by})
@@ -231,11 +231,8 @@ class SenseEdits:
             "vocabulary": vocabulary_fingerprint(self.tokenizer),
             "edits": json.dumps(edits),
         }
-        try:
-            with written_whole(path) as building:
-                save_file(tensors, building, metadata)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"The edits could not be written to {str(path)!r}: {first_line(error)}") from error
+        with written_whole(path) as building:
+            save_file(tensors, building, metadata)
 
     @classmethod
     def load(cls, path: str | Path, model, tokenizer) -> "SenseEdits":
@@ -245,18 +242,15 @@ class SenseEdits:
         vocabulary or another model.
         """
         metadata, tensors = _read_file(path)
-        try:
-            name = f"{str(path)!r} (for the model {metadata['model']!r})"
-            if metadata["vocabulary"] != vocabulary_fingerprint(tokenizer):
-                raise ValueError(f"{name} holds edits for another vocabulary; load the model that they were made for.")
-            check_fit(model, tensors["probe"], name)
-            made = cls(model, tokenizer, metadata["description"])
-            for number, edit in enumerate(json.loads(metadata["edits"])):
-                parts = {part: tensors.get(f"{number}.{part}") for part in PARTS}
-                made._keep(Edit(**edit, **parts))
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{str(path)!r} is damaged: {first_line(error)}") from error
-        return made
+        name = f"{str(path)!r} (for the model {metadata['model']!r})"
+        if metadata["vocabulary"] != vocabulary_fingerprint(tokenizer):
+            raise ValueError(f"{name} holds edits for another vocabulary; load the model that they were made for.")
+        check_fit(model, tensors["probe"], name)
+        loaded = cls(model, tokenizer, metadata["description"])
+        for number, edit in enumerate(json.loads(metadata["edits"])):
+            parts = {part: tensors.get(f"{number}.{part}") for part in PARTS}
+            loaded._keep(Edit(**edit, **parts))
+        return loaded
 
     # ------------------------------------------------------------ what was given
 
@@ -356,13 +350,8 @@ def probe(model) -> torch.Tensor:
 
 def check_fit(model, expected: torch.Tensor, name: str = "These edits"):
     """Raises ValueError if a model's probe is another than the expected one."""
-    found = probe(model)
-    if found.shape != expected.shape:
-        raise ValueError(
-            f"{name}: made for a model of {expected.shape[1]} senses, but this one has {found.shape[1]}; "
-            "load the model that they were made for."
-        )
-    if not torch.allclose(found, expected, rtol=PROBE_TOLERANCE):
+    lengths = probe(model)
+    if lengths.shape != expected.shape or not torch.allclose(lengths, expected, rtol=PROBE_TOLERANCE):
         raise ValueError(
             f"{name}: made for a model whose senses are others than this one's; load the model that they were made for."
         )
@@ -374,10 +363,8 @@ def _read_file(path: str | Path) -> tuple[dict, dict]:
         with safe_open(as_seen(path), "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except OSError as error:
-        raise ValueError(f"There is no file {str(path)!r} that can be read: {first_line(error)}") from error
-    except SafetensorError as error:
-        raise ValueError(f"{str(path)!r} is damaged or no safetensors file: {first_line(error)}") from error
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{str(path)!r} is missing, damaged, or no safetensors file: {first_line(error)}") from error
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{str(path)!r} holds no sense edits (format {metadata.get('format')!r}, not {FORMAT!r}).")
     return metadata, tensors

@@ -20,7 +20,12 @@ def main(arguments: list[str] | None = None) -> int:
     add("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
     add("-f", metavar="FILE", help="parameters from a YAML file")
     add("--grid", action="append", default=[], metavar="NAME=V1,V2", help="a run for each value, or each combination")
-    add("--processes", type=int, default=0, help="of a grid, at a time; 0: one a GPU, or one a core")
+    add(
+        "--processes",
+        type=int,
+        default=0,
+        help="notebooks, or runs of a grid, at a time (of a grid, 0: one a GPU, or one a core)",
+    )
     add("--scheduler", default="", help="of a dask cluster to run a grid on: tcp://..., or its file")
     add("--notebooks", nargs="?", const="notebooks", metavar="FOLDER", help="only copy the notebooks to a folder")
     options = parser.parse_args(arguments)
@@ -55,10 +60,13 @@ def _run_in_order(options) -> int:
     plans = {name: read_parameters(source, options.f, options.p) for name, source in sources.items()}
     if len(plans) > 1 and any("out" in given for given in plans.values()):
         raise ValueError("These notebooks would all write to one `out`; run them one by one.")
-    outcomes = []
-    for number, (name, given) in enumerate(plans.items(), start=1):
-        print(f"[{number}/{len(plans)}] {sources[name].stem}", file=sys.stderr, flush=True)
-        outcomes.append(run_notebook(name, given))
+    if options.processes > 1 and len(plans) > 1:
+        outcomes = _run_side_by_side(plans, options.processes)
+    else:
+        outcomes = []
+        for number, (name, given) in enumerate(plans.items(), start=1):
+            print(f"[{number}/{len(plans)}] {sources[name].stem}", file=sys.stderr, flush=True)
+            outcomes.append(run_notebook(name, given))
     for outcome in outcomes:
         print(f"{outcome.notebook}, {outcome.minutes:.1f} minutes: {outcome.result}\n    {outcome.copy}")
     if not options.names:
@@ -66,6 +74,24 @@ def _run_in_order(options) -> int:
 
         print(f"All of them as pages: {write_index(outcomes, runs_folder())}")
     return int(any(outcome.failed for outcome in outcomes))
+
+
+def _run_side_by_side(plans: dict[str, dict], processes: int) -> list:
+    """Runs notebooks several at a time, which do not depend on each other. -> their outcomes, in the order of the plans"""
+    from dask.distributed import as_completed
+
+    from backpack_lib.running.grid import processes_here
+
+    with processes_here(processes) as client:
+        futures = client.map(run_notebook, plans, plans.values(), progress_bar=False, pure=False)
+        for number, future in enumerate(as_completed(futures), start=1):
+            outcome = future.result()
+            print(
+                f"[{number}/{len(plans)}] {outcome.notebook}, {outcome.minutes:.1f} minutes",
+                file=sys.stderr,
+                flush=True,
+            )
+        return [future.result() for future in futures]
 
 
 def _run_grid(options) -> int:

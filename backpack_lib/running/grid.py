@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import sys
-from contextlib import contextmanager
 from itertools import islice, product
 from pathlib import Path
 
@@ -68,18 +67,15 @@ class Grid:
         gpus = [] if scheduler or all(p.get("device", "cpu") == "cpu" for p in self.runs.values()) else gpus_here()
         if scheduler:
             at_once = len(left)  # a cluster may grow with its work
-            where = {"scheduler_file" if Path(scheduler).is_file() else "address": scheduler, "timeout": 20}
+            place = {"scheduler_file" if Path(scheduler).is_file() else "address": scheduler, "timeout": 20}
+            connected = Client(**place)
         else:
             # No process of this machine is given a second run, which would be killed with it.
             at_once = min(len(left), processes or len(gpus) or min(MOST, os.cpu_count()))
-            threads = str(max(1, os.cpu_count() // at_once))
-            where = {"n_workers": at_once, "env": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}} | PROCESS
+            connected = processes_here(at_once)
         waiting, failed = iter(left), []
-        # What is killed is tried once more.
-        with config.set({"distributed.scheduler.allowed-failures": 1}), interrupts_ignored():
-            client = Client(**where)
         with (
-            client,
+            connected as client,
             tqdm(total=len(self.runs), initial=len(self.runs) - len(left), desc=self.name, unit="run") as bar,
         ):
 
@@ -116,12 +112,13 @@ class Grid:
         return table
 
 
-@contextmanager
-def interrupts_ignored():
-    """Processes that start meanwhile leave Ctrl-C to this one, which stops them."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def processes_here(number: int) -> Client:
+    """So many processes of this machine, which share its cores and leave Ctrl-C to this one, which stops them."""
+    threads = str(max(1, os.cpu_count() // number))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # for processes that start meanwhile, too
     try:
-        yield
+        with config.set({"distributed.scheduler.allowed-failures": 1}):  # what is killed is tried once more
+            return Client(n_workers=number, env={"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}, **PROCESS)
     finally:
         signal.signal(signal.SIGINT, before)
 
