@@ -19,7 +19,6 @@ from backpack_lib.analysis.senses import senses_of_words
 from backpack_lib.analysis.topic import TopicControl, topic_direction
 from backpack_lib.display import tables
 from backpack_lib.model.kinds import check_sense
-from backpack_lib.studies.fluency import search_temperature
 from backpack_lib.studies.judges import ClassifierJudge, WordJudge
 from backpack_lib.text.corpora import open_corpus, prepare
 from backpack_lib.text.tokenizers import train_tokenizer
@@ -178,7 +177,6 @@ CASES = {
         (lambda c: similarity.read_sets(str(c.files / "nowhere")), "nowhere"),
         (lambda c: WordJudge([]), "no topic"),
         (lambda c: ClassifierJudge(str(c.files / "nowhere")), "nowhere"),
-        (lambda c: search_temperature(lambda t: 1.0, NAN), "nan"),
     ],
     "corpora": [
         (lambda c: open_corpus(str(c.files / "none*.txt")), "none*.txt"),
