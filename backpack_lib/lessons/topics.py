@@ -17,9 +17,6 @@ from backpack_lib.lessons.exercises import check_function, check_number
 from backpack_lib.lessons.opening import PLANTED, Lesson, check_stored
 from backpack_lib.studies.topic_study import BACKPACK
 from backpack_lib.text import planted
-from backpack_lib.text.writing import ids_of_text
-
-ANNOUNCEMENT = 8  # tokens that announce three planted topics
 
 
 def read_topics(lesson: Lesson, file: str = "") -> dict[str, dict]:
@@ -40,13 +37,16 @@ def read_topics(lesson: Lesson, file: str = "") -> dict[str, dict]:
     if not isinstance(topics, list) or not topics or not all(isinstance(topic, dict) for topic in topics):
         raise ValueError(f"The file of topics {file!r} should be a list of topics, as data/topics.json is.")
     for topic in topics:
-        words = [topic.get("name"), *(topic.get("steer") or [None]), *(topic.get("words") or [None])]
-        if not all(isinstance(word, str) for word in words):
+        if not isinstance(topic.get("name"), str) or not all(_is_words(topic.get(key)) for key in ("steer", "words")):
             raise ValueError(
                 f"In the file of topics {file!r}, {topic.get('name')!r} should have a name and two lists of words, "
                 "'steer' and 'words', as in data/topics.json; a number such as 1984 needs quotes."
             )
     return {topic["name"]: topic for topic in topics}
+
+
+def _is_words(entry) -> bool:
+    return isinstance(entry, list) and len(entry) > 0 and all(isinstance(word, str) for word in entry)
 
 
 def planted_judge(texts: list[str]) -> pd.DataFrame:
@@ -79,24 +79,17 @@ def choose_topics(lesson: Lesson, known: dict[str, dict], topic: str, topics: li
     return known[topic or suits[0]], [known[name] for name in dict.fromkeys(names)]
 
 
-def check_settings(lesson: Lesson, strengths, pplm_steps, prompt: str, **counts: int):
-    """Raises ValueError, before anything takes long, for a setting that is out of range or does not fit the model."""
+def check_settings(strengths: list[int], pplm_steps: list[float], **counts: int):
+    """Raises ValueError, before anything takes long, for a setting that is out of range."""
     for strength in strengths:
         deltas_of(strength)
-    if not any(strengths):
-        raise ValueError("Strength 0 alone leaves nothing to compare; measure one above 0 as well.")
     for step in pplm_steps:
         pplm.Settings(step=step)
+    if not any(strengths):
+        raise ValueError("Strength 0 alone leaves nothing to compare; measure one above 0 as well.")
     for name, number in counts.items():
         if number < 1:
             raise ValueError(f"{name}={number} should be at least 1.")
-    begun = len(ids_of_text(lesson.tokenizer, prompt)) + (ANNOUNCEMENT if lesson.kind == PLANTED else 0)
-    context = lesson.model.config.n_positions
-    if begun + counts["tokens"] > context:
-        raise ValueError(
-            f"The prompt leaves no room for {counts['tokens']} tokens in a context of {context}; shorten it, or ask "
-            "for less."
-        )
 
 
 def stored_texts(model: str, topics: list[str], lesson: Lesson) -> pd.DataFrame | None:
