@@ -147,17 +147,3 @@ def test_leaving_restores_the_model_also_after_an_error():
     with pytest.raises(RuntimeError, match="inside"), control.applied():
         raise RuntimeError("inside")
     assert not MODEL.backpack.weight_hooks and not MODEL.backpack.patches
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: TopicControl(MODEL, TOKENIZER, []), "A topic needs at least one word, and none was given"),
-        (lambda: TopicControl(MODEL, TOKENIZER, ["nurse"], 4), "strength=4 is not in the table; choose one of 0, 1, 2"),
-        (lambda: TopicControl(MODEL, TOKENIZER, ["nurse"], deltas=[2, 1, 1, np.inf]), "should be 4 finite numbers"),
-        (lambda: TopicControl(MODEL, TOKENIZER, ["nurse"]).generate(["a"], 9, num_beams=2), "not go with num_beams"),
-    ],
-)  # fmt: skip
-def test_bad_input_is_one_sentence(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
