@@ -204,7 +204,7 @@ def test_topics_of_ones_own_are_words_as_they_are(tmp_path):
     own = [{"name": name, "steer": [name], "words": ["novel"]} for name in ("yes", "1984")]
     file.write_text("\N{BYTE ORDER MARK}" + json.dumps(own), encoding="utf-8")
     known = checks.read_topics(lesson, str(file))
-    assert checks.choose_topics(lesson, known, "", ["1984"]) == (own[0], [own[1]])
+    assert checks.choose_topics(lesson, known, "", ["1984"]) == (own[1], [own[1]])
     assert checks.choose_topics(lesson, known, "1984", ["all"]) == (own[1], own)
     with pytest.raises(ValueError, match=r"\['no'\] are no topics here; there are \['yes', '1984'\]"):
         checks.choose_topics(lesson, known, "no", [])

@@ -72,11 +72,13 @@ def choose_topics(lesson: Lesson, known: dict[str, dict], topic: str, topics: li
 
     Raises ValueError for a name that is not among the known ones.
     """
-    suits = [name for name in (lesson.example.topic, *lesson.example.topics) if name in known] or list(known)
-    names = list(known) if topics == ["all"] else topics or [n for n in lesson.example.topics if n in known] or known
-    if unknown := {topic or suits[0], *names} - known.keys():
+    suits = [name for name in lesson.example.topics if name in known] or list(known)
+    names = list(known) if topics == ["all"] else topics or suits
+    if not topic:
+        topic = lesson.example.topic if lesson.example.topic in known else names[0]
+    if unknown := {topic, *names} - known.keys():
         raise ValueError(f"{sorted(unknown)} are no topics here; there are {list(known)}.")
-    return known[topic or suits[0]], [known[name] for name in dict.fromkeys(names)]
+    return known[topic], [known[name] for name in dict.fromkeys(names)]
 
 
 def check_settings(strengths: list[int], pplm_steps: list[float], **counts: int):
@@ -92,12 +94,12 @@ def check_settings(strengths: list[int], pplm_steps: list[float], **counts: int)
             raise ValueError(f"{name}={number} should be at least 1.")
 
 
-def stored_texts(model: str, topics: list[str], lesson: Lesson) -> pd.DataFrame | None:
-    """Texts of all topics, stored by `make topic-control`, where no topics are named (demo); else None.
+def stored_texts(model: str, lesson: Lesson) -> pd.DataFrame | None:
+    """The demo model's texts on all topics, stored by `make topic-control`; None for another model.
 
     Raises ValueError if they were written by other weights.
     """
-    if model != "demo" or topics:
+    if model != "demo":
         return None
     stored = pd.read_csv(data_folder() / "demo" / "topic_control" / "texts.csv.gz")
     check_stored(stored.loc[stored["method"] == BACKPACK, "model"], lesson, "make topic-control")
