@@ -79,11 +79,12 @@ def test_next_words_hold_the_likeliest_of_either_and_those_to_watch():
 def test_turned_up_senses_are_those_of_the_highest_score():
     control = TopicControl(MODEL, TOKENIZER, ["nurse", "concert"], 3)
     table = tables.turned_up(control)
-    order = sorted(((control.scores[x, l].item(), x, l) for x in range(V) for l in range(4)), reverse=True)[:10]
+    scores, factors = control.scores_of(torch.arange(V)), control.factors_of(torch.arange(V))
+    order = sorted(((scores[x, l].item(), x, l) for x in range(V) for l in range(4)), reverse=True)[:10]
     assert list(table["score"]) == pytest.approx([score for score, _, _ in order])
     assert list(table["sense"]) == [l for _, _, l in order]
     assert list(table["token"]) == spell(TOKENIZER, [x for _, x, _ in order])
-    assert list(table["factor"]) == pytest.approx([control.factors[x, l].item() for _, x, l in order])
+    assert list(table["factor"]) == pytest.approx([factors[x, l].item() for _, x, l in order])
     few = torch.tensor([5, 9])
     assert set(tables.turned_up(control, few)["token"]) <= set(spell(TOKENIZER, few))
 

@@ -52,6 +52,4 @@ def test_mauve_is_one_for_the_same_texts_and_low_for_others(model, tokenizer):
     pytest.importorskip("mauve")
     one = [f"the nurse said that he sees {number} banks" for number in range(60)]
     other = ["the concert. " * (1 + number % 3) for number in range(60)]
-    same, apart = mauve(model, tokenizer, one, one, seeds=range(2)), mauve(model, tokenizer, one, other, seeds=range(2))
-    assert len(same) == len(apart) == 2 and min(same) > 0.99 and max(apart) < 0.3
-    assert mauve(model, tokenizer, one, other, seeds=[1]) == apart[1:]
+    assert mauve(model, tokenizer, one, one) > 0.99 and mauve(model, tokenizer, one, other) < 0.3

@@ -1,5 +1,6 @@
 """What is stored or shipped is of the models that are here, and a row of it is what the code gives."""
 
+import numpy as np
 import pandas as pd
 import pytest
 from helpers import ROOT
@@ -7,30 +8,26 @@ from helpers import ROOT
 from backpack_lib import load
 from backpack_lib.analysis.knowledge import margins, project, read_facts
 from backpack_lib.analysis.matching import compare_models
+from backpack_lib.lessons.opening import open_lesson
 from backpack_lib.lessons.reading import professions_and_templates, small_models, stored_table, words_to_compare
 from backpack_lib.lessons.topics import stored_texts
 from backpack_lib.loading import fingerprint, is_planted, load_baseline
 from backpack_lib.studies.reading_study import gender_table
-from backpack_lib.studies.topic_study import at_equal_fluency, settings_table
 
 
-def test_the_stored_texts_of_topic_control_are_of_the_demo_models_on_all_topics():
-    stored = pd.read_csv(ROOT / "data" / "demo" / "topic_control" / "texts.csv.gz")
-    models = stored.groupby("method")["model"].unique()
-    assert list(models["Backpack"]) == [fingerprint(load("demo")[0])], "run: make topic-control"
-    assert list(models["PPLM"]) == [fingerprint(load("demo-transformer")[0])]
-    assert stored["topic"].nunique() == 17
-    fair = at_equal_fluency(settings_table(stored))
-    assert set(fair["strength"]) == {0, 1, 2, 3, 0.1, 0.3} and (fair["reached"] | (fair["why"] != "")).all()
-
-
-def test_a_run_of_named_topics_or_of_another_model_speaks_of_its_own_texts():
-    models = {"Backpack": fingerprint(load("demo")[0]), "PPLM": fingerprint(load("demo-transformer")[0])}
-    own = pd.DataFrame({"method": [*models], "model": [*models.values()], "topic": "music"})
-    assert stored_texts("demo", [], own)["topic"].nunique() == 17
-    assert stored_texts("demo", ["music"], own) is own and stored_texts("planted", [], own) is own
-    with pytest.raises(ValueError, match="written with other weights"):
-        stored_texts("demo", [], own.assign(model="another"))
+def test_the_stored_texts_of_topic_control_are_of_the_demo_models_on_all_topics(tmp_path):
+    lesson = open_lesson("03_topic_control", "demo", str(tmp_path))
+    stored = stored_texts("demo", lesson)
+    assert set(stored.loc[stored["method"] == "PPLM", "model"]) == {fingerprint(load("demo-transformer")[0])}
+    sizes = stored.groupby(["method", "strength", "temperature"])["topic"].nunique()
+    assert set(sizes) == {17} and set(stored["strength"]) == {0, 1, 2, 3, 0.1, 0.3}
+    perplexity = stored.groupby(["method", "strength", "temperature"])[["nats", "tokens"]].sum()
+    perplexity = np.exp(perplexity["nats"] / perplexity["tokens"]).groupby("method")
+    gaps = (perplexity.transform(lambda p: p / p.xs(0.0, level="strength").iloc[0]) - 1).abs()
+    assert (gaps.groupby(["method", "strength"]).min() <= 0.05).all()  # each method at equal fluency
+    assert stored_texts("planted", lesson) is None
+    with pytest.raises(ValueError, match="run: make topic-control"):
+        stored_texts("demo", open_lesson("03_topic_control", "planted", str(tmp_path)))
 
 
 def test_the_stored_losses_of_debiasing_are_of_the_demo_model():

@@ -16,7 +16,7 @@ from backpack_lib.analysis.bias import PAIR, debias, fill, tokens_of_pair
 from backpack_lib.analysis.edits import SenseEdits
 from backpack_lib.analysis.explanations import Explanations, Simulator, explain
 from backpack_lib.analysis.senses import senses_of_words
-from backpack_lib.analysis.topic import STRENGTHS, LargestPushes, TopicControl
+from backpack_lib.analysis.topic import STRENGTHS, TopicControl
 from backpack_lib.display import tables
 from backpack_lib.text.words import MULTI_TOKEN, readable, spell, token_of_word, tokens_of_word
 from backpack_lib.text.writing import continue_text, ids_of_text
@@ -182,14 +182,14 @@ class TopicExplorer(Explorer):
     """A topic and a strength: the senses that get more weight, and texts without and with control, and by PPLM.
 
     topics: as in `data/topics.json`. baseline: a Transformer with the same tokenizer, for PPLM; None: without.
-    largest: the model's `topic.LargestPushes`. temperature: of the Backpack's sampling under control, to begin with.
+    control: any `TopicControl` of the model, which saves some seconds. temperature: of the Backpack's sampling under
+    control, to begin with.
     """
 
-    def __init__(self, model, tokenizer, topics, baseline=None, largest=None, temperature=1.0, among=None):
+    def __init__(self, model, tokenizer, topics, baseline=None, control=None, temperature=1.0, among=None):
         topics = {topic["name"]: tuple(topic["steer"]) for topic in topics}
-        largest = largest or LargestPushes(model)
-        self.baseline, self.among = baseline, among
-        self.control_of = cache(lambda words: TopicControl(model, tokenizer, words, largest=largest))
+        control = control or TopicControl(model, tokenizer, next(iter(topics.values())))
+        self.baseline, self.among, self.control_of = baseline, among, cache(control.toward)
         words, strength = W.Text(description="or words"), W.SelectionSlider(options=list(STRENGTHS), value=2)
         begin = W.Text(placeholder="empty: from nothing")
         writing = {"temperature": (temperature, 0.3, 2), "text": begin, "seed": W.IntText()}

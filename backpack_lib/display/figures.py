@@ -118,7 +118,7 @@ def named_points(values, title: str, xlabel: str, ylabel: str, named: dict | Non
 def trade_off(table, title: str):
     """Success over perplexity: a line through the temperatures of each method and strength, and no control as a star.
 
-    table: as `topic_study.settings_table` returns it.
+    table: with the columns method, strength, relative perplexity (times that of no control) and success.
     """
     figure, axes = new_figure(title, height=4.0)
     colors = dict(zip(table["method"].unique(), COLORS))

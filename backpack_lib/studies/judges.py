@@ -8,15 +8,12 @@ from backpack_lib.files import as_seen
 from backpack_lib.hub import offline_without_hub
 from backpack_lib.studies.text_quality import words_of
 
-CLASSIFIER = "cardiffnlp/tweet-topic-21-multi"  # the judge of Hewitt et al. (2023)
-
 
 class WordJudge:
-    """Finds a text's topic by lists of words: the one with the most words of its own, if there is one.
+    """Finds a text's topic by lists of words: the topic of which it has most, if there is one such topic.
 
-    topics: dictionaries with a name, the words that steer toward it, `steer`, and other words by which it is
-    known, `words`. Words that steer are never counted, nor with an s more or less, so nobody is praised for
-    saying them.
+    topics: dictionaries with a name, the words that steer toward it, `steer`, and other words by which it is known,
+    `words`. Steering words and their plurals or singulars never count, so no method is praised for repeating them.
     """
 
     def __init__(self, topics: list[dict]):
@@ -46,10 +43,11 @@ class WordJudge:
 class ClassifierJudge:
     """Finds a text's topics by a classifier of several labels: those of a probability above one half.
 
-    name: a folder, or an id of the Hugging Face hub. Raises ValueError if it cannot be loaded.
+    name: a folder, or an id of the Hugging Face hub; Hewitt et al. (2023) took cardiffnlp/tweet-topic-21-multi. Raises
+    ValueError if it cannot be loaded.
     """
 
-    def __init__(self, name: str = CLASSIFIER):
+    def __init__(self, name: str):
         from transformers import pipeline
 
         where = as_seen(name)
@@ -63,8 +61,5 @@ class ClassifierJudge:
 
     def __call__(self, texts: list[str]) -> pd.DataFrame:
         """Whether each text is on each topic: texts x topics, any number of topics a text."""
-        found = [{row["label"].replace("_", " "): row["score"] > 0.5 for row in rows} for rows in self.classify(texts)]
-        return pd.DataFrame(found)
-
-
-# ---------------------------------------------------------------- fluency
+        scores = [{row["label"].replace("_", " "): row["score"] > 0.5 for row in rows} for rows in self.classify(texts)]
+        return pd.DataFrame(scores)

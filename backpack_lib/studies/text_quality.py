@@ -7,10 +7,19 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from backpack_lib.analysis.scores import parts
-from backpack_lib.text.writing import ids_of_text, pad_rows
+from backpack_lib.analysis.scores import batches
+from backpack_lib.text.writing import ids_of_text
 
-TEXTS_AT_ONCE = 32
+
+def words_of(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def repeated_runs(text: str, n: int = 4) -> tuple[int, int]:
+    """How many runs of n words a text has, and how many of them it has had before."""
+    words = words_of(text)
+    runs = [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
+    return len(runs), len(runs) - len(set(runs))
 
 
 def repetition(texts: list[str], n: int = 4) -> float:
@@ -19,57 +28,36 @@ def repetition(texts: list[str], n: int = 4) -> float:
     return repeated / total if total else math.nan
 
 
-def repeated_runs(text: str, n: int = 4) -> tuple[int, int]:
-    """How many runs of n words a text has, and how many of them it has had before."""
-    runs = _runs(text, n)
-    return len(runs), len(runs) - len(set(runs))
-
-
 def count_among(text: str, words: Iterable[str]) -> int:
-    """How many of a text's words are among the given ones."""
+    """How many of a text's words are among others."""
     bag = {word.lower() for word in words}
     return sum(word in bag for word in words_of(text))
 
 
 def bag_share(texts: list[str], words: Iterable[str]) -> float:
-    """The share of the texts' words that are among the given ones."""
+    """The share of the texts' words that are among others."""
     bag, total = list(words), sum(len(words_of(text)) for text in texts)
     return sum(count_among(text, bag) for text in texts) / total if total else math.nan
 
 
 @torch.no_grad()
-def mauve(model, tokenizer, texts: list[str], human: list[str], seeds: Iterable[int] = range(5)) -> list[float]:
-    """MAUVE (Pillutla et al., 2021) of texts against what people wrote, one number for each seed of its clustering.
+def mauve(model, tokenizer, texts: list[str], human: list[str], seed: int = 0) -> float:
+    """MAUVE (Pillutla et al., 2021) of texts against what people wrote: 0 to 1, higher is better.
 
-    0 to 1, higher is better. A text's features are the last hidden state of the given model, so numbers compare
-    only with others of the same model, lengths and numbers of texts. Needs the extra `eval`.
+    A text's features are the model's last hidden state, so numbers compare only with others of the same model, and of
+    as many texts of the same length. Needs the extra `eval`.
     """
     from mauve import compute_mauve
 
     def features(texts):
         rows = [ids_of_text(tokenizer, text) for text in texts]
-        found = []
-        for part in parts(rows, TEXTS_AT_ONCE):
-            ids, mask = pad_rows(part, tokenizer.eos_token_id)
-            states = model.base_model(
-                ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
-            ).last_hidden_state
-            found.append(states[torch.arange(len(ids)), mask.sum(1) - 1].float().cpu().numpy())
-        return np.concatenate(found)
+        states = np.empty((len(rows), model.config.hidden_size), dtype=np.float32)
+        for places, ids, mask in batches(model, rows):
+            last = model.base_model(ids, attention_mask=mask, use_cache=False).last_hidden_state
+            states[places] = last[torch.arange(len(ids)), mask.sum(1) - 1].float().cpu().numpy()
+        return states
 
     # The clustering wants about forty texts for each of its clusters.
     buckets = max(2, (len(texts) + len(human)) // 40)
     p, q = features(texts), features(human)
-    return [
-        float(compute_mauve(p_features=p, q_features=q, num_buckets=buckets, seed=seed, verbose=False).mauve)
-        for seed in seeds
-    ]
-
-
-def words_of(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
-
-
-def _runs(text: str, n: int) -> list[tuple[str, ...]]:
-    words = words_of(text)
-    return list(zip(*(words[start:] for start in range(n))))
+    return float(compute_mauve(p_features=p, q_features=q, num_buckets=buckets, seed=seed, verbose=False).mauve)
