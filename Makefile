@@ -107,6 +107,8 @@ knowledge: setup
 reading: setup
 	$(BIN)/python data/reading/models.py --corpus '$(CORPUS)' --valid '$(VALID)'
 	$(BIN)/python data/reading/make.py --corpus '$(CORPUS)' --valid '$(VALID)' --lexsim '$(LEXSIM)'
+	$(BIN)/python -m backpack_lib.running 06_reading -p reference '$(VALID)' -p in_full True -p out runs/reading_tables
+	cd runs/reading_tables && cp explanations.csv planted_seeds.csv planted_senses.csv choosing.csv ../../data/reading
 
 lens: setup
 	$(BIN)/python data/lens/make.py --corpus '$(CORPUS)' $(if $(VALID),--valid '$(VALID)')

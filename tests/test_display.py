@@ -17,7 +17,6 @@ from backpack_lib.display import figures, tables
 from backpack_lib.display.explorers import (
     BiasExplorer,
     EditWorkbench,
-    ExplanationExplorer,
     KnowledgeExplorer,
     SenseExplorer,
     SentenceExplorer,
@@ -308,32 +307,6 @@ def test_the_knowledge_explorer_follows_its_controls():
     assert len(explorer.edits()) == 1
 
 
-def test_the_explanation_explorer_says_what_the_words_cost():
-    text = "near the nurse she said"
-    explorer = ExplanationExplorer(MODEL, TOKENIZER, "nurse", text, torch.arange(20, 200))
-    own = explorer.up.value
-    explorer.sense.value = 2
-    assert explorer.up.value != own and len(explorer.up.value.split()) == 10
-
-    def losses():
-        pattern = r"(the sense itself|as its words say|taken away)\s+([\d.]+)"
-        return {name: float(loss) for name, loss in re.findall(pattern, text_of(explorer.page.value))}
-
-    def loss(edits):
-        ids = torch.tensor([ids_of_text(TOKENIZER, text)])
-        with torch.no_grad(), edits.applied():
-            log_probs = MODEL(ids).logits[0, :-1].log_softmax(-1)
-        return -log_probs.gather(1, ids[0, 1:, None]).mean().item()
-
-    before = losses()
-    assert before["the sense itself"] == pytest.approx(loss(SenseEdits(MODEL, TOKENIZER)), abs=1e-3)
-    assert before["taken away"] == pytest.approx(loss(SenseEdits(MODEL, TOKENIZER).scale("nurse", 2, 0)), abs=1e-3)
-    explorer.up.value = "he she"
-    assert losses()["as its words say"] != before["as its words say"]
-    explorer.up.value = ""  # its own words come back
-    assert losses() == before
-
-
 EXPLORERS = {
     "topic": lambda model=MODEL: TopicExplorer(model, TOKENIZER, [{"name": "care", "steer": ["nurse"]}]),
     "senses": lambda model=MODEL: SenseExplorer(model, TOKENIZER, "nurse"),
@@ -341,9 +314,6 @@ EXPLORERS = {
     "bias": lambda model=MODEL: BiasExplorer(model, TOKENIZER, ["nurse"], ["the {profession} said"]),
     "knowledge": lambda model=MODEL: KnowledgeExplorer(
         model, TOKENIZER, "nurse", "he", "she", ["the nurse said"], ["the concert"]
-    ),
-    "explanation": lambda model=MODEL: ExplanationExplorer(
-        model, TOKENIZER, "nurse", "near the nurse", torch.arange(20, 200)
     ),
     "edits": lambda model=MODEL: EditWorkbench(model, TOKENIZER, "the nurse said"),
 }
@@ -358,7 +328,6 @@ EXPLORERS = {
         ("edits", "scale_by", float("nan"), "by=nan is not a finite number"),
         ("bias", "template", "the nurse said", "has no slot; write {profession}"),
         ("bias", "two_words", "he he", "the same word twice: 'he'"),
-        ("explanation", "text", "the nurse " * 30, "this model reads at most"),
         ("topic", "words", "nurse …", "'…' is no word"),
     ],
 )

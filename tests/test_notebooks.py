@@ -150,30 +150,17 @@ def test_planted_facts_are_edited_and_taught_and_the_exercises_are_solved(tmp_pa
 
 
 def test_planted_senses_are_read_and_the_exercises_are_solved(tmp_path):
-    given = {
-        "model": "planted",
-        "out": str(tmp_path),
-        "numbers": [1, 10, 30],
-        "seeds": [0, 1],
-        "counts_of_senses": [1],
-        "steps": 100,
-    }
+    given = {"model": "planted", "out": str(tmp_path), "numbers": [1, 10, 30], "steps": 100}
     assert_solved(execute("06_reading", given, solved=True).answers, 5)
     results = results_of(tmp_path)
-    assert results["all senses, said in words, 30 words"] > 0.5 > results["all senses, mean sense, 0 words"]
+    assert results["all senses, 30 words"] > 0.5 > results["all senses, mean sense"]
+    assert results["all senses, 30 words"] > results["all senses, another word's words"]
     assert results["loss, counted bigrams"] > results["loss, model"]
-    assert results["place moves the weights most, share of texts, first model"] > 0.6
-    assert 0 <= results["place moves the weights most, share of texts, k = 8, seed 1"] <= 1
-    assert results["matched, planted text"] > results["null (95 %), planted text"]
-    made = {file.name for file in tmp_path.iterdir()}
-    assert made >= {
-        "explanations.csv",
-        "by_sense.csv",
-        "bigrams.csv",
-        "seeds.csv",
-        "senses_planted.csv",
-        "choosing.csv",
-    }
+    assert results["place moves the weights most, shipped model"] > 0.6
+    assert 0 <= results["place moves the weights most, k = 8, seed 1"] <= 1
+    assert results["matched, planted text"] > results["null, planted text"]
+    files = {file.name for file in tmp_path.iterdir()}
+    assert files >= {"explanations.csv", "by_sense.csv", "bigrams.csv", "planted_seeds.csv", "choosing.csv"}
 
 
 # ---------------------------------------------------------------- a model that nobody has a Transformer for
@@ -215,8 +202,6 @@ RELEASED = {
         "word": "film",
         "text": "a film about the music",
         "numbers": [2, 5],
-        "seeds": [0, 1],
-        "counts_of_senses": [],
         "steps": 20,
     },
 }

@@ -1,5 +1,7 @@
 """What is stored or shipped is of the models that are here, and a row of it is what the code gives."""
 
+import runpy
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,10 +11,9 @@ from backpack_lib import load
 from backpack_lib.analysis.knowledge import margins, project, read_facts
 from backpack_lib.analysis.matching import compare_models
 from backpack_lib.lessons.opening import open_lesson
-from backpack_lib.lessons.reading import professions_and_templates, small_models, stored_table, words_to_compare
+from backpack_lib.lessons.reading import STORED, stored_table, words_to_compare
 from backpack_lib.lessons.topics import stored_texts
 from backpack_lib.loading import fingerprint, is_planted, load_baseline
-from backpack_lib.studies.reading_study import gender_table
 
 
 def test_the_stored_texts_of_topic_control_are_of_the_demo_models_on_all_topics(tmp_path):
@@ -58,22 +59,18 @@ def test_a_stored_row_of_knowledge_is_what_the_code_gives():
 def test_the_stored_tables_of_reading_are_of_these_models():
     demo = load("demo")[0]
     for name in ("explanations", "bigrams_of_demo"):
-        assert set(stored_table(name)["weights"]) == {fingerprint(demo)}, "run: make reading"
-    models, tokenizer = small_models()
-    tokens, among = words_to_compare(tokenizer)
-    found = compare_models(models["seed-0"], models["seed-1"], tokens, among)
+        assert set(pd.read_csv(STORED / f"{name}.csv")["weights"]) == {fingerprint(demo)}, "run: make reading"
+    models = {name: load(STORED / name)[0] for name in ("seed-0", "seed-1")}
+    tokenizer = load(STORED / "seed-0")[1]
+    pairs, partners = compare_models(models, *words_to_compare(tokenizer))
     row = stored_table("seeds").query("what == 'senses' and one == 'seed-0' and other == 'seed-1'").iloc[0]
-    assert found["matched"] == pytest.approx(row["matched"], abs=2e-3)
-    gender = gender_table(
-        models, tokenizer, *professions_and_templates(), {("seed-0", "seed-1"): found["partners"]}
-    ).iloc[0]
+    assert pairs.loc[0, "matched"] == pytest.approx(row["matched"], abs=2e-3)
+    make = runpy.run_path(str(STORED / "make.py"))
+    (best,) = make["gender_of"](models, tokenizer, partners).to_dict("records")
     stored = stored_table("gender").query("one == 'seed-0' and other == 'seed-1'").iloc[0]
-    assert (
-        gender[["sense", "other sense", "partners"]].tolist() == stored[["sense", "other sense", "partners"]].tolist()
-    )
-    assert gender["share"] == pytest.approx(stored["share"], abs=2e-2)
-    trained = stored_table("bigrams_over_training")
-    assert trained["step"].is_monotonic_increasing and set(stored_table("senses")["senses"]) == {0, 1, 4, 16}
+    assert all(best[name] == stored[name] for name in ("sense", "other sense", "partners"))
+    assert best["share"] == pytest.approx(stored["share"], abs=2e-2)
+    assert set(stored_table("senses")["senses"]) == {0, 1, 4, 16}
 
 
 def test_planted_models_are_shipped_for_whoever_has_not_trained_them(tmp_path, monkeypatch):

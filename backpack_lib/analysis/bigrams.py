@@ -7,6 +7,7 @@ With only the last token's senses kept, a Backpack predicts from one token, as a
 from collections.abc import Iterable
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from scipy.sparse import coo_array
@@ -26,8 +27,6 @@ class Bigrams:
 
     def __init__(self, rows: Iterable[list[int]], vocabulary: int):
         pairs = [np.stack([row[:-1], row[1:]]) for row in map(np.asarray, rows) if len(row) > 1]
-        if not pairs:
-            raise ValueError("There is no text to count bigrams in; give at least one with two tokens.")
         x, y = np.concatenate(pairs, axis=1)
         self.counts = coo_array((np.ones(len(x)), (x, y)), shape=(vocabulary, vocabulary)).tocsr()
         self.of_x = np.asarray(self.counts.sum(axis=1)).ravel()
@@ -35,70 +34,64 @@ class Bigrams:
         frequency = np.bincount(y, minlength=vocabulary) + 1.0
         self.unigram = frequency / frequency.sum()
 
-    def log_probs(self, x: int) -> np.ndarray:
-        """log p(y | x) of all y, (V,)."""
-        if not self.of_x[x]:
-            return np.log(self.unigram)
-        counted = np.maximum(self.counts[[x]].toarray()[0] - DISCOUNT, 0) / self.of_x[x]
-        return np.log(counted + DISCOUNT * self.kinds[x] / self.of_x[x] * self.unigram)
-
-    def of_pairs(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    def log_probs(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """log p(y | x) of pairs, (n,)."""
-        known = np.maximum(self.of_x[x], 1)
-        counted = np.maximum(np.asarray(self.counts[x, y]).ravel() - DISCOUNT, 0) / known
-        left = np.where(self.of_x[x] > 0, DISCOUNT * self.kinds[x] / known, 1.0)
+        met = np.maximum(self.of_x[x], 1)
+        counted = np.maximum(np.asarray(self.counts[x, y]).ravel() - DISCOUNT, 0) / met
+        left = np.where(self.of_x[x] > 0, DISCOUNT * self.kinds[x] / met, 1.0)
         return np.log(counted + left * self.unigram[y])
 
 
-@torch.inference_mode()
-def losses_by_part(model, rows: list[list[int]]) -> dict[str, np.ndarray]:
-    """Nats of every predicted token, (n,), by all tokens, and by the last token's senses alone.
+@torch.no_grad()
+def losses_by_part(model, rows: list[list[int]], bigrams: Bigrams | None = None) -> pd.DataFrame:
+    """Nats of every predicted token, a row for each, by all tokens and by the last token's senses alone.
 
     "last token": its senses, with the weights that they have. "last token, renormalised": each with weight one, as if
-    the text had no other token. "last" and "next" are the ids of the last and of the predicted token.
+    the text had no other token. With counted bigrams, their loss, too, and that of the frequencies of words. "last" and
+    "next" are the ids of the last and of the predicted token.
     """
     require_senses(model)
-    E = model.get_output_embeddings().weight
-    found = {"model": [], "last token": [], "last token, renormalised": [], "last": [], "next": []}
+    E = model.get_output_embeddings().weight * getattr(model, "logit_scale", 1.0)
+    tables = []
     for _, ids, mask in batches(model, rows):
-        out = model.base_model(ids, attention_mask=mask, output_senses=True, use_cache=False)
+        out = model(ids, attention_mask=mask, output_senses=True, use_cache=False)
         here = mask[:, 1:].bool()
+        nexts = ids[:, 1:][here]
         weights = out.contextualization.diagonal(dim1=2, dim2=3)[..., :-1].transpose(1, 2)[here]  # (n, k)
         senses = out.senses[:, :, :-1].transpose(1, 2)[here]  # (n, k, d)
-        nexts = ids[:, 1:][here]
-        states = {
-            "model": out.last_hidden_state[:, :-1][here],
-            "last token": (weights[..., None] * senses).sum(1),
-            "last token, renormalised": senses.sum(1),
+        logits = {
+            "model": out.logits[:, :-1][here],
+            "last token": (weights[..., None] * senses).sum(1) @ E.T,
+            "last token, renormalised": senses.sum(1) @ E.T,
         }
-        for name, state in states.items():
-            found[name].append(F.cross_entropy((state @ E.T).float(), nexts, reduction="none").cpu().numpy())
-        found["last"].append(ids[:, :-1][here].cpu().numpy())
-        found["next"].append(nexts.cpu().numpy())
-    return {name: np.concatenate(parts) for name, parts in found.items()}
+        nats = {name: F.cross_entropy(part.float(), nexts, reduction="none").cpu() for name, part in logits.items()}
+        tables.append(pd.DataFrame(nats | {"last": ids[:, :-1][here].cpu(), "next": nexts.cpu()}))
+    table = pd.concat(tables, ignore_index=True)
+    if bigrams is not None:
+        table["counted bigrams"] = -bigrams.log_probs(table["last"].to_numpy(), table["next"].to_numpy())
+        table["counted words"] = -np.log(bigrams.unigram[table["next"]])
+    return table
 
 
-@torch.inference_mode()
-def bigram_correlations(
-    model, bigrams: Bigrams, tokens: torch.Tensor, among: torch.Tensor
-) -> tuple[np.ndarray, np.ndarray]:
+@torch.no_grad()
+def bigram_correlations(model, bigrams: Bigrams, tokens: torch.Tensor, among: torch.Tensor) -> pd.DataFrame:
     """Is a sense the bigram model? Spearman's rho of each sense's pushes and counted log p(y | x) - log p(y).
 
-    tokens: words x; among: words y to rank. -> mean over words (k,), and the same with another word's counts in the
-    place of each word's (k,), which says what words have in common.
+    tokens: words x; among: words y to rank. -> a row for each sense: the mean over words, and the same with another
+    word's counts in the place of each word's, which says what words have in common.
     """
-    pushes = (
-        (model.sense_vectors(tokens.to(model.device)) @ model.get_output_embeddings().weight[among].T).cpu().numpy()
-    )  # (n, k, m)
-    chosen = among.cpu().numpy()
-    counted = np.stack([bigrams.log_probs(int(x))[chosen] - np.log(bigrams.unigram[chosen]) for x in tokens])  # (n, m)
-    ranks, of_counts = (_standardised(rankdata(table, axis=-1)) for table in (pushes, counted))
-    rho = np.einsum("nkm,nm->nk", ranks, of_counts)
-    null = np.einsum("nkm,nm->nk", ranks, np.roll(of_counts, 1, axis=0))
-    return rho.mean(0), null.mean(0)
+    E = model.get_output_embeddings().weight[among]
+    pushes = (model.sense_vectors(tokens.to(model.device)) @ E.T).cpu().numpy()  # (n, k, m)
+    x, y = np.meshgrid(tokens.cpu().numpy(), among.cpu().numpy(), indexing="ij")
+    counted = bigrams.log_probs(x.ravel(), y.ravel()).reshape(x.shape) - np.log(bigrams.unigram[y])  # (n, m)
+    ranks, ranks_of_counts = _standard_ranks(pushes), _standard_ranks(counted)
+    own = np.einsum("nkm,nm->nk", ranks, ranks_of_counts).mean(0)
+    other = np.einsum("nkm,nm->nk", ranks, np.roll(ranks_of_counts, 1, axis=0)).mean(0)
+    return pd.DataFrame({"own bigrams": own, "another word": other}).rename_axis("sense")
 
 
-def _standardised(table: np.ndarray) -> np.ndarray:
-    """Rows of mean zero and length one, so that a product of two is their correlation."""
-    table = table - table.mean(-1, keepdims=True)
-    return table / np.maximum(np.linalg.norm(table, axis=-1, keepdims=True), 1e-12)
+def _standard_ranks(table: np.ndarray) -> np.ndarray:
+    """The ranks of each row, of mean zero and length one, so that a product of two is Spearman's rho."""
+    ranks = rankdata(table, axis=-1)
+    ranks = ranks - ranks.mean(-1, keepdims=True)
+    return ranks / np.maximum(np.linalg.norm(ranks, axis=-1, keepdims=True), 1e-12)

@@ -1,6 +1,9 @@
 """Senses of two models side by side: which sense of one is which of the other, and how alike are they?"""
 
+from itertools import combinations
+
 import numpy as np
+import pandas as pd
 import torch
 from scipy.optimize import linear_sum_assignment
 
@@ -32,31 +35,40 @@ def match(table: np.ndarray) -> tuple[np.ndarray, float]:
     return columns, float(table[rows, columns].mean())
 
 
-def match_null(one: np.ndarray, other: np.ndarray, permutations: int = 100, seed: int = 0) -> np.ndarray:
-    """The mean likeness of the best match when each word's senses are permuted in the second model, (permutations,).
+def match_null(one: np.ndarray, other: np.ndarray, seed: int = 0) -> np.ndarray:
+    """The mean likeness of the best match when each word's senses are permuted in the second model, a hundred times.
 
     If the number of a sense meant nothing, so that any sense of a word could stand for any other, this is what
-    matching, which takes the best of many, would find.
+    matching, which takes the best of many, would reach.
     """
-    rng, found = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
     k, words, _ = other.shape
-    flat = np.einsum("lxy,mxy->xlm", one, other)  # (words, k, k')
-    for _ in range(permutations):
+    of_words = np.einsum("lxy,mxy->xlm", one, other)  # (words, k, k')
+    likenesses = []
+    for _ in range(100):
         order = rng.permuted(np.tile(np.arange(k), (words, 1)), axis=1)
-        mixed = np.take_along_axis(flat, order[:, None, :], axis=2).mean(0)
-        found.append(match(mixed)[1])
-    return np.array(found)
+        permuted = np.take_along_axis(of_words, order[:, None, :], axis=2)
+        likenesses.append(match(permuted.mean(0))[1])
+    return np.array(likenesses)
 
 
-def compare_models(one, other, tokens: torch.Tensor, among: torch.Tensor, seed: int = 0) -> dict:
-    """-> matched: the mean likeness of matched senses; partners; random: the mean over all pairs of senses; null:
-    the 95 % quantile of `match_null`; p; and table, the likeness of all pairs.
+def compare_models(
+    models: dict, tokens: torch.Tensor, among: torch.Tensor, seed: int = 0
+) -> tuple[pd.DataFrame, dict[tuple[str, str], np.ndarray]]:
+    """Each pair of models: how alike matched senses are, how alike all pairs of senses, and the null.
+
+    -> a row for each pair of models: matched (the mean likeness), random pairs (the mean over all pairs of senses),
+    null (the 95 % quantile of `match_null`) and p, both NaN for models of one sense; and each pair's partners, (k,).
     """
-    a, b = (profiles(model, tokens, among) for model in (one, other))
-    table = likeness(a, b)
-    partners, matched = match(table)
-    null = match_null(a, b, seed=seed) if table.size > 1 else np.array([np.nan])  # one sense has no other place
-    return {
-        "table": table, "partners": partners, "matched": matched, "random": float(table.mean()),
-        "null": float(np.quantile(null, 0.95)), "p": p_value(null, matched) if table.size > 1 else np.nan,
-    }  # fmt: skip
+    of_models = {name: profiles(model, tokens, among) for name, model in models.items()}
+    rows, partners = [], {}
+    for one, other in combinations(models, 2):
+        table = likeness(of_models[one], of_models[other])
+        partners[one, other], matched = match(table)
+        row = {"one": one, "other": other, "matched": matched, "random pairs": table.mean()}
+        row |= {"null (95 %)": np.nan, "p": np.nan}
+        if table.size > 1:  # one sense has no other place
+            null = match_null(of_models[one], of_models[other], seed)
+            row |= {"null (95 %)": np.quantile(null, 0.95), "p": p_value(null, matched)}
+        rows.append(row)
+    return pd.DataFrame(rows), partners

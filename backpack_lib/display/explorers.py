@@ -7,22 +7,19 @@ from functools import cache
 from html import escape
 
 import ipywidgets as W
-import pandas as pd
 import torch
 
 from backpack_lib.analysis import pplm
 from backpack_lib.analysis.attribution import read
 from backpack_lib.analysis.bias import PAIR, debias, fill, tokens_of_pair
 from backpack_lib.analysis.edits import SenseEdits
-from backpack_lib.analysis.explanations import Explanations, Simulator, explain
 from backpack_lib.analysis.senses import senses_of_words
 from backpack_lib.analysis.topic import STRENGTHS, TopicControl
 from backpack_lib.display import tables
-from backpack_lib.text.words import MULTI_TOKEN, readable, spell, token_of_word, tokens_of_word
+from backpack_lib.text.words import MULTI_TOKEN, spell, token_of_word, tokens_of_word
 from backpack_lib.text.writing import continue_text, ids_of_text
 
 TWIN = "An explorer, as it opens. Its controls answer in a running notebook."
-FITTED_ON = 500  # words, from whose explanations a simulator learns
 GENERATED, WRITTEN = 20, 40  # tokens of a text that shows an edit, and of one that has a topic
 
 
@@ -295,46 +292,3 @@ class KnowledgeExplorer(SensePanel):
     def show(self, take_out, put_in, texts, **_):
         pair = tokens_of_pair(self.tokenizer, (take_out, put_in))
         return self.effects(texts.splitlines() or [""], pair)
-
-
-class ExplanationExplorer(Explorer):
-    """A sense of a word and its explanation, to be edited; what the words cost on a text, and what they leave out.
-
-    among: the words that explanations are made of, on which the simulator is fitted.
-    """
-
-    def __init__(self, model, tokenizer, word: str, text: str, among: torch.Tensor, seed: int = 0):
-        self.among = torch.tensor(readable(tokenizer, among.tolist()), device=model.device)
-        order = torch.randperm(len(self.among), generator=torch.Generator().manual_seed(seed))[:FITTED_ON]
-        others = self.among[order.to(model.device)]
-        self.fitted = Simulator.fit(model, explain(model, others, among=self.among), others)
-        self.explained = None  # the token and the sense whose own words were put in
-        controls = {"word": word, "sense": W.Dropdown(options=range(model.config.num_senses)), "text": text}
-        words = {name: W.Text(placeholder="its own words", layout={"width": "48em"}) for name in ("up", "down")}
-        super().__init__(model, tokenizer, **controls, **words)
-
-    @torch.no_grad()
-    def show(self, word, sense, text, up, down):
-        token = torch.tensor([token_of_word(self.tokenizer, word)], device=self.among.device)
-        if self.explained != (token, sense) or not (up.strip() and down.strip()):
-            own = explain(self.model, token, among=self.among)
-            up, down = (" ".join(spell(self.tokenizer, words[0, sense])) for words in (own.up, own.down))
-            self.up.value, self.down.value, self.explained = up, down, (token, sense)
-        vector = self.model.sense_vectors(token)[0, sense].float()
-        simulated = self.fitted(Explanations(self._ids_of(up), self._ids_of(down)))[0, sense]
-        ids = torch.tensor([ids_of_text(self.tokenizer, text)], device=self.among.device)
-        vectors = {"the sense itself": vector, "as its words say": simulated, "taken away": torch.zeros_like(vector)}
-        losses = {}
-        for name, replacement in vectors.items():
-            with SenseEdits(self.model, self.tokenizer).replace(token.item(), sense, replacement).applied():
-                losses[name] = self.model(ids, attention_mask=torch.ones_like(ids), labels=ids).loss.item()
-        table = pd.Series(losses, name="loss (nats per token)").to_frame()
-        table["rise"] = table.iloc[:, 0] - losses["the sense itself"]
-        cosine = torch.cosine_similarity(simulated, vector, dim=0).item()
-        caption = f"“{word.strip()}” is {(ids == token).sum()} times in the text; sense and words: cosine {cosine:.2f}"
-        return tables.shaded(table, 4, caption, shade=["rise"]).to_html()
-
-    def _ids_of(self, words: str) -> torch.Tensor:
-        """The same words for each sense, (1, k, n)."""
-        ids = [token_of_word(self.tokenizer, word) for word in words.split()]
-        return torch.tensor(ids, device=self.among.device).expand(1, self.model.config.num_senses, -1)
