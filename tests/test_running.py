@@ -168,7 +168,7 @@ def test_the_type_of_the_default_decides_what_was_written(suite, tmp_path):
         (["-f", "list.yaml"], "should hold lines of the form `name: value`"),
         (["-f", "mapping.yaml"], "words={'a': 'b'} should be"),
         (["03_third"], "There is no notebook '03_third'; there are: 01_first, 02_second."),
-        (["-p", "out", "list.yaml/runs"], "cannot be written"),
+        (["-p", "out", "list.yaml/runs"], "Not a directory"),
         (["--grid", "steps=1,many"], "steps='many' should be"),
         (["--grid", "steps"], "gives no value for 'steps'"),
         (["-p", "steps", "1", "--grid", "steps=2"], "'steps' is given twice"),
