@@ -142,7 +142,5 @@ def test_steered_text_says_the_word_more_often_and_the_weights_stay(model):
 def test_bad_input_is_one_sentence(model):
     with pytest.raises(ValueError, match="A topic needs at least one word"):
         pplm.generate(model, TOKENIZER, [], ["the"])
-    with pytest.raises(ValueError, match="no prompt to continue"):
-        pplm.generate(model, TOKENIZER, ["nurse"], [])
     with pytest.raises(ValueError, match="leaves room for"):
         pplm.generate(model, TOKENIZER, ["nurse"], ["the nurse"], 40)

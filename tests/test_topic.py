@@ -219,7 +219,6 @@ def test_the_weights_in_force_are_shown():
         (lambda: TopicControl(MODEL, TOKENIZER, ["nurse"], 4), "strength=4 is not in the table; choose one of 0, 1, 2"),
         (lambda: TopicControl(MODEL, TOKENIZER, ["nurse"], deltas=[2, 1]), "should be 4 finite numbers"),
         (lambda: TopicControl(MODEL, TOKENIZER, ["nurse"], deltas=[2, 1, 1, np.inf]), "finite numbers"),
-        (lambda: TopicControl(MODEL, TOKENIZER, ["nurse"]).generate([]), "no prompt to continue in an empty list"),
         (lambda: TopicControl(MODEL, TOKENIZER, ["nurse"]).generate(["a"], 9, num_beams=2),
          "does not go with num_beams"),
         (lambda: TopicControl(GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1)), TOKENIZER, "a"),
