@@ -106,9 +106,11 @@ def first_line(error: BaseException) -> str:
 
 
 def exit_status(work: Callable[[], None]) -> int:
-    """Does the work of a command. An error that a person can mend is printed as one sentence."""
+    """Does the work of a command. An error that a person can mend is printed as one sentence; Ctrl-C ends it quietly."""
     try:
         work()
+    except KeyboardInterrupt:
+        return 130
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -89,9 +89,14 @@ def open_corpus(name: str, per_file: bool = False, streaming: bool = False) -> C
     Raises ValueError if there is nothing by that name, if there is no column `text`, and on reading, if a file is not
     text or if a row has something else than text in that column.
     """
-    if files := [planted.__file__, planted.LEXICON] if name == PLANTED else find_files(name):
+    from datasets import IterableDataset
+
+    if name == PLANTED:
+        rows = IterableDataset.from_generator(_planted_rows)
+        fingerprint = digest([_digest_of_file(planted.__file__), planted.lexicon()])
+    elif files := find_files(name):
         rows = _rows_of_files(name, files, per_file)
-        fingerprint = digest([per_file, *map(_digest_of_file, files)])
+        fingerprint = digest([_kind(files[0]), per_file, *map(_digest_of_file, files)])
     else:
         rows, fingerprint = _rows_of_hub(name, streaming)
     columns = rows.column_names or list(next(iter(rows), {TEXT: ""}))
@@ -119,8 +124,6 @@ def find_files(name: str) -> list[Path]:
 def _rows_of_files(name: str, files: list[Path], per_file: bool):
     from datasets import IterableDataset, load_dataset
 
-    if name == PLANTED:
-        return IterableDataset.from_generator(_planted_rows)
     kind, *others = {_kind(file) for file in files}
     if others:
         raise ValueError(f"{name!r} holds both {kind} and {others[0]} files; name those of one kind.")

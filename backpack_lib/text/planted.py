@@ -27,7 +27,6 @@ from functools import cache
 from backpack_lib.files import data_folder
 
 PLANTED = "planted"  # its name as a corpus
-LEXICON = data_folder() / "planted" / "lexicon.json"
 
 ANNOUNCED = 0.5  # a text begins with three topics, one of which will be its own
 NAMED_PERSON = 0.5  # a text is about a name rather than a profession
@@ -60,7 +59,7 @@ class PlantedText:
 @cache
 def lexicon() -> dict:
     """The words and what is planted about them, as in `data/planted/lexicon.json`."""
-    return json.loads(LEXICON.read_text(encoding="utf-8"))
+    return json.loads((data_folder() / "planted" / "lexicon.json").read_text(encoding="utf-8"))
 
 
 def plural(noun: str) -> str:
