@@ -75,7 +75,7 @@ def test_globs_lists_and_folders_name_files_but_hidden_ones(tmp_path):
     write(tmp_path / "a.txt", TEXTS[:5])
     for name in (".DS_Store", "._a.txt"):
         (tmp_path / name).write_bytes(b"\0\1")
-    for name in (f"{tmp_path}/*.txt", f"{tmp_path}/a.txt, {tmp_path}/b.txt", str(tmp_path)):
+    for name in (f"{tmp_path}/*.txt", f"{tmp_path}/a.txt, {tmp_path}/b.txt", str(tmp_path), f"{tmp_path}/**"):
         assert list(open_corpus(name).read()) == TEXTS[:9]
 
 

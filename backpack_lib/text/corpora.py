@@ -118,7 +118,7 @@ def find_files(name: str) -> list[Path]:
         matches = glob.glob(pattern, recursive=True) or glob.glob(str(project_folder() / pattern), recursive=True)
         for match in sorted(matches):
             files += sorted(glob.glob(f"{glob.escape(match)}/*")) or [match]
-    return [file for file in map(Path, files) if file.is_file()]
+    return [file for file in dict.fromkeys(map(Path, files)) if file.is_file()]  # "**" names some files twice
 
 
 def _rows_of_files(name: str, files: list[Path], per_file: bool):
