@@ -99,7 +99,7 @@ def load_baseline(name, given: str = "", device: str | torch.device = "cpu"):
         return None, f"No Transformer that belongs to {str(name)!r} is known; name one by the parameter `baseline`."
     try:
         model, tokenizer = load(baseline, device)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         if given:
             raise
         return None, f"The Transformer that belongs to {str(name)!r} is not to be had: {error}"
