@@ -135,7 +135,10 @@ def _last_planted(architecture: str) -> str:
 
 def _config(name) -> dict:
     try:
-        return local_first(PreTrainedConfig.get_config_dict, _path_of(name))[0]
+        config, _ = local_first(PreTrainedConfig.get_config_dict, _path_of(name))
+        if not config:
+            raise ValueError("it has no config.json")
+        return config
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{str(name)!r} is no folder with a model, and none could be loaded by that name: {first_line(error)}"
