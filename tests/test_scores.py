@@ -38,16 +38,6 @@ def token_log_prob(model, ids, place):
         return model(torch.tensor([ids[:place]])).logits[0, -1].log_softmax(-1)[ids[place]].item()
 
 
-def test_short_texts_need_the_bits_of_their_tokens(model, tokenizer):
-    texts = ["The band played.", "A nurse said that she would come, é!"]
-    nats = 0
-    for text in texts:
-        ids = [tokenizer.eos_token_id, *tokenizer(text)["input_ids"]]
-        nats -= sum(token_log_prob(model, ids, place) for place in range(1, len(ids)))
-    n_bytes = sum(len(text.encode()) for text in texts)
-    assert bits_per_byte(model, tokenizer, texts) == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
-
-
 def test_long_texts_count_each_token_once_with_half_a_window_before_it(model, tokenizer):
     text = " ".join(TEXTS[:12])
     ids = [tokenizer.eos_token_id, *tokenizer(text)["input_ids"]]
@@ -60,15 +50,6 @@ def test_long_texts_count_each_token_once_with_half_a_window_before_it(model, to
         nats -= token_log_prob(model, ids[start : start + 32], place - start)
     expected = nats / math.log(2) / len(text.encode())
     assert bits_per_byte(model, tokenizer, [text]) == pytest.approx(expected, rel=1e-5)
-
-
-def test_a_uniform_model_needs_the_logarithm_of_the_vocabulary(tokenizer):
-    model = tiny_model(vocab_size=400, n_positions=32)
-    model.get_output_embeddings().weight.data.zero_()
-    n_tokens = sum(len(tokenizer(text)["input_ids"]) for text in TEXTS[:20])
-    n_bytes = sum(len(text.encode()) for text in TEXTS[:20])
-    expected = n_tokens * math.log2(400) / n_bytes
-    assert bits_per_byte(model, tokenizer, TEXTS[:20]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_sentence_has_the_log_probability_of_its_tokens_whatever_stands_beside_it(model, tokenizer):

@@ -28,7 +28,7 @@ def test_a_word_of_several_tokens_takes_their_mean_or_the_one_that_is_chosen(mod
     assert len(ids) > 1
     parts = model.sense_vectors(torch.tensor(ids))
     torch.testing.assert_close(senses_of_words(model, tokenizer, ["nurse", "zebra"])[1], parts.mean(0))
-    for choice, part in (("first", parts[0]), ("last", parts[-1]), (1, parts[1])):
+    for choice, part in (("first", parts[0]), ("last", parts[-1])):
         torch.testing.assert_close(senses_of_words(model, tokenizer, ["zebra"], choice)[0], part)
 
 
@@ -77,10 +77,6 @@ def test_bad_words_and_choices_are_one_sentence(model, tokenizer):
         senses_of_words(model, tokenizer, ["nurse", " "])
     with pytest.raises(ValueError, match="'…' is no word"):
         tokens_of_word(tokenizer, "…")
-    with pytest.raises(ValueError, match="multi_token='all' is unknown; choose one of mean, first, last, or a token"):
-        senses_of_words(model, tokenizer, ["nurse"], "all")
-    with pytest.raises(ValueError, match="'nurse' has no token number 1; from 0, its tokens are 'nurse'"):
-        senses_of_words(model, tokenizer, ["nurse"], 1)
     with pytest.raises(ValueError, match=r"'zebra' is \d tokens here: .*'….*; give one of these ids"):
         token_of_word(tokenizer, "zebra")
     with pytest.raises(ValueError, match=f"no token 10000; this vocabulary has the ids 0 to {len(tokenizer) - 1}"):

@@ -259,7 +259,7 @@ def test_settings_that_do_not_fit_are_one_sentence(tiny, changes, words):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_is_one_sentence(tiny):
-    with pytest.raises(ValueError, match="device='cuda' needs a GPU that is not here"):
+    with pytest.raises(ValueError, match="device='cuda' is no device of this machine"):
         train(replace(tiny, device="cuda"))
 
 
@@ -270,16 +270,6 @@ def test_the_command_line_says_errors_in_one_line(tiny):
 
 
 # ---------------------------------------------------------------- loading what was trained
-
-
-def test_a_truncated_model_is_one_sentence(tiny):
-    train(tiny)
-    file = f"{tiny.out}/model/model.safetensors"
-    content = open(file, "rb").read()
-    for kept in (0, 100, len(content) // 2):
-        open(file, "wb").write(content[:kept])
-        with pytest.raises(ValueError, match="missing or damaged"):
-            load(f"{tiny.out}/model")
 
 
 def test_incomplete_weights_are_one_sentence(tiny):
@@ -296,17 +286,11 @@ def test_incomplete_weights_are_one_sentence(tiny):
         load(f"{tiny.out}/model")
 
 
-@pytest.mark.parametrize("name, words", [("no/such-model", "no folder with a model"), (".", "holds no model")])
-def test_a_name_without_a_model_is_one_sentence(name, words, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["no/such-model", "."])
+def test_a_name_without_a_model_is_one_sentence(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match="no folder with a model"):
         load(name)
-
-
-def test_a_model_of_another_kind_is_one_sentence(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
-    with pytest.raises(ValueError, match="type 't5', which is no causal language model"):
-        load(tmp_path)
 
 
 def test_load_knows_which_rows_of_the_vocabulary_are_tokens(tiny):

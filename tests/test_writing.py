@@ -10,13 +10,12 @@ TOKENIZER = tiny_tokenizer()
 MODEL = tiny_model(vocab_size=len(TOKENIZER))
 
 
-def test_a_text_begins_behind_the_end_of_text():
+def test_rows_begin_after_an_end_of_text_and_are_padded_where_they_should_be():
     assert ids_of_text(TOKENIZER, "the nurse") == [TOKENIZER.eos_token_id, *TOKENIZER("the nurse")["input_ids"]]
-
-
-def test_rows_are_padded_on_the_right():
     ids, mask = pad_rows([[5, 6, 7], [8]], pad=2)
     assert ids.tolist() == [[5, 6, 7], [8, 2, 2]] and mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    ids, mask = pad_rows([[5, 6, 7], [8]], pad=2, left=True)
+    assert ids.tolist() == [[5, 6, 7], [2, 2, 8]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
 def test_a_continuation_is_the_same_for_the_same_seed():

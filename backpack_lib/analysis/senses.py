@@ -14,13 +14,13 @@ TOKENS_AT_ONCE = 2048
 
 
 @torch.no_grad()
-def senses_of_words(model, tokenizer, words: list[str], multi_token: str | int = "mean") -> torch.Tensor:
+def senses_of_words(model, tokenizer, words: list[str], multi_token: str = "mean") -> torch.Tensor:
     """Sense vectors of words, (n, k, d). A Transformer has none; its input embeddings stand in as one sense.
 
     multi_token: what becomes of a word of several tokens: the "mean" of their senses, or those of the
-        "first", of the "last", or of the one that an index from 0 names.
+        "first" or of the "last".
 
-    Raises ValueError for no words, an empty word, an unknown `multi_token`, or an index that a word is too short for.
+    Raises ValueError for no words and for an empty word.
     """
     if not words:
         raise ValueError("There is no word in an empty list; give at least one.")

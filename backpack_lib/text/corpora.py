@@ -12,26 +12,23 @@ and changed text is never mistaken for old.
 
 import glob
 import hashlib
-import json
 import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from backpack_lib.files import cache_folder, cached_json, first_line, project_folder, written_whole
+from backpack_lib.files import as_seen, cache_folder, cached_json, digest, first_line, project_folder, written_whole
 from backpack_lib.hub import offline_without_hub
 from backpack_lib.text import planted
+from backpack_lib.text.planted import PLANTED
 from backpack_lib.text.tokenizers import END_OF_TEXT, as_fast_tokenizer, load_tokenizer, train_tokenizer
 
-PLANTED = "planted"
-COMPRESSED = (".gz", ".xz", ".zst", ".bz2")
 TABLES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}  # other files are plain text
 TEXT = "text"
 BETWEEN_DOCUMENTS = re.compile(re.escape(END_OF_TEXT) + r"|\n\s*\n")
@@ -40,7 +37,7 @@ TOKENIZER_CHARACTERS = 50_000_000  # a tokenizer is trained on the first so many
 LONGEST_DOCUMENT = 100_000  # characters; a longer one is read as several, to bound memory
 TOKENIZED_DOCUMENTS, PACKED_DOCUMENTS, STORED_BLOCKS = 100, 1000, 1000  # at a time
 STREAM_TOKENS = 250_000  # of a stream are set aside for validation
-FORMAT = 2  # of the cached files; a change of it makes old caches unread
+FORMAT = 3  # of the cached files; a change of it makes old caches unread
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class Corpus:
     streaming: bool = False
 
     def read(self) -> Iterator[str]:
-        return (row["text"] for row in self.rows)
+        return (row[TEXT] for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -80,9 +77,6 @@ class Blocks:
     bytes_per_token: float | None = None
 
 
-# ---------------------------------------------------------------- reading
-
-
 def open_corpus(name: str, per_file: bool = False, streaming: bool = False) -> Corpus:
     """A corpus by name.
 
@@ -95,76 +89,64 @@ def open_corpus(name: str, per_file: bool = False, streaming: bool = False) -> C
     Raises ValueError if there is nothing by that name, if there is no column `text`, and on reading, if a file is not
     text or if a row has something else than text in that column.
     """
-    import datasets
+    from datasets import IterableDataset
 
     if name == PLANTED:
-        table = datasets.IterableDataset.from_generator(_planted_rows)
-        fingerprint = _digest(Path(planted.__file__).read_bytes(), json.dumps(planted.lexicon()))
+        rows = IterableDataset.from_generator(_planted_rows)
+        fingerprint = digest([_digest_of_file(planted.__file__), planted.lexicon()])
     elif files := find_files(name):
-        table, fingerprint = _open_files(name, files, per_file)
-    elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", name) and not name.lower().endswith((".txt", *COMPRESSED)):
-        table, fingerprint = _open_hub(name, streaming)
+        rows = _rows_of_files(name, files, per_file)
+        fingerprint = digest([_kind(files[0]), per_file, *map(_digest_of_file, files)])
     else:
-        raise ValueError(f"No file matches {name!r}; give a path, a glob such as 'texts/*.txt.xz', or {PLANTED!r}.")
-    columns = table.column_names or list(next(iter(table), {TEXT: ""}))
+        rows, fingerprint = _rows_of_hub(name, streaming)
+    columns = rows.column_names or list(next(iter(rows), {TEXT: ""}))
     if TEXT not in columns:
         raise ValueError(f"{name!r} has no column {TEXT!r}; its columns are {', '.join(columns)}.")
     nulls = set()
-    rows = table.select_columns([TEXT]).map(
-        _documents_of_rows,
-        batched=True,
-        batch_size=TOKENIZED_DOCUMENTS,
-        with_indices=True,
-        fn_kwargs={"name": name, "nulls": nulls},
-    )
-    return Corpus(name, fingerprint, rows, nulls, streaming)
+    settings = {"batched": True, "batch_size": TOKENIZED_DOCUMENTS, "with_indices": True}
+    texts = rows.select_columns([TEXT]).map(_documents_of_rows, fn_kwargs={"name": name, "nulls": nulls}, **settings)
+    return Corpus(name, fingerprint, texts, nulls, streaming)
 
 
 def find_files(name: str) -> list[Path]:
     """Files for paths and globs with commas between them; a folder stands for the files in it, but for hidden ones."""
+    patterns = [name] if os.path.exists(as_seen(name)) else filter(None, map(str.strip, name.split(",")))
     files = []
-    for pattern in [name] if os.path.exists(name) else filter(None, map(str.strip, name.split(","))):
-        pattern = os.path.expanduser(pattern)
-        for path in map(Path, sorted(_matching(pattern) or _matching(str(project_folder() / pattern)))):
-            inside = sorted(path.iterdir()) if path.is_dir() else [path]
-            files += [file for file in inside if file.is_file() and (file == path or not file.name.startswith("."))]
-    return files
+    for pattern in patterns:
+        path = str(as_seen(os.path.expanduser(pattern)))
+        pattern = glob.escape(path) if os.path.exists(path) else path
+        matches = glob.glob(pattern, recursive=True) or glob.glob(str(project_folder() / pattern), recursive=True)
+        for match in sorted(matches):
+            files += sorted(glob.glob(f"{glob.escape(match)}/*")) or [match]
+    return [file for file in dict.fromkeys(map(Path, files)) if file.is_file()]  # "**" names some files twice
 
 
-def _matching(pattern: str) -> list[str]:
-    return [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
+def _rows_of_files(name: str, files: list[Path], per_file: bool):
+    from datasets import IterableDataset, load_dataset
+
+    kind, *others = {_kind(file) for file in files}
+    if others:
+        raise ValueError(f"{name!r} holds both {kind} and {others[0]} files; name those of one kind.")
+    if kind == "text":
+        settings = {"files": list(map(str, files)), "per_file": per_file}
+        return IterableDataset.from_generator(_text_rows, gen_kwargs=settings)
+    settings = {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}  # "NA" and "null" are words
+    names = [glob.escape(str(file)) for file in files]
+    return load_dataset(kind, data_files=names, split="train", streaming=True, **settings)
 
 
 def _kind(file: Path) -> str:
     """ "text", or the kind of table that a file holds."""
-    name = file.name.lower()
-    for ending in COMPRESSED:
-        name = name.removesuffix(ending)
-    return TABLES.get(Path(name).suffix, "text")
+    suffixes = map(str.lower, file.suffixes[-2:])  # the last may be that of a compression
+    return next((TABLES[suffix] for suffix in suffixes if suffix in TABLES), "text")
 
 
-def _open_files(name: str, files: list[Path], per_file: bool):
-    """The rows of files of one kind, as an `IterableDataset`, and a digest of what the files hold."""
-    from datasets import IterableDataset
-
-    kinds = sorted(set(map(_kind, files)))
-    if len(kinds) > 1:
-        raise ValueError(f"{name!r} holds files of several kinds ({', '.join(kinds)}); name those of one kind.")
-    readers = {
-        "json": IterableDataset.from_json,
-        "csv": partial(IterableDataset.from_csv, keep_default_na=False, na_values=[""]),  # "NA" and "null" are words
-        "parquet": IterableDataset.from_parquet,
-    }
-    if kinds == ["text"]:
-        settings = {"files": list(map(str, files)), "per_file": per_file}
-        table = IterableDataset.from_generator(_read_texts, gen_kwargs=settings)
-    else:
-        table = readers[kinds[0]]([glob.escape(str(file)) for file in files])
-    return table, _digest(kinds[0], str(per_file), *map(_digest_of_file, files))
+def _planted_rows() -> Iterator[dict]:
+    return ({TEXT: text.text} for text in planted.generate())
 
 
-def _read_texts(files: list[str], per_file: bool) -> Iterator[dict]:
-    """Rows of the documents of text files; what goes on for long without an end is given out in parts."""
+def _text_rows(files: list[str], per_file: bool) -> Iterator[dict]:
+    """The documents of text files; what goes on for long without an end is given out in parts."""
     from fsspec.implementations.local import LocalFileSystem
 
     separator = BETWEEN_FILES if per_file else BETWEEN_DOCUMENTS
@@ -179,36 +161,30 @@ def _read_texts(files: list[str], per_file: bool) -> Iterator[dict]:
                     if len(rest) > 2 * LONGEST_DOCUMENT:  # its end may be half a separator
                         documents.append(rest[:-LONGEST_DOCUMENT])
                         rest = rest[-LONGEST_DOCUMENT:]
-                    yield from ({"text": document} for document in documents)
+                    yield from ({TEXT: document} for document in documents)
         except Exception as error:  # each compression library has errors of its own
             raise ValueError(f"{file} could not be read as text in UTF-8: {first_line(error)}") from error
-        yield {"text": rest}
+        yield {TEXT: rest}
 
 
-def _planted_rows() -> Iterator[dict]:
-    return ({TEXT: text.text} for text in planted.generate())
-
-
-def _open_hub(name: str, streaming: bool):
+def _rows_of_hub(name: str, streaming: bool):
     """The rows of a data set of the hub, and what changes with its content."""
-    import datasets
+    from datasets import load_dataset_builder
 
     path, _, subset = name.partition(":")
     try:
         with offline_without_hub():
-            builder = datasets.load_dataset_builder(path, subset or None)
+            builder = load_dataset_builder(path, subset or None)
             if streaming:
-                return builder.as_streaming_dataset("train"), _digest(name, builder.hash)
+                return builder.as_streaming_dataset("train"), digest([name, builder.hash])
             builder.download_and_prepare()
-        return builder.as_dataset("train").to_iterable_dataset(), _digest(name, builder.hash)
+        return builder.as_dataset("train").to_iterable_dataset(), digest([name, builder.hash])
     except Exception as error:  # the library raises many kinds, from the network's to its own
-        raise ValueError(
-            f"{name!r} is no file here, and no data set could be loaded by that name: {first_line(error)}"
-        ) from error
+        raise ValueError(f"No file matches {name!r}, nor could a data set be loaded: {first_line(error)}") from error
 
 
 def _documents_of_rows(rows: dict, numbers: list[int], name: str, nulls: set[int]) -> dict:
-    """The documents in the column `text` of some rows, as {"text": ...}. Notes in `nulls` the rows that have none."""
+    """The documents in the column `text` of some rows. Notes in `nulls` the numbers of the rows that have none."""
     documents = []
     for number, text in zip(numbers, rows[TEXT]):
         if text is None:
@@ -222,26 +198,21 @@ def _documents_of_rows(rows: dict, numbers: list[int], name: str, nulls: set[int
     return {TEXT: documents}
 
 
-def _digest(*parts: bytes | str) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        part = part.encode() if isinstance(part, str) else part
-        digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.hexdigest()
-
-
-def _digest_of_file(path: Path) -> bytes:
+def _digest_of_file(path: str | Path) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "blake2b").digest()
+        return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
-# ---------------------------------------------------------------- splitting, tokenising, packing
-
-
-def check_valid_fraction(valid_fraction: float):
-    """Raises ValueError if it leaves one of the two sides without text, or training with less than half."""
-    if not 0 < valid_fraction <= 0.5:
-        raise ValueError(f"valid_fraction={valid_fraction} is out of range; choose above 0 and at most 0.5.")
+def split(corpus: Corpus, valid_fraction: float) -> tuple[Corpus, Corpus]:
+    """The documents for training and those for validation."""
+    first = next(corpus.read(), None)
+    sides = []
+    for name in ("training", "validation"):
+        settings = {"validation": name == "validation", "valid_fraction": valid_fraction, "first": first}
+        rows = corpus.rows.filter(is_on_side, input_columns=[TEXT], fn_kwargs=settings)
+        fingerprint = digest([corpus.fingerprint, name, valid_fraction])
+        sides.append(replace(corpus, name=f"the {name} part of {corpus.name}", fingerprint=fingerprint, rows=rows))
+    return tuple(sides)
 
 
 def is_on_side(text: str, validation: bool, valid_fraction: float, first: str) -> bool:
@@ -251,19 +222,6 @@ def is_on_side(text: str, validation: bool, valid_fraction: float, first: str) -
     """
     draw = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
     return (text == first or draw < valid_fraction * 2**64) == validation
-
-
-def split(corpus: Corpus, valid_fraction: float) -> tuple[Corpus, Corpus]:
-    """The documents for training and those for validation."""
-    first = next(corpus.read(), None)
-
-    def part(name: str, validation: bool) -> Corpus:
-        settings = {"validation": validation, "valid_fraction": valid_fraction, "first": first}
-        rows = corpus.rows.filter(is_on_side, input_columns=[TEXT], fn_kwargs=settings)
-        fingerprint = _digest(corpus.fingerprint, name, str(valid_fraction))
-        return replace(corpus, name=f"the {name} part of {corpus.name}", fingerprint=fingerprint, rows=rows)
-
-    return part("training", False), part("validation", True)
 
 
 def first_characters(documents: Iterable[str], limit: int) -> Iterator[str]:
@@ -292,20 +250,19 @@ def prepare(
 
     Raises ValueError if the corpus is empty or too small for one block on either side.
     """
-    check_valid_fraction(valid_fraction)
     train, valid = (corpus, valid_corpus) if valid_corpus else split(corpus, valid_fraction)
     if tokenizer is None:
         tokenizer = trained_tokenizer(train, vocab_size)
     elif isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer)
     valid_blocks = stored_blocks(valid, tokenizer, block_size)
-    key = _digest(*(_key(side, tokenizer, block_size) for side in (train, valid)))
+    make_blocks = blocks_of if corpus.streaming else stored_blocks
+    key = digest([_key(side, tokenizer, block_size) for side in (train, valid)])
     floor = None
     if (valid_corpus or corpus).name == PLANTED:
         floor = cached_json(cache_folder(), {"floor": key}, lambda: planted_floor(tokenizer, valid.read()))
-    make = blocks_of if corpus.streaming else stored_blocks
     return Blocks(
-        train=make(train, tokenizer, block_size).with_format("torch"),
+        train=make_blocks(train, tokenizer, block_size).with_format("torch"),
         valid=valid_blocks.with_format("torch"),
         tokenizer=tokenizer,
         fingerprint=key,
@@ -325,75 +282,65 @@ def trained_tokenizer(documents: Corpus, vocab_size: int):
     return as_fast_tokenizer(Tokenizer.from_str(cached_json(cache_folder(), what, train)))
 
 
+def stored_blocks(documents: Corpus, tokenizer, block_size: int):
+    """Blocks of token ids, as a memory-mapped `Dataset`; of a stream, those of its beginning."""
+    from datasets import Dataset, Features, List, Value
+    from datasets.arrow_writer import ArrowWriter
+
+    file = cache_folder() / f"{_key(documents, tokenizer, block_size)}.arrow"
+    if file.is_file():
+        return Dataset.from_file(str(file))
+    blocks = blocks_of(documents, tokenizer, block_size)
+    if documents.streaming:
+        blocks = blocks.take(max(1, STREAM_TOKENS // block_size))
+    features = Features({"input_ids": List(Value(_token_type(tokenizer)), length=block_size)})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(file) as building, ArrowWriter(path=str(building), features=features) as writer:
+        for rows in blocks.iter(STORED_BLOCKS):
+            writer.write_batch(rows)
+        if not writer.finalize()[0]:
+            raise ValueError(
+                f"There is no text in {documents.name}, or less than one block of {block_size} tokens; "
+                "use more documents, with a blank line between two, or a smaller block_size."
+            )
+    if documents.nulls:
+        warnings.warn(f"{len(documents.nulls)} rows of {documents.name} have no text and are left out.", stacklevel=3)
+    return Dataset.from_file(str(file))
+
+
 def blocks_of(documents: Corpus, tokenizer, block_size: int):
     """Blocks of token ids, as an `IterableDataset`; what is left over of every 1000 documents is dropped."""
-    settings = {"batched": True, "remove_columns": [TEXT], "fn_kwargs": {"tokenizer": tokenizer}}
-    tokens = documents.rows.map(tokenize, batch_size=TOKENIZED_DOCUMENTS, **settings)
-    return tokens.map(pack, batched=True, batch_size=PACKED_DOCUMENTS, fn_kwargs={"block_size": block_size})
+    settings = {"batched": True, "batch_size": PACKED_DOCUMENTS, "remove_columns": [TEXT]}
+    return documents.rows.map(pack, fn_kwargs={"tokenizer": tokenizer, "block_size": block_size}, **settings)
 
 
-def tokenize(rows: dict, tokenizer) -> dict:
-    """Documents -> the token ids of each, with an end-of-text token after them."""
-    ids = tokenizer(rows[TEXT], add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return {"input_ids": [np.array([*row, tokenizer.eos_token_id], _token_type(tokenizer)) for row in ids]}
+def pack(rows: dict, tokenizer, block_size: int) -> dict:
+    """Documents -> rows of `block_size` token ids, with an end-of-text token after each document."""
+    tokens = []
+    for start in range(0, len(rows[TEXT]), TOKENIZED_DOCUMENTS):
+        texts = rows[TEXT][start : start + TOKENIZED_DOCUMENTS]
+        ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        tokens += [np.array([*row, tokenizer.eos_token_id], _token_type(tokenizer)) for row in ids]
+    tokens = np.concatenate(tokens)
+    whole = len(tokens) // block_size * block_size
+    return {"input_ids": list(tokens[:whole].reshape(-1, block_size))}
 
 
 def _token_type(tokenizer) -> str:
     return "uint16" if len(tokenizer) <= 2**16 else "uint32"
 
 
-def pack(rows: dict, block_size: int) -> dict:
-    """Rows of token ids of any length -> rows of `block_size`."""
-    tokens = np.concatenate(rows["input_ids"])
-    whole = len(tokens) // block_size * block_size
-    return {"input_ids": list(tokens[:whole].reshape(-1, block_size))}
-
-
-def stored_blocks(documents: Corpus, tokenizer, block_size: int):
-    """Blocks of token ids, as a memory-mapped `Dataset`; of a stream, those of its beginning."""
-    from datasets import Dataset
-
-    file = cache_folder() / f"{_key(documents, tokenizer, block_size)}.arrow"
-    if not file.is_file():
-        blocks = blocks_of(documents, tokenizer, block_size)
-        if documents.streaming:
-            blocks = blocks.take(max(1, STREAM_TOKENS // block_size))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(file) as building:
-            if not write_blocks(blocks, building, block_size, _token_type(tokenizer)):
-                raise ValueError(
-                    f"There is no text in {documents.name}, or less than one block of {block_size} tokens; "
-                    "use more documents, with a blank line between two, or a smaller block_size."
-                )
-        if documents.nulls:
-            warnings.warn(
-                f"{len(documents.nulls)} rows of {documents.name} have no text and are left out.", stacklevel=3
-            )
-    return Dataset.from_file(str(file))
-
-
-def write_blocks(blocks, file: Path, block_size: int, token_type: str) -> int:
-    """Writes blocks as an Arrow file; returns how many."""
-    from datasets import Features, List, Value
-    from datasets.arrow_writer import ArrowWriter
-
-    features = Features({"input_ids": List(Value(token_type), length=block_size)})
-    with ArrowWriter(path=str(file), features=features) as writer:
-        for rows in blocks.iter(STORED_BLOCKS):
-            writer.write_batch(rows)
-        return writer.finalize()[0]
-
-
 def _key(documents: Corpus, tokenizer, block_size: int) -> str:
     settings = [FORMAT, documents.fingerprint, documents.streaming, block_size]
-    return _digest(json.dumps(settings), tokenizer.backend_tokenizer.to_str())
+    return digest([*settings, tokenizer.backend_tokenizer.to_str()])
 
 
 def bytes_per_token(tokenizer, blocks) -> float:
     """Mean UTF-8 bytes of the tokens in some blocks. Byte-level tokens are written with one letter for each byte."""
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    n_bytes = np.array([0 if token in tokenizer.all_special_tokens else len(token) for token in tokens])
-    return float(np.mean([n_bytes[row["input_ids"]].mean() for row in blocks.with_format("numpy")]))
+    special = set(tokenizer.all_special_tokens)
+    n_bytes = np.array([0 if token in special else len(token) for token in tokens])
+    return float(n_bytes[blocks.with_format("numpy")[:]["input_ids"]].mean())
 
 
 def planted_floor(tokenizer, valid_texts: Iterable[str]) -> float:

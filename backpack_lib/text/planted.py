@@ -26,6 +26,8 @@ from functools import cache
 
 from backpack_lib.files import data_folder
 
+PLANTED = "planted"  # its name as a corpus
+
 ANNOUNCED = 0.5  # a text begins with three topics, one of which will be its own
 NAMED_PERSON = 0.5  # a text is about a name rather than a profession
 ADJECTIVE = 0.4  # a noun has an adjective

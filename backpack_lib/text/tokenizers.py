@@ -9,18 +9,10 @@ from backpack_lib.files import first_line
 from backpack_lib.hub import local_first
 
 END_OF_TEXT = "<|endoftext|>"
-SMALLEST_VOCABULARY = 257  # every byte, and the end of text
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of at most `vocab_size` tokens.
-
-    Raises ValueError if the vocabulary cannot hold every byte.
-    """
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise ValueError(
-            f"vocab_size={vocab_size} is too small: single bytes and the end of text alone take {SMALLEST_VOCABULARY}."
-        )
+    """A byte-level BPE tokenizer of at most `vocab_size` tokens, but at least the 256 bytes and the end of text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -48,19 +40,16 @@ def as_fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 def load_tokenizer(name: str):
     """An existing tokenizer, from a folder or from the Hugging Face hub.
 
-    Raises ValueError if there is none, if it is not byte-level BPE, or if it has no end-of-text token to put between
-    documents.
+    Raises ValueError if there is none, or if it is not byte-level BPE with an end-of-text token.
     """
     try:
         tokenizer = local_first(AutoTokenizer.from_pretrained, name)
     except (OSError, ValueError) as error:
         raise ValueError(f"No tokenizer could be loaded from {str(name)!r}: {first_line(error)}") from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or not isinstance(backend.decoder, decoders.ByteLevel):
+    if backend is None or not isinstance(backend.decoder, decoders.ByteLevel) or tokenizer.eos_token_id is None:
         raise ValueError(
-            f"The tokenizer {str(name)!r} is not byte-level BPE, as GPT-2's is, so its spaces would be read wrongly; "
-            "choose one that is, or train one."
+            f"The tokenizer {str(name)!r} is not byte-level BPE with an end-of-text token (eos_token), as GPT-2's is, "
+            "so texts would be read wrongly; choose one that is, or train one."
         )
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"The tokenizer {str(name)!r} has no end-of-text token (eos_token) to put between documents.")
     return tokenizer

@@ -1,10 +1,8 @@
 """Words as tokens, and tokens as words to show. A word is given as it is written, or as the id of one token."""
 
-from numbers import Integral
-
 from backpack_lib.model.kinds import is_index
 
-MULTI_TOKEN = ("mean", "first", "last")
+MULTI_TOKEN = ("mean", "first", "last")  # which tokens stand for a word of several
 CONTINUES = "…"  # shown before a token that continues a word
 
 
@@ -44,20 +42,10 @@ def token_of_word(tokenizer, word: str | int) -> int:
     return ids[0]
 
 
-def choose_tokens(tokenizer, word: str, multi_token: str | int) -> list[int]:
+def choose_tokens(tokenizer, word: str, multi_token: str) -> list[int]:
     """Those of a word's tokens that stand for it; see `senses_of_words`."""
     ids = tokens_of_word(tokenizer, word)
-    if multi_token == "mean":
-        return ids
-    if multi_token in ("first", "last"):
-        return [ids[0 if multi_token == "first" else -1]]
-    if not isinstance(multi_token, Integral):
-        choices = ", ".join(MULTI_TOKEN)
-        raise ValueError(f"multi_token={multi_token!r} is unknown; choose one of {choices}, or a token's index.")
-    if not is_index(multi_token, len(ids)):
-        parts = ", ".join(map(repr, spell(tokenizer, ids)))
-        raise ValueError(f"{word!r} has no token number {multi_token}; from 0, its tokens are {parts}.")
-    return [ids[multi_token]]
+    return {"mean": ids, "first": ids[:1], "last": ids[-1:]}[multi_token]
 
 
 def spell(tokenizer, ids) -> list[str]:
@@ -65,8 +53,7 @@ def spell(tokenizer, ids) -> list[str]:
 
     `token_of_word` reads most of them back.
     """
-    special = set(tokenizer.all_special_ids)
-    return [tokenizer.convert_ids_to_tokens(int(i)) if i in special else _spell(tokenizer, int(i)) for i in ids]
+    return [_spell(tokenizer, int(i)) for i in ids]
 
 
 def readable(tokenizer, ids) -> list[int]:

@@ -23,12 +23,8 @@ def pad_rows(rows: list[list[int]], pad: int, left: bool = False) -> tuple[torch
 def prompts_of_texts(model, tokenizer, prompts: list[str], max_new_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts as a batch for `generate()`, padded on the left, and their attention mask.
 
-    Raises ValueError if there is no prompt, if no token is asked for, or if there is no room for them in the context.
+    Raises ValueError if there is no room for the new tokens in the model's context.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} writes nothing; ask for at least 1.")
-    if not prompts:
-        raise ValueError("There is no prompt to continue in an empty list; give at least one, such as ''.")
     ids, mask = pad_rows([ids_of_text(tokenizer, prompt) for prompt in prompts], tokenizer.eos_token_id, left=True)
     room = model.config.n_positions - ids.shape[1]
     if max_new_tokens > room:
@@ -45,8 +41,6 @@ def continue_texts(
     """Each prompt and its continuation by `generate()`, sampled; the same for the same seed and batch.
 
     settings: any of `generate()`'s, such as `top_p`, `temperature` or `do_sample=False`.
-
-    Raises ValueError as `prompts_of_texts` does.
     """
     ids, mask = prompts_of_texts(model, tokenizer, prompts, max_new_tokens)
     set_seed(seed)

@@ -24,7 +24,7 @@ import yaml
 from whole_words import prepare_with_words
 
 from backpack_lib.files import exit_status, runs_folder, write_text, written_whole
-from backpack_lib.loading import export
+from backpack_lib.loading import export, load
 from backpack_lib.text.corpora import TOKENIZER_CHARACTERS, Blocks, first_characters, open_corpus
 from backpack_lib.training.build import prepare_blocks
 from backpack_lib.training.config import ARCHITECTURES, TrainingConfig
@@ -84,7 +84,7 @@ def train_on_each(texts: dict[str, tuple[str, str | None]], runs: Path, device: 
         blocks = prepare_blocks(config) if model else prepare_demo(corpus, valid, settings)
         histories.append(train(config, blocks).assign(text=name, bytes_per_token=blocks.bytes_per_token))
         model = out.with_name(f"{name}-exported")
-        export(out, model)
+        export(model, *load(out / "model"))
     write_text(model / "history.csv", pd.concat(histories).to_csv(index=False))
     return model
 

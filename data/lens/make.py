@@ -6,16 +6,14 @@ What was stopped resumes with the same command.
 """
 
 import argparse
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
-import torch
 import yaml
 
 from backpack_lib import load, train
 from backpack_lib.files import exit_status, runs_folder
+from backpack_lib.loading import export
 from backpack_lib.training.build import prepare_blocks
 from backpack_lib.training.config import TrainingConfig
 
@@ -32,18 +30,8 @@ def make_lens(name: str, corpus: str, valid: str | None, runs: Path, **changes):
     blocks = prepare_blocks(config)
     history = train(config, blocks).assign(bytes_per_token=blocks.bytes_per_token)
     lens, _ = load(f"{config.out}/model")
-    export(lens, HERE / name)
+    export(HERE / name, lens)
     history.to_csv(HERE / name / "history.csv", index=False)
-
-
-def export(lens, target: Path):
-    """Writes a lens in half precision; each file is there whole or not."""
-    target.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as building:
-        lens.to(torch.float16).save_pretrained(building)
-        for file in Path(building).iterdir():
-            file.chmod((target.parent / "recipe.yaml").stat().st_mode)  # safetensors writes for the owner alone
-            shutil.move(file, target / file.name)
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ import pandas as pd
 
 from backpack_lib.files import exit_status, runs_folder, write_text
 from backpack_lib.loading import export, load
-from backpack_lib.text.corpora import PLANTED
+from backpack_lib.text.planted import PLANTED
 from backpack_lib.training.config import TrainingConfig
 from backpack_lib.training.run import train
 
@@ -49,7 +49,7 @@ def make_planted(runs: Path):
             row, out = train_one(name, seed, runs)
             rows.append(row)
             if seed == SEEDS[0] and "n_embd" not in changes:
-                export(out, HERE / changes["architecture"])
+                export(HERE / changes["architecture"], *load(out / "model"))
     write_text(HERE / "seeds.csv", pd.DataFrame(rows).round(5).to_csv(index=False))
     write_text(HERE / "settings.json", json.dumps({"corpus": PLANTED}) + "\n")
 

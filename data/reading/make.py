@@ -179,7 +179,7 @@ def main() -> int:
         if options.demo_only:
             return
         for name in SHIPPED:
-            export(options.runs / name, HERE / name)
+            export(HERE / name, *load(options.runs / name / "model"))
         tables_of_seeds(options.valid, options.runs)
         tables_of_bigrams(options.corpus, options.valid, options.runs)
         table_of_k(options.valid, options.runs, options.lexsim)
