@@ -34,14 +34,12 @@ def test_a_word_of_several_tokens_takes_their_mean_or_the_one_that_is_chosen(mod
 
 def test_a_transformer_lends_its_embeddings(tokenizer):
     baseline = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=1))
-    found = senses_of_words(baseline, tokenizer, ["nurse"])
-    torch.testing.assert_close(found[0, 0], baseline.transformer.wte.weight[tokens_of_word(tokenizer, "nurse")[0]])
-
-
-def test_a_token_is_named_by_its_word_or_its_id(tokenizer):
     (nurse,) = tokens_of_word(tokenizer, "nurse")
-    assert token_of_word(tokenizer, "nurse") == token_of_word(tokenizer, " nurse ") == nurse
-    assert token_of_word(tokenizer, nurse) == nurse
+    torch.testing.assert_close(
+        senses_of_words(baseline, tokenizer, ["nurse"])[0, 0], baseline.transformer.wte.weight[nurse]
+    )
+    with pytest.raises(ValueError, match="takes a Backpack; a GPT2LMHeadModel has no sense vectors"):
+        senses.sense_directions(baseline)
 
 
 def test_tokens_show_where_words_begin_and_what_cannot_be_seen(tokenizer):
@@ -69,24 +67,22 @@ def test_what_is_shown_can_be_typed(tokenizer):
     ids = tokenizer(" nurse, the concertts.")["input_ids"]
     assert "…ts" in spell(tokenizer, ids)
     assert [token_of_word(tokenizer, shown) for shown in spell(tokenizer, ids)] == ids
+    assert token_of_word(tokenizer, " nurse ") == token_of_word(tokenizer, ids[0]) == ids[0]
     assert token_of_word(tokenizer, tokenizer.eos_token) == tokenizer.eos_token_id
 
 
 def test_bad_words_and_choices_are_one_sentence(model, tokenizer):
-    with pytest.raises(ValueError, match="' ' is no word"):
-        senses_of_words(model, tokenizer, ["nurse", " "])
-    with pytest.raises(ValueError, match="'…' is no word"):
-        tokens_of_word(tokenizer, "…")
-    with pytest.raises(ValueError, match="multi_token='all' is unknown; choose one of mean, first, last, or a token"):
-        senses_of_words(model, tokenizer, ["nurse"], "all")
-    with pytest.raises(ValueError, match="'nurse' has no token number 1; from 0, its tokens are 'nurse'"):
-        senses_of_words(model, tokenizer, ["nurse"], 1)
-    with pytest.raises(ValueError, match=r"'zebra' is \d tokens here: .*'….*; give one of these ids"):
-        token_of_word(tokenizer, "zebra")
-    with pytest.raises(ValueError, match=f"no token 10000; this vocabulary has the ids 0 to {len(tokenizer) - 1}"):
-        token_of_word(tokenizer, 10000)
-    with pytest.raises(ValueError, match="takes a Backpack; a GPT2LMHeadModel has no sense vectors"):
-        senses.sense_directions(GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1)))
+    cases = {
+        "' ' is no word": lambda: senses_of_words(model, tokenizer, ["nurse", " "]),
+        "'…' is no word": lambda: tokens_of_word(tokenizer, "…"),
+        "multi_token='all' is unknown; choose one of": lambda: senses_of_words(model, tokenizer, ["nurse"], "all"),
+        "'nurse' has no token number 1": lambda: senses_of_words(model, tokenizer, ["nurse"], 1),
+        r"'zebra' is \d tokens here: .*; give one of these ids": lambda: token_of_word(tokenizer, "zebra"),
+        "no token 10000; this vocabulary has the ids 0 to": lambda: token_of_word(tokenizer, 10000),
+    }
+    for message, call in cases.items():
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 # ---------------------------------------------------------------- what senses push
@@ -137,23 +133,3 @@ def test_rows_that_no_token_uses_are_nobodys_neighbours():
     model = tiny_model(vocab_size=40, used_vocab_size=37)
     assert senses.sense_directions(model).shape == (3, 37, 20)
     assert senses.used_tokens(model).tolist() == list(range(37))
-
-
-def test_likeness_of_senses_is_the_mean_cosine_over_words(model):
-    table = model.sense_vectors(torch.arange(model.config.vocab_size)).detach()
-    found = senses.likeness_of_senses(senses.sense_directions(model), centred=False)
-    for a in range(4):
-        for b in range(4):
-            expected = F.cosine_similarity(table[:, a], table[:, b], dim=-1).mean().item()
-            assert found[a, b].item() == pytest.approx(expected, abs=2e-4)
-
-
-def test_centred_likeness_does_not_see_what_all_words_share():
-    made = torch.Generator().manual_seed(0)
-    common, own = torch.randn(3, 1, 16, generator=made), torch.randn(3, 400, 16, generator=made)
-    directions = torch.nn.functional.normalize(own + 5 * torch.stack([common[0], common[0], common[2]]), dim=-1)
-    raw, centred = (senses.likeness_of_senses(directions, centred=c) for c in (False, True))
-    assert raw[0, 1] > 0.8 and abs(centred[0, 1]) < 0.1 and torch.allclose(centred.diag(), torch.ones(3), atol=1e-5)
-    slow = directions - directions.mean(1, keepdim=True)
-    expected = torch.nn.functional.cosine_similarity(slow[0], slow[2], dim=-1).mean()
-    assert centred[0, 2].item() == pytest.approx(expected.item(), abs=1e-5)
