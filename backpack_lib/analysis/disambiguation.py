@@ -87,10 +87,13 @@ def weights_in_context(model, tokenizer, ambiguity: Ambiguity) -> pd.DataFrame:
     """
     meanings = [meaning for meaning, texts in ambiguity.texts.items() for _ in texts]
     texts = [text for texts in ambiguity.texts.values() for text in texts]
-    lean = leanings(model, tokenizer, ambiguity)
-    rows = []
-    for meaning, (_, reading) in zip(meanings, readings(model, tokenizer, texts)):
-        weights = reading.weights[-1]  # (k,)
-        total = first_over_second(tokenizer, reading.logits, ambiguity.cues).item()
-        rows.append((meaning, total, (weights @ lean).item(), *weights.tolist()))
-    return pd.DataFrame(rows, columns=["meaning", "total", "own", *range(len(lean))])
+    weights, logits = [], []
+    for _, reading in readings(model, tokenizer, texts):
+        weights.append(reading.weights[-1])
+        logits.append(reading.logits)
+    weights = torch.stack(weights)  # (texts, k)
+    table = pd.DataFrame(weights.cpu().numpy())
+    table.insert(0, "own", (weights @ leanings(model, tokenizer, ambiguity)).cpu().numpy())
+    table.insert(0, "total", first_over_second(tokenizer, torch.stack(logits), ambiguity.cues).cpu().numpy())
+    table.insert(0, "meaning", meanings)
+    return table
