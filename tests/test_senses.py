@@ -96,23 +96,16 @@ def test_pushes_are_what_a_sense_adds_to_the_logits(model):
     torch.testing.assert_close(logits, out.logits[0, -1], atol=1e-5, rtol=1e-4)
 
 
-@given(st.integers(1, 30), st.integers(0, 2**16))
-def test_pushed_most_are_the_ends_of_the_sorted_pushes(n, seed):
-    model = tiny_model(vocab_size=40, used_vocab_size=37)
+@given(st.integers(1, 30), st.sets(st.integers(0, 36), min_size=1), st.integers(0, 2**16))
+def test_pushed_most_are_the_ends_of_the_sorted_pushes_among_the_tokens_asked_for(n, among, seed):
+    model, among = tiny_model(vocab_size=40, used_vocab_size=37), torch.tensor(sorted(among))
     vectors = torch.randn(3, 20, generator=torch.Generator().manual_seed(seed))
-    up, up_scores, down, down_scores = senses.pushed_most(model, vectors, n)
-    for sense in range(3):
-        order = senses.pushes(model, vectors)[sense, :37].sort(descending=True)
-        assert up[sense].tolist() == order.indices[:n].tolist()
-        assert down[sense].tolist() == order.indices.flip(0)[:n].tolist()
-        assert torch.equal(up_scores[sense], order.values[:n])
-        assert torch.equal(down_scores[sense], order.values.flip(0)[:n])
-
-
-def test_pushed_most_chooses_among_the_tokens_given(model):
-    among = torch.tensor([5, 80, 7])
-    up, _, down, _ = senses.pushed_most(model, model.sense_vectors(torch.tensor([9]))[0], 10, among)
-    assert all(sorted(row) == [5, 7, 80] for row in up.tolist()) and torch.equal(up.flip(1), down)
+    for tokens in (among, None):
+        up, up_scores, down, down_scores = senses.pushed_most(model, vectors, n, tokens)
+        tokens = torch.arange(37) if tokens is None else tokens
+        scores, order = senses.pushes(model, vectors)[:, tokens].sort(descending=True)
+        assert torch.equal(up, tokens[order[:, :n]]) and torch.equal(up_scores, scores[:, :n])
+        assert torch.equal(down, tokens[order.flip(1)[:, :n]]) and torch.equal(down_scores, scores.flip(1)[:, :n])
 
 
 def test_the_nearest_words_are_nearest(model, monkeypatch):
