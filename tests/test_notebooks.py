@@ -23,7 +23,6 @@ from helpers import ROOT, tiny_classifier, tiny_model, tokenizer_with_words
 
 from backpack_lib import SenseEdits, load
 from backpack_lib.analysis import bias
-from backpack_lib.analysis.similarity import SETS
 from backpack_lib.lessons import bias as lessons_of_bias
 from backpack_lib.loading import is_planted
 from backpack_lib.text import planted
@@ -57,9 +56,9 @@ def test_empty_exercises_say_what_is_missing(name):
 
 @pytest.mark.parametrize("model", ["demo", "planted"])
 def test_the_tour_and_its_exercises(model, tmp_path):
-    assert_solved(execute("00_tour", {"model": model, "out": str(tmp_path)}, solved=True).answers, 5)
+    assert_solved(execute("00_tour", {"model": model, "out": str(tmp_path)}, solved=True).answers, 4)
     results = results_of(tmp_path)
-    assert results["residual"] < 1e-3 and results["p after the edit"] != results["p"]
+    assert results["rounding"] < 1e-3 and results["p after the edit"] != results["p"]
 
 
 def test_training_and_its_exercises(planted_run):
@@ -73,10 +72,13 @@ def test_training_and_its_exercises(planted_run):
 
 
 def test_contexts_decide_between_planted_meanings_and_the_exercises_on_senses_are_solved(planted_run, tmp_path):
-    assert_solved(execute("02_senses", {"model": "planted", "out": str(tmp_path)}, solved=True).answers)
+    assert_solved(execute("02_senses", {"model": "planted", "out": str(tmp_path)}, solved=True).answers, 6)
     results = results_of(tmp_path)
-    assert results["residual"] < 1e-4 and results["ambiguous words"] == 18
+    assert results["rounding"] < 1e-4 and results["ambiguous words"] == 18
     assert results["effect of context"] > 5 > abs(results["by the word's own senses"])
+    methods = pd.read_csv(tmp_path / "substitutes.csv", index_col=0)
+    exact, gradient = methods.loc["contributions (exact)"], methods.loc["Transformer: gradient × input"]
+    assert exact["largest"] > 0.9 > 0.5 > gradient["largest"] and exact["low"] > gradient["high"]
 
 
 def test_control_reaches_planted_topics_and_the_exercises_on_topics_are_solved(tmp_path):
@@ -230,7 +232,7 @@ def test_a_transformer_of_another_vocabulary_is_refused(name, released, tmp_path
 def test_senses_with_words_texts_and_sets_of_ones_own(tmp_path):
     pairs = [("king", "queen", 8), ("film", "movie", 9), ("river", "film", 1), ("music", "band", 7), ("city", "war", 2)]
     pairs = [(a, b, score + number / 10) for number in range(6) for a, b, score in pairs]
-    pd.DataFrame(pairs).to_csv(tmp_path / SETS["RG-65"].file, sep=";", header=False, index=False)
+    pd.DataFrame(pairs).to_csv(tmp_path / "RG65.csv", sep=";", header=False, index=False)
     (tmp_path / "own.txt").write_text("The king and his wife moved to the city of London.\n\n" * 40)
     given = {"word": "king", "other": "queen", "text": "The king and his", "lexsim": str(tmp_path)}
     execute("02_senses", given | {"corpus": str(tmp_path / "own.txt"), "out": str(tmp_path / "out")})

@@ -53,7 +53,7 @@ def test_a_clone_in_a_foreign_folder_with_data_that_is_only_read_and_no_network(
             assert run.returncode == 0, out + err
             assert "warn" not in err.lower()
             results = json.loads((clone / folder / "results.json").read_text())
-            assert results["headline"] and ("00_tour" not in AT_ONCE[folder] or results["residual"] < 1e-3)
+            assert results["headline"] and ("00_tour" not in AT_ONCE[folder] or results["rounding"] < 1e-3)
         with pytest.raises(TimeoutError):
             proxy.accept()
     assert contents(clone / "data") == before

@@ -34,14 +34,12 @@ def test_a_word_of_several_tokens_takes_their_mean_or_the_one_that_is_chosen(mod
 
 def test_a_transformer_lends_its_embeddings(tokenizer):
     baseline = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=1))
-    found = senses_of_words(baseline, tokenizer, ["nurse"])
-    torch.testing.assert_close(found[0, 0], baseline.transformer.wte.weight[tokens_of_word(tokenizer, "nurse")[0]])
-
-
-def test_a_token_is_named_by_its_word_or_its_id(tokenizer):
     (nurse,) = tokens_of_word(tokenizer, "nurse")
-    assert token_of_word(tokenizer, "nurse") == token_of_word(tokenizer, " nurse ") == nurse
-    assert token_of_word(tokenizer, nurse) == nurse
+    torch.testing.assert_close(
+        senses_of_words(baseline, tokenizer, ["nurse"])[0, 0], baseline.transformer.wte.weight[nurse]
+    )
+    with pytest.raises(ValueError, match="takes a Backpack; a GPT2LMHeadModel has no sense vectors"):
+        senses.sense_directions(baseline)
 
 
 def test_tokens_show_where_words_begin_and_what_cannot_be_seen(tokenizer):
@@ -69,20 +67,20 @@ def test_what_is_shown_can_be_typed(tokenizer):
     ids = tokenizer(" nurse, the concertts.")["input_ids"]
     assert "…ts" in spell(tokenizer, ids)
     assert [token_of_word(tokenizer, shown) for shown in spell(tokenizer, ids)] == ids
+    assert token_of_word(tokenizer, " nurse ") == token_of_word(tokenizer, ids[0]) == ids[0]
     assert token_of_word(tokenizer, tokenizer.eos_token) == tokenizer.eos_token_id
 
 
 def test_bad_words_and_choices_are_one_sentence(model, tokenizer):
-    with pytest.raises(ValueError, match="' ' is no word"):
-        senses_of_words(model, tokenizer, ["nurse", " "])
-    with pytest.raises(ValueError, match="'…' is no word"):
-        tokens_of_word(tokenizer, "…")
-    with pytest.raises(ValueError, match=r"'zebra' is \d tokens here: .*'….*; give one of these ids"):
-        token_of_word(tokenizer, "zebra")
-    with pytest.raises(ValueError, match=f"no token 10000; this vocabulary has the ids 0 to {len(tokenizer) - 1}"):
-        token_of_word(tokenizer, 10000)
-    with pytest.raises(ValueError, match="takes a Backpack; a GPT2LMHeadModel has no sense vectors"):
-        senses.sense_directions(GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1)))
+    cases = {
+        "' ' is no word": lambda: senses_of_words(model, tokenizer, ["nurse", " "]),
+        "'…' is no word": lambda: tokens_of_word(tokenizer, "…"),
+        r"'zebra' is \d tokens here: .*; give one of these ids": lambda: token_of_word(tokenizer, "zebra"),
+        "no token 10000; this vocabulary has the ids 0 to": lambda: token_of_word(tokenizer, 10000),
+    }
+    for message, call in cases.items():
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 # ---------------------------------------------------------------- what senses push
@@ -96,23 +94,16 @@ def test_pushes_are_what_a_sense_adds_to_the_logits(model):
     torch.testing.assert_close(logits, out.logits[0, -1], atol=1e-5, rtol=1e-4)
 
 
-@given(st.integers(1, 30), st.integers(0, 2**16))
-def test_pushed_most_are_the_ends_of_the_sorted_pushes(n, seed):
-    model = tiny_model(vocab_size=40, used_vocab_size=37)
+@given(st.integers(1, 30), st.sets(st.integers(0, 36), min_size=1), st.integers(0, 2**16))
+def test_pushed_most_are_the_ends_of_the_sorted_pushes_among_the_tokens_asked_for(n, among, seed):
+    model, among = tiny_model(vocab_size=40, used_vocab_size=37), torch.tensor(sorted(among))
     vectors = torch.randn(3, 20, generator=torch.Generator().manual_seed(seed))
-    up, up_scores, down, down_scores = senses.pushed_most(model, vectors, n)
-    for sense in range(3):
-        order = senses.pushes(model, vectors)[sense, :37].sort(descending=True)
-        assert up[sense].tolist() == order.indices[:n].tolist()
-        assert down[sense].tolist() == order.indices.flip(0)[:n].tolist()
-        assert torch.equal(up_scores[sense], order.values[:n])
-        assert torch.equal(down_scores[sense], order.values.flip(0)[:n])
-
-
-def test_pushed_most_chooses_among_the_tokens_given(model):
-    among = torch.tensor([5, 80, 7])
-    up, _, down, _ = senses.pushed_most(model, model.sense_vectors(torch.tensor([9]))[0], 10, among)
-    assert all(sorted(row) == [5, 7, 80] for row in up.tolist()) and torch.equal(up.flip(1), down)
+    for tokens in (among, None):
+        up, up_scores, down, down_scores = senses.pushed_most(model, vectors, n, tokens)
+        tokens = torch.arange(37) if tokens is None else tokens
+        scores, order = senses.pushes(model, vectors)[:, tokens].sort(descending=True)
+        assert torch.equal(up, tokens[order[:, :n]]) and torch.equal(up_scores, scores[:, :n])
+        assert torch.equal(down, tokens[order.flip(1)[:, :n]]) and torch.equal(down_scores, scores.flip(1)[:, :n])
 
 
 def test_the_nearest_words_are_nearest(model, monkeypatch):
@@ -133,23 +124,3 @@ def test_rows_that_no_token_uses_are_nobodys_neighbours():
     model = tiny_model(vocab_size=40, used_vocab_size=37)
     assert senses.sense_directions(model).shape == (3, 37, 20)
     assert senses.used_tokens(model).tolist() == list(range(37))
-
-
-def test_likeness_of_senses_is_the_mean_cosine_over_words(model):
-    table = model.sense_vectors(torch.arange(model.config.vocab_size)).detach()
-    found = senses.likeness_of_senses(senses.sense_directions(model), centred=False)
-    for a in range(4):
-        for b in range(4):
-            expected = F.cosine_similarity(table[:, a], table[:, b], dim=-1).mean().item()
-            assert found[a, b].item() == pytest.approx(expected, abs=2e-4)
-
-
-def test_centred_likeness_does_not_see_what_all_words_share():
-    made = torch.Generator().manual_seed(0)
-    common, own = torch.randn(3, 1, 16, generator=made), torch.randn(3, 400, 16, generator=made)
-    directions = torch.nn.functional.normalize(own + 5 * torch.stack([common[0], common[0], common[2]]), dim=-1)
-    raw, centred = (senses.likeness_of_senses(directions, centred=c) for c in (False, True))
-    assert raw[0, 1] > 0.8 and abs(centred[0, 1]) < 0.1 and torch.allclose(centred.diag(), torch.ones(3), atol=1e-5)
-    slow = directions - directions.mean(1, keepdim=True)
-    expected = torch.nn.functional.cosine_similarity(slow[0], slow[2], dim=-1).mean()
-    assert centred[0, 2].item() == pytest.approx(expected.item(), abs=1e-5)

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import rankdata
+from scipy.stats import mannwhitneyu
 
 from backpack_lib.analysis.senses import vectors_of_tokens
 from backpack_lib.text.words import tokens_of_word
@@ -22,9 +22,13 @@ from backpack_lib.text.words import tokens_of_word
 PAIRS_AT_MOST = 20_000  # of a relation
 PRONOUNS = {"he", "him", "his", "himself", "she", "her", "hers", "herself"}
 PERSONS = "pronoun of a person"
+PEOPLE = """man woman boy girl king queen prince princess mother father husband wife son daughter brother sister
+            actor actress director singer doctor professor player artist author""".split()  # beside professions
 DETERMINERS = {"the", "a", "an", "his", "her", "its", "their", "this", "that"}
 NEARBY = range(2, 11)  # tokens ahead
+COMMONEST = 150  # tokens that follow everything, and say nothing of what a text is about
 PAIRS_OF_A_WORD = 5  # at least, for a word to count
+PERMUTATIONS = 200
 MIN_AUC = 0.6  # from here on a sense holds a relation; from 1 - .6 down it holds against it
 
 
@@ -33,30 +37,32 @@ def relations_of_text(tokenizer, texts: Iterable[str], verbs: Iterable[str] = ()
 
     verbs: base forms; what stands after a verb and a determiner is its object more often than not.
     """
-    spelled = np.array(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
-    starts = np.array([bool(re.fullmatch("Ġ[A-Za-z]+", token)) for token in spelled])
-    goes_on = np.array([bool(re.fullmatch("[a-z]+", token)) for token in spelled])
+    names = np.array(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+    is_word = np.array([bool(re.fullmatch("Ġ[A-Za-z]+", name)) for name in names])
+    is_piece = np.array([bool(re.fullmatch("[a-z]+", name)) for name in names])
     of_verbs = single_tokens(tokenizer, [form for verb in verbs for form in _forms(verb)])
     determiners = single_tokens(tokenizer, DETERMINERS)
-    found = defaultdict(list)
+    relations = defaultdict(list)
     for text in texts:
-        ids = np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        word, piece = starts[ids], goes_on[ids]
-        found["itself"].append(np.stack([ids, ids], 1)[word])
-        next_pair = np.stack([ids[:-1], ids[1:]], 1)
-        found["rest of the word"].append(next_pair[word[:-1] & piece[1:]])
-        found["next word"].append(next_pair[word[:-1] & word[1:]])
+        ids = np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=int)
+        word, piece = is_word[ids], is_piece[ids]
+
+        def keep(relation, ahead, of_relation):
+            pairs = np.stack([ids[: len(ids) - ahead], ids[ahead:]], 1)
+            relations[relation].append(pairs[of_relation])
+
+        keep("itself", 0, word)
+        keep("rest of the word", 1, word[:-1] & piece[1:])
+        keep("next word", 1, word[:-1] & word[1:])
         for ahead in NEARBY:
-            both = word[:-ahead] & word[ahead:]
-            found["words nearby"].append(np.stack([ids[:-ahead], ids[ahead:]], 1)[both])
-        third = np.isin(ids[:-2], of_verbs) & np.isin(ids[1:-1], determiners) & word[2:]
-        found["object of the verb"].append(np.stack([ids[:-2], ids[2:]], 1)[third])
-    pairs = {name: np.concatenate(parts) for name, parts in found.items()}
-    # Function words follow everything; what is nearby should be what the text is about.
-    common = np.bincount(np.concatenate([p[:, 1] for p in pairs.values()]), minlength=len(tokenizer)).argsort()[-150:]
-    about = pairs["words nearby"]
-    pairs["words nearby"] = about[~np.isin(about, common).any(1)]
-    return {name: rows for name, rows in pairs.items() if len(rows)}
+            keep("words nearby", ahead, word[:-ahead] & word[ahead:])
+        keep("object of the verb", 2, np.isin(ids[:-2], of_verbs) & np.isin(ids[1:-1], determiners) & word[2:])
+    pairs = {relation: np.concatenate(parts) for relation, parts in relations.items()}
+    counts = np.bincount(np.concatenate([rows[:, 1] for rows in pairs.values()]), minlength=len(tokenizer))
+    common = counts.argsort()[-COMMONEST:]
+    nearby = pairs["words nearby"]
+    pairs["words nearby"] = nearby[~np.isin(nearby, common).any(1)]
+    return {relation: rows for relation, rows in pairs.items() if len(rows)}
 
 
 def relation_auc(model, pairs: np.ndarray, false_pairs: np.ndarray | None = None, seed: int = 0) -> np.ndarray:
@@ -68,14 +74,17 @@ def relation_auc(model, pairs: np.ndarray, false_pairs: np.ndarray | None = None
     """
     if not len(pairs):
         raise ValueError("There are no pairs to tell from false ones; give more text, or other words.")
-    rng = np.random.default_rng(seed)
+    if false_pairs is None:
+        pairs, false_pairs = _true_and_false(pairs, np.random.default_rng(seed))
+    true, false = _scores(model, *pairs.T), _scores(model, *false_pairs.T)
+    return mannwhitneyu(true, false, method="asymptotic").statistic / (len(true) * len(false))
+
+
+def _true_and_false(pairs: np.ndarray, rng) -> tuple[np.ndarray, np.ndarray]:
+    """At most `PAIRS_AT_MOST` of the pairs, and the same with their second words shuffled."""
     if len(pairs) > PAIRS_AT_MOST:
         pairs = rng.choice(pairs, PAIRS_AT_MOST, replace=False)
-    if false_pairs is None:
-        false_pairs = np.stack([pairs[:, 0], rng.permutation(pairs[:, 1])], 1)
-    true, false = (_scores(model, *rows.T) for rows in (pairs, false_pairs))
-    ranks = rankdata(np.concatenate([true, false]), axis=0)[: len(true)]
-    return (ranks.sum(0) - len(true) * (len(true) + 1) / 2) / (len(true) * len(false))
+    return pairs, np.stack([pairs[:, 0], rng.permutation(pairs[:, 1])], 1)
 
 
 def persons_and_pronouns(tokenizer, people: Iterable[str], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -94,26 +103,31 @@ def evidence(
 
     pairs: from `relations_of_text`, and others of one's own.
 
-    -> AUCs, senses x relations; the same of a model that was not trained, which chance gives; and `consistency`, a row
+    -> AUCs, senses x relations; the same of senses that were not trained, which chance gives; and `consistency`, a row
     for each relation of text.
     """
-    pairs = {name: rows for name, rows in pairs.items() if len(rows)}
+    pairs = {relation: rows for relation, rows in pairs.items() if len(rows)}
     persons, others = persons_and_pronouns(tokenizer, people, seed)
+    tables = []
+    for one in (model, _untrained(model, seed)):
+        auc = {relation: relation_auc(one, rows, seed=seed) for relation, rows in pairs.items()}
+        if len(persons):
+            auc[PERSONS] = relation_auc(one, persons, others)
+        tables.append(pd.DataFrame(auc).rename_axis("sense"))
+    same = {relation: consistency(model, rows, seed) for relation, rows in pairs.items()}
+    return *tables, pd.DataFrame.from_dict(same, orient="index").dropna()
+
+
+def _untrained(model, seed: int):
+    """A model like this one with random weights; of a sense lens, other senses on the same Transformer."""
+    base = getattr(model, "base", None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        untrained = type(model)(model.config).eval().to(model.device)
-
-    def auc_of(of_model):
-        found = {name: relation_auc(of_model, rows, seed=seed) for name, rows in pairs.items()}
-        if len(persons):
-            found[PERSONS] = relation_auc(of_model, persons, others)
-        return pd.DataFrame(found).rename_axis("sense")
-
-    same = {name: consistency(model, rows, seed) for name, rows in pairs.items()}
-    return auc_of(model), auc_of(untrained), pd.DataFrame.from_dict(same, orient="index").dropna()
+        untrained = type(model)(model.config) if base is None else type(model)(model.config, base)
+    return untrained.eval().to(model.device)
 
 
-def consistency(model, pairs: np.ndarray, seed: int = 0, permutations: int = 200) -> dict[str, float]:
+def consistency(model, pairs: np.ndarray, seed: int = 0) -> dict[str, float]:
     """Does a sense number mean the same thing for all words, as far as a relation goes?
 
     For each word with at least `PAIRS_OF_A_WORD` true pairs: how far each of its senses pushes its partners, above what
@@ -123,9 +137,7 @@ def consistency(model, pairs: np.ndarray, seed: int = 0, permutations: int = 200
     -> share; null, the 95 % quantile of that share when each word's senses are permuted; and words, how many counted.
     """
     rng = np.random.default_rng(seed)
-    if len(pairs) > PAIRS_AT_MOST:
-        pairs = rng.choice(pairs, PAIRS_AT_MOST, replace=False)
-    false = np.stack([pairs[:, 0], rng.permutation(pairs[:, 1])], 1)
+    pairs, false = _true_and_false(pairs, rng)
     margins = pd.DataFrame(_scores(model, *pairs.T) - _scores(model, *false.T)).groupby(pairs[:, 0])
     table = margins.mean()[margins.size() >= PAIRS_OF_A_WORD].to_numpy()
     if len(table) < 2:
@@ -135,7 +147,7 @@ def consistency(model, pairs: np.ndarray, seed: int = 0, permutations: int = 200
     def between(values):
         return len(values) * (values.mean(0) ** 2).sum() / (values**2).sum()
 
-    null = [between(rng.permuted(table, axis=1)) for _ in range(permutations)]
+    null = [between(rng.permuted(table, axis=1)) for _ in range(PERMUTATIONS)]
     return {"share": float(between(table)), "null": float(np.quantile(null, 0.95)), "words": len(table)}
 
 
@@ -147,18 +159,13 @@ def find_roles(auc: pd.DataFrame) -> pd.DataFrame:
     of at least one, and an AUC of at least `MIN_AUC` (at most 1 - `MIN_AUC`).
     """
     lead = (auc - auc.mean()) / auc.std()
-    towards = lead.where((auc >= MIN_AUC) & (lead >= 1), 0.0)
-    against = lead.where((auc <= 1 - MIN_AUC) & (lead <= -1), 0.0)
-    standing_out = towards - against
-    rows = []
-    for sense in auc.index:
-        relation = standing_out.loc[sense].idxmax()
-        if standing_out.at[sense, relation] == 0:
-            rows.append({"role": "no clear role", "auc": None, "lead": None})
-        else:
-            sign = "" if towards.at[sense, relation] else "against "
-            rows.append({"role": sign + relation, "auc": auc.at[sense, relation], "lead": lead.at[sense, relation]})
-    return pd.DataFrame(rows, index=auc.index)
+    has_role = ((auc >= MIN_AUC) & (lead >= 1)) | ((auc <= 1 - MIN_AUC) & (lead <= -1))
+    roles = pd.DataFrame({"role": "no clear role", "auc": np.nan, "lead": np.nan}, index=auc.index)
+    for sense in auc.index[has_role.any(axis=1)]:
+        relation = lead.loc[sense, has_role.loc[sense]].abs().idxmax()
+        against = "against " if lead.at[sense, relation] < 0 else ""
+        roles.loc[sense] = against + relation, auc.at[sense, relation], lead.at[sense, relation]
+    return roles
 
 
 @torch.no_grad()

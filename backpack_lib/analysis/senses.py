@@ -41,7 +41,7 @@ def vectors_of_tokens(model, token_ids: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def pushes(model, senses: torch.Tensor) -> torch.Tensor:
     """What sense vectors add to each logit at weight one, E C(x)_l. (..., d) -> (..., V)"""
-    return senses @ model.get_output_embeddings().weight.T
+    return senses @ model.get_output_embeddings().weight.T * getattr(model, "logit_scale", 1.0)
 
 
 def pushed_most(model, senses: torch.Tensor, n: int = 8, among: torch.Tensor | None = None) -> tuple:
@@ -78,17 +78,3 @@ def neighbours(directions: torch.Tensor, vectors: torch.Tensor, n: int = 8) -> t
     cosines = torch.stack([of_sense.float() @ vector for of_sense, vector in zip(directions, vectors)])
     nearest = cosines.topk(min(n, cosines.shape[1]))
     return nearest.indices, nearest.values
-
-
-def likeness_of_senses(directions: torch.Tensor, centred: bool = True) -> torch.Tensor:
-    """How alike the senses of one word are: the cosine of C(x)_l and C(x)_m, averaged over all x. -> (k, k)
-
-    centred: take each sense's mean direction away first. What a sense has in common for all words says nothing about a
-    word, and makes two senses look alike, or opposed, for all of them.
-    """
-    parts, total = directions.split(TOKENS_AT_ONCE, dim=1), 0.0
-    mean = sum(part.sum(1, keepdim=True, dtype=torch.float) for part in parts) / directions.shape[1]  # (k, 1, d)
-    for part in parts:
-        part = F.normalize(part.float() - mean, dim=-1) if centred else part.float()
-        total = total + part.flatten(1) @ part.flatten(1).T
-    return total / directions.shape[1]

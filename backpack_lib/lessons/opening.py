@@ -27,7 +27,8 @@ COMMON = 6000  # words
 class Lesson(Results):
     """What a notebook works on.
 
-    example: the words and texts to use, as attributes. embeddings: E, the output embedding, (V, d).
+    example: the words and texts to use, as attributes. embeddings: E, the output embedding, (V, d), in the scale of
+    the logits.
     """
 
     model: Any
@@ -37,7 +38,8 @@ class Lesson(Results):
 
     @property
     def embeddings(self) -> torch.Tensor:
-        return self.model.get_output_embeddings().weight.detach()
+        E, scale = self.model.get_output_embeddings().weight.detach(), getattr(self.model, "logit_scale", 1.0)
+        return E if scale == 1 else E * scale  # some Transformers, below a sense lens, scale their logits
 
     @property
     def senses(self) -> int:

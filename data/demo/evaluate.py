@@ -33,8 +33,6 @@ from backpack_lib.training.build import keep_freed_memory
 
 RELATED = 7.0  # of ten: from this score on, two words are related
 SAMPLE_SETTINGS = {"top_p": 0.8, "temperature": 0.9, "repetition_penalty": 1.2, "max_new_tokens": 60}
-PEOPLE = """man woman boy girl king queen prince princess mother father husband wife son daughter brother sister
-            actor actress director singer doctor professor player artist author""".split()
 PROFESSIONS = pd.read_csv(HERE.parent / "professions.csv")
 
 
@@ -71,7 +69,7 @@ def sense_roles(model, tokenizer, texts: list[str], sets: dict[str, pd.DataFrame
     pairs = roles.relations_of_text(tokenizer, texts, verbs)
     if "WS-353" in sets:
         pairs["related word"] = related_words(tokenizer, sets["WS-353"])
-    auc, untrained, consistency = roles.evidence(model, tokenizer, pairs, [*PROFESSIONS["profession"], *PEOPLE])
+    auc, untrained, consistency = roles.evidence(model, tokenizer, pairs, [*PROFESSIONS["profession"], *roles.PEOPLE])
     tables = {"auc": auc.to_dict("list"), "auc_untrained": untrained.to_dict("list")}
     return tables | {"consistency": consistency.T.to_dict()}
 
