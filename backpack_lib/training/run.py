@@ -40,6 +40,7 @@ from backpack_lib.training.build import (
 from backpack_lib.training.checkpoints import RunFolder
 from backpack_lib.training.config import TrainingConfig
 
+CHECK_EVERY = 100  # steps between looks at the losses, at most; each look makes a GPU wait
 BEGINNING = {"step": 0, "history": [], "losses": [], "seconds": 0.0, "position": None}
 
 
@@ -106,7 +107,7 @@ class Run:
             last = self.step == config.steps
             evaluating = last or self.step % config.eval_every == 0
             saving = last or self.step % config.save_every == 0
-            if evaluating or saving:
+            if evaluating or saving or self.step % CHECK_EVERY == 0:
                 train_loss = self.read_losses()
             self.seconds += time.perf_counter() - start
             if evaluating:
