@@ -8,13 +8,15 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-from backpack_lib import BackpackConfig, BackpackLMHeadModel
+from backpack_lib import BackpackConfig, BackpackLMHeadModel, train
 from backpack_lib.text import planted
 from backpack_lib.text.tokenizers import train_tokenizer
+from backpack_lib.training.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -93,6 +95,21 @@ def command(config, launcher=(), program=("-m", "backpack_lib.training")):
 def run_command(*parts):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command(*parts), cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+def stop_before(monkeypatch, config, step):
+    """Trains until a step, at which the process might have been killed."""
+    one_step = Run.train_one_step
+
+    def breaking(run):
+        if run.step == step - 1:
+            raise InterruptedError
+        one_step(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "train_one_step", breaking)
+        with pytest.raises(InterruptedError):
+            train(config)
 
 
 def weights(out):

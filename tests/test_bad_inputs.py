@@ -82,7 +82,6 @@ CASES = [
     (lambda c: prepare(open_corpus(str(c.files / "short.txt")), 512), "less than one block of 512"),
     (lambda c: prepare(open_corpus(str(c.files / "binary.txt")), 8), "binary.txt"),
     (lambda c: prepare(open_corpus(str(c.files / "damaged.txt.xz")), 8), "damaged.txt.xz"),
-    (lambda c: prepare(open_corpus("planted"), 8, valid_fraction=0.9), "valid_fraction=0.9"),
     (lambda c: prepare(open_corpus("planted"), 8, tokenizer=str(c.files)), "bad inputs"),
 ]
 

@@ -1,19 +1,18 @@
-"""The order of the data is a function of the seed and the step, however many processes read or share it."""
+"""The rows of a step follow from the seed and the step alone, however many workers prepare them or processes share them."""
 
 import json
 from dataclasses import replace
 from itertools import islice
+from types import SimpleNamespace
 
-import pandas as pd
 import pytest
 import torch
-from helpers import RESULTS, assert_same_weights, random_ids
+from helpers import assert_same_weights, random_ids, stop_before
 
-from backpack_lib import train
+from backpack_lib import TrainingConfig, train
 from backpack_lib.text import planted
 from backpack_lib.text.corpora import open_corpus, prepare
-from backpack_lib.training.batches import ShuffledBatches, StreamedBatches, make_batch
-from backpack_lib.training.run import Run
+from backpack_lib.training.batches import make_batch, make_batches
 
 
 class Rows:
@@ -29,32 +28,33 @@ class Rows:
         return {"input_ids": torch.full((4,), number)}
 
 
-def rows_of(batches, first, steps):
-    taken = batches.steps_from(first)
-    return [torch.cat([batch.input_ids[:, 0] for batch in next(taken)]).tolist() for _ in range(steps)]
+def loader(rows, batch_size, process=0, processes=1, step=0, position=None, **settings):
+    config = TrainingConfig(corpus="planted", out="", batch_size=batch_size, **settings)
+    place = SimpleNamespace(process_index=process, num_processes=processes, device=torch.device("cpu"))
+    return make_batches(config, SimpleNamespace(train=rows), place, step, position)
+
+
+def numbers(n_rows, n_batches, *args, **settings):
+    return [batch.input_ids[:, 0].tolist() for batch in islice(loader(Rows(n_rows), *args, **settings), n_batches)]
 
 
 def test_every_pass_sees_every_row_once_in_a_new_order():
-    steps = rows_of(ShuffledBatches(Rows(12), batch_size=2, accumulate=2, seed=0), 0, 9)
-    seen = sum(steps, [])
+    seen = sum(numbers(12, 18, 2), [])
     passes = [seen[i : i + 12] for i in (0, 12, 24)]
-    assert all(sorted(p) == list(range(12)) for p in passes)
-    assert len({tuple(p) for p in passes}) == 3
-    assert seen != sum(rows_of(ShuffledBatches(Rows(12), 2, 2, seed=1), 0, 9), [])
+    assert all(sorted(p) == list(range(12)) for p in passes) and len({tuple(p) for p in passes}) == 3
+    assert seen != sum(numbers(12, 18, 2, seed=1), [])
 
 
-def test_a_run_can_begin_at_any_step():
-    def make():
-        return ShuffledBatches(Rows(10), batch_size=3, accumulate=1, seed=0)
-
-    assert rows_of(make(), 0, 20)[7:] == rows_of(make(), 7, 13)
+def test_a_run_can_begin_at_any_step_with_any_number_of_workers():
+    whole = numbers(10, 40, 3, accumulate=2)
+    assert numbers(10, 26, 3, accumulate=2, step=7) == numbers(10, 26, 3, accumulate=2, step=7, workers=2) == whole[14:]
 
 
-def test_workers_change_neither_the_rows_nor_their_order():
-    def make(workers):
-        return ShuffledBatches(Rows(30), batch_size=3, accumulate=2, seed=0, num_workers=workers)
-
-    assert rows_of(make(2), 4, 10) == rows_of(make(0), 4, 10)
+def test_processes_share_the_rows_of_a_step():
+    alone = numbers(50, 10, 8)
+    shared = [numbers(50, 20, 2, process, 2, accumulate=2) for process in (0, 1)]
+    for step, rows in enumerate(alone):
+        assert sorted(rows) == sorted(sum((part for own in shared for part in own[2 * step : 2 * step + 2]), []))
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -64,18 +64,6 @@ def test_a_batch_says_which_distinct_tokens_stand_where(padded):
     assert batch.tokens[batch.inverse].equal(ids) and batch.input_ids.equal(ids)
     assert set(batch.tokens.tolist()) == set(ids.flatten().tolist())
     assert len(batch.tokens) == (12 if padded else len(ids.unique()))
-
-
-def test_workers_change_nothing_in_a_run(tiny):
-    alone, helped = (train(replace(tiny, out=f"{tiny.out}-{n}", workers=n, steps=6)) for n in (0, 2))
-    pd.testing.assert_frame_equal(alone[RESULTS], helped[RESULTS])
-
-
-def test_processes_share_the_rows_of_a_step():
-    alone = rows_of(ShuffledBatches(Rows(50), batch_size=8, accumulate=1, seed=0), 0, 10)
-    shared = [rows_of(ShuffledBatches(Rows(50), 2, 2, seed=0, process=p, processes=2), 0, 10) for p in (0, 1)]
-    for step, (a, b) in enumerate(zip(*shared)):
-        assert sorted(a + b) == sorted(alone[step])
 
 
 # ---------------------------------------------------------------- streams
@@ -91,47 +79,24 @@ def stream(tmp_path_factory):
     return prepare(open_corpus(str(folder), streaming=True), 32, 400, valid_fraction=0.1).train, folder
 
 
-@pytest.mark.parametrize("place, processes", [(0, 1), (1, 2), (2, 3)])
-@pytest.mark.parametrize("stop", [3, 30])
-def test_a_stream_resumed_within_any_pass_is_the_unbroken_one_in_all_later_passes(stream, place, processes, stop):
-    def batches():
-        return StreamedBatches(stream[0], 2, 1, place, processes)
+@pytest.mark.parametrize("process, processes", [(0, 1), (1, 2), (2, 3)])
+def test_a_stream_resumed_within_any_pass_is_the_unbroken_one_in_all_later_passes(stream, process, processes):
+    def taken(loader, n):
+        return [batch.input_ids.tolist() for batch in islice(loader, n)]
 
-    def take(batches, n):
-        return [step[0].input_ids.tolist() for step in islice(batches.steps_from(0), n)]
-
-    n_blocks = sum(1 for _ in stream[0])
-    length = 4 * n_blocks // (2 * processes)  # batches of four passes
-    whole, broken, again = take(batches(), length), batches(), batches()
-    assert take(broken, stop) == whole[:stop]
-    again.load_state_dict(json.loads(json.dumps(broken.state_dict())))
-    assert take(again, length - stop) == whole[stop:]
+    n_batches = 4 * sum(1 for _ in stream[0]) // (2 * processes)  # of four passes
+    whole = taken(loader(stream[0], 2, process, processes), n_batches)
+    for stop in (3, 30):
+        broken = loader(stream[0], 2, process, processes)
+        assert taken(broken, stop) == whole[:stop]
+        position = json.loads(json.dumps(broken.state_dict()))
+        assert taken(loader(stream[0], 2, process, processes, position=position), n_batches - stop) == whole[stop:]
 
 
-def test_a_run_on_a_stream_that_is_killed_within_a_pass_ends_with_the_same_weights(stream, tiny, monkeypatch):
-    config = replace(tiny, corpus=str(stream[1]), streaming=True, block_size=32, steps=60, save_every=7)
+def test_a_run_on_a_stream_that_breaks_off_within_a_pass_ends_with_the_same_weights(stream, tiny, monkeypatch):
+    config = replace(tiny, corpus=str(stream[1]), streaming=True, block_size=32, steps=40, save_every=7)
     broken = replace(config, out=f"{config.out}-broken")
     train(config)
-    step = Run.train_one_step
-
-    def breaking(self, batch):
-        if self.step == 10:
-            raise SystemExit
-        step(self, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "train_one_step", breaking)
-        with pytest.raises(SystemExit):
-            train(broken)
+    stop_before(monkeypatch, broken, step=11)
     train(broken)
     assert_same_weights(config.out, broken.out)
-
-
-def test_a_stream_is_not_resumed_by_another_number_of_processes(stream):
-    with pytest.raises(ValueError, match="was read by 2 processes, not 1"):
-        StreamedBatches(stream[0], 2, 1).load_state_dict(StreamedBatches(stream[0], 2, 1, 0, 2).state_dict())
-
-
-def test_a_process_without_a_block_is_told(stream):
-    with pytest.raises(ValueError, match="no block for this process"):
-        next(StreamedBatches(stream[0].take(1), 2, 1, process=1, processes=2).steps_from(0))

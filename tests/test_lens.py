@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import assert_same_weights, random_ids, tiny_tokenizer, weights
+from helpers import assert_same_weights, random_ids, stop_before, tiny_tokenizer, weights
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -28,7 +28,6 @@ from backpack_lib.model.hooks import hooked
 from backpack_lib.model.lens import SenseLens, SenseLensConfig
 from backpack_lib.text.writing import ids_of_text
 from backpack_lib.training.lens import LensLoss
-from backpack_lib.training.run import Run
 
 SIZES = dict(vocab_size=500, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64)
 IDS = dict(bos_token_id=0, eos_token_id=0, pad_token_id=0)
@@ -237,17 +236,7 @@ def test_a_run_that_breaks_off_resumes_bit_for_bit(lens_run, monkeypatch):
     monkeypatch.setattr("backpack_lib.training.lens.START_STEPS", 3)
     whole = replace(lens_run, out=lens_run.out + "-whole")
     train(whole)
-    one_step = Run.train_one_step
-
-    def break_off(self, batch):
-        if self.step == 7:
-            raise RuntimeError("the power is out")
-        one_step(self, batch)
-
-    monkeypatch.setattr(Run, "train_one_step", break_off)
-    with pytest.raises(RuntimeError, match="the power is out"):
-        train(lens_run)
-    monkeypatch.setattr(Run, "train_one_step", one_step)
+    stop_before(monkeypatch, lens_run, step=8)
     train(lens_run)
     assert_same_weights(lens_run.out, whole.out)
 
@@ -279,10 +268,6 @@ def test_the_shipped_lens_of_the_demo_explains_more_than_shuffled_senses_do():
             assert own < nats() - 1
 
 
-def test_a_base_that_cannot_be_had_is_named_in_one_sentence(lens_run, tmp_path):
-    with pytest.raises(ValueError, match="no folder with a model"):
-        train(replace(lens_run, lens_of="nobody/nothing"))
-    with pytest.raises(ValueError, match="has senses already"):
-        train(replace(lens_run, lens_of="planted", out=str(tmp_path / "other")))
-    with pytest.raises(ValueError, match="name it by lens_of"):
-        replace(lens_run, lens_of=None, architecture="lens")
+def test_a_lens_on_a_backpack_is_refused(lens_run):
+    with pytest.raises(ValueError, match="the model given is a Backpack"):
+        train(replace(lens_run, lens_of="planted"))

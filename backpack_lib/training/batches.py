@@ -1,24 +1,26 @@
-"""Which rows of the data each process sees at each step: a function of the seed and the step alone.
+"""Which rows of the data each process reads at each step.
 
-Batches are read, tokenised and put together by processes of their own (torchdata's `StatefulDataLoader`), so that the
-training loop never waits for them. What it holds does not depend on their number.
+Rows of a data set are shuffled by the seed, so a run resumes from its step alone. A stream has no row numbers, so its
+position is kept with each checkpoint. Either way, batches do not depend on the number of workers that prepare them.
 """
 
 import os
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from itertools import count, islice
 from typing import NamedTuple
 
 import torch
-from torch.utils.data import BatchSampler
-from torchdata.stateful_dataloader import StatefulDataLoader
+from accelerate import Accelerator
+from torch.utils.data import BatchSampler, DataLoader
 
 from backpack_lib.model.backpack import distinct_tokens
+from backpack_lib.training.config import AUTO, TrainingConfig
 
 
 class Batch(NamedTuple):
-    """Sequences, and their distinct tokens, which are found on the host: a GPU would have to be waited for.
+    """Sequences and their distinct tokens, which are found on the host, since finding them would make a GPU wait.
 
     input_ids: (B, T). tokens: (n,), inverse: (B, T), which of them stands where; see `distinct_tokens`.
     """
@@ -37,42 +39,41 @@ def make_batch(rows, padded: bool = False) -> Batch:
     return Batch(input_ids, *distinct_tokens(input_ids, padded))
 
 
-class ShuffledBatches:
-    """Batches of a map-style data set, shuffled anew in every pass.
+def make_batches(config: TrainingConfig, blocks, accelerator: Accelerator, step: int = 0, position: dict | None = None):
+    """A loader of this process' batches from a step on, without an end.
 
-    A step takes `batch_size` x `accumulate` rows for each process. The rows of a step do not depend
-    on how many processes share them, and a run can begin at any step.
-
-    loading: further settings of the loader, such as `num_workers`, `pin_memory` and `collate_fn`.
+    Of a data set, n processes take every n-th batch each, so that they share the rows of a step; of a stream, each
+    reads another part. position: of a stream, what the loader's `state_dict()` was at that step.
     """
+    process, processes = accelerator.process_index, accelerator.num_processes
+    on_gpu = accelerator.device.type == "cuda"
+    settings = {
+        "collate_fn": partial(make_batch, padded=config.compile),
+        "pin_memory": on_gpu,
+        # A generator of its own: the global one, which dropout draws from, would not be the same after resuming.
+        "generator": torch.Generator(),
+    }
+    if hasattr(blocks.train, "__len__"):
+        rows = shuffled(len(blocks.train), config.seed, step * config.accumulate * config.batch_size * processes)
+        batches = BatchSampler(rows, config.batch_size, drop_last=False)
+        workers = (2 if on_gpu else 0) if config.workers == AUTO else config.workers
+        own = islice(batches, process, None, processes)
+        return DataLoader(blocks.train, batch_sampler=own, num_workers=workers, **settings)
 
-    def __init__(
-        self, rows, batch_size: int, accumulate: int, seed: int, process: int = 0, processes: int = 1, **loading
-    ):
-        self.rows = rows
-        self.batch_size = batch_size
-        self.accumulate = accumulate
-        self.seed = seed
-        self.process = process
-        self.processes = processes
-        self.loading = loading
+    from datasets.distributed import split_dataset_by_node
+    from torchdata.stateful_dataloader import StatefulDataLoader
 
-    def steps_from(self, first: int) -> Iterator[list[Batch]]:
-        """This process' `accumulate` batches of each step from `first` on."""
-        position = first * self.batch_size * self.accumulate * self.processes
-        batches = BatchSampler(shuffled(len(self.rows), self.seed, position), self.batch_size, drop_last=False)
-        mine = islice(batches, self.process, None, self.processes)
-        return _steps(_loader(self.rows, batch_sampler=mine, **self.loading), self.accumulate)
-
-    def state_dict(self) -> dict:
-        return {}  # the step says it all
-
-    def load_state_dict(self, state: dict):
-        pass
+    stream = split_dataset_by_node(blocks.train, rank=process, world_size=processes).repeat(None)
+    warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # of torch's, which torchdata still calls
+    # One worker, always: with another number, the order of the stream and its position would be others.
+    loader = StatefulDataLoader(stream, config.batch_size, num_workers=1, worker_init_fn=_begin_worker, **settings)
+    if position:
+        loader.load_state_dict(position)
+    return loader
 
 
 def shuffled(n_rows: int, seed: int, position: int) -> Iterator[int]:
-    """Row numbers in an order of their own for each pass over the rows, without an end, from a position on."""
+    """Row numbers in a new order for each pass over the rows, without an end, from a position on."""
     first_pass, begin = divmod(position, n_rows)
     for number in count(first_pass):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
@@ -80,51 +81,5 @@ def shuffled(n_rows: int, seed: int, position: int) -> Iterator[int]:
         begin = 0
 
 
-class StreamedBatches:
-    """Batches of a stream of blocks, in its own order, pass after pass; each process reads another part of it.
-
-    A stream has no row numbers, so its position in the data has to be kept with a checkpoint. It is read by one
-    process, always: with another number, its order and its position would be others.
-    """
-
-    def __init__(self, stream, batch_size: int, accumulate: int, process: int = 0, processes: int = 1, **loading):
-        from datasets.distributed import split_dataset_by_node
-
-        self.stream = split_dataset_by_node(stream, rank=process, world_size=processes).repeat(None)
-        self.accumulate = accumulate
-        self.processes = processes
-        self.loader = _loader(self.stream, batch_size=batch_size, **loading | {"num_workers": 1})
-
-    def steps_from(self, first: int) -> Iterator[list[Batch]]:
-        """This process' batches of each step; the position to begin at comes from `load_state_dict`."""
-        yield from _steps(self.loader, self.accumulate)
-        raise ValueError("The stream has no block for this process; use fewer processes or a larger data set.")
-
-    def state_dict(self) -> dict:
-        """The position after the last batch that was taken, whatever was read ahead."""
-        return {"processes": self.processes, "loader": self.loader.state_dict()}
-
-    def load_state_dict(self, state: dict):
-        if state["processes"] != self.processes:
-            raise ValueError(
-                f"The stream was read by {state['processes']} processes, not {self.processes}; resume with as many."
-            )
-        self.loader.load_state_dict(state["loader"])
-
-
-def _loader(data, **settings) -> StatefulDataLoader:
-    # A generator of its own: the global one, which dropout draws from, would be another one after a resumption.
-    settings = {"collate_fn": make_batch, "generator": torch.Generator(), "worker_init_fn": _begin_worker} | settings
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # of torch's, which torchdata still calls
-        return StatefulDataLoader(data, **settings)
-
-
 def _begin_worker(number: int):
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the threads of a tokenizer do not survive a fork
-
-
-def _steps(batches, accumulate: int) -> Iterator[list[Batch]]:
-    batches = iter(batches)
-    while step := list(islice(batches, accumulate)):
-        yield step

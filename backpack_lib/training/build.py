@@ -1,12 +1,11 @@
-"""The parts of a training run, made from its settings: accelerator, model, optimisers, schedule, batches."""
+"""The parts of a training run, made from its settings: accelerator, blocks, model, loss, optimisers, schedule."""
 
 import ctypes
 import os
+import platform
 import re
-import sys
 import warnings
 from dataclasses import replace
-from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -16,12 +15,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, get_scheduler
 
 from backpack_lib.loading import SMOLLM2, SMOLLM2_ON_HUB, load_model, load_tokenizer_of, pick_device
 from backpack_lib.model.backpack import BackpackConfig, BackpackLMHeadModel
-from backpack_lib.model.kinds import has_senses, suppress_unused_rows
+from backpack_lib.model.kinds import require_transformer, suppress_unused_rows
 from backpack_lib.model.lens import SenseLens, SenseLensConfig
-from backpack_lib.training.batches import ShuffledBatches, StreamedBatches, make_batch
 from backpack_lib.training.checkpoints import RunFolder
-from backpack_lib.training.config import AUTO, PRECISIONS, SCHEDULES, TrainingConfig
-from backpack_lib.training.lens import KeptStates, LensLoss, count_tokens, start
+from backpack_lib.training.config import PRECISIONS, SCHEDULES, TrainingConfig
+from backpack_lib.training.lens import COUNTED_BLOCKS, KeptStates, LensLoss, start
 from backpack_lib.training.loss import LanguageModelLoss
 
 HIDDEN_MATRIX = re.compile(r"\.(attn|mlp)\.c_\w+\.weight$|final_mlp\.c_fc\.weight$|sense_weight_net")
@@ -31,29 +29,28 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """Accelerate's view of the device and the other processes, made anew for each run."""
+    """Accelerate's view of the device and the other processes, made anew for each run.
+
+    Raises ValueError if the model is to be divided among processes (FSDP) and the optimiser needs whole matrices.
+    """
     on_cpu = pick_device(config.device).type == "cpu"
-    precision = config.resolved_precision()
     # Accelerate keeps its state for the life of a process; a notebook may train twice, differently.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    accelerator = Accelerator(mixed_precision=PRECISIONS[precision], cpu=on_cpu, step_scheduler_with_optimizer=False)
+    accelerator = Accelerator(
+        mixed_precision=PRECISIONS[config.resolved_precision()],
+        gradient_accumulation_steps=config.accumulate,
+        cpu=on_cpu,
+        step_scheduler_with_optimizer=False,  # it would step once for each process
+    )
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        divide_model(accelerator, config)
+        if config.optimizer == "muon":
+            raise ValueError("optimizer='muon' needs whole matrices, which FSDP divides; choose 'adamw', or DDP.")
+        if on_cpu:  # where accelerate itself would have each process hold the whole model
+            PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+            accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        # It warns of changes in place to what the sense network returns; there are none.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
     return accelerator
-
-
-def divide_model(accelerator: Accelerator, config: TrainingConfig):
-    """Checks that a model can be divided among processes (FSDP), and has accelerate do so on CPUs too.
-
-    Raises ValueError if the optimiser needs whole matrices.
-    """
-    if config.optimizer == "muon":
-        raise ValueError("optimizer='muon' needs whole matrices, which FSDP divides; choose 'adamw', or DDP.")
-    if accelerator.device.type == "cpu":  # where accelerate itself would have each process hold the whole model
-        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
-    # It warns of changes in place to what the sense network returns; there are none.
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
 
 
 def keep_freed_memory():
@@ -62,25 +59,23 @@ def keep_freed_memory():
     Otherwise every large tensor is fresh memory from the system, which clears it page by page: on
     two cores that took as long as the training itself.
     """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 2**25)  # its upper bound
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # its upper bound
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def prepare_blocks(config: TrainingConfig):
+    """The `corpora.Blocks` of the configured text, tokenised as the model asks for."""
     from backpack_lib.text.corpora import open_corpus, prepare
 
-    valid = config.valid_corpus and open_corpus(config.valid_corpus, config.per_file)
     existing = config.init_from or config.lens_of
     blocks = prepare(
         open_corpus(config.corpus, config.per_file, config.streaming),
         block_size=config.block_size,
         vocab_size=config.vocab_size,
         tokenizer=load_tokenizer_of(existing) if existing else config.tokenizer,
-        valid_corpus=valid or None,
+        valid_corpus=open_corpus(config.valid_corpus, config.per_file) if config.valid_corpus else None,
         valid_fraction=config.valid_fraction,
     )
     if 0 < config.max_blocks < len(blocks.train):
@@ -90,26 +85,41 @@ def prepare_blocks(config: TrainingConfig):
 
 
 def make_model(config: TrainingConfig, tokenizer):
-    """A new model of the configured sizes, or the one to start from."""
+    """A new model of the configured sizes, the one to start from, or a new sense lens.
+
+    Raises ValueError if the model that the settings name is of another kind or reads no blocks of this size.
+    """
     kinds = {"backpack": BackpackLMHeadModel, "transformer": GPT2LMHeadModel}
     dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
     if config.lens_of:
-        return make_lens(config)
-    if config.init_from:
+        base = load_model(config.lens_of)
+        require_transformer(base)
+        name = SMOLLM2_ON_HUB if config.lens_of == SMOLLM2 else config.lens_of
+        model = SenseLens(SenseLensConfig.of_base(base, name, num_senses=config.num_senses), base)
+    elif config.init_from:
         model = load_model(config.init_from, **dropout)
         if not isinstance(model, kinds[config.architecture]):
             raise ValueError(
                 f"init_from={config.init_from!r} holds a {type(model).__name__}, "
                 f"but architecture={config.architecture!r} was asked for."
             )
-        if config.block_size > model.config.n_positions:
-            raise ValueError(
-                f"block_size={config.block_size} is longer than the n_positions={model.config.n_positions} "
-                f"of {config.init_from!r}; choose a shorter one."
-            )
-        return model
+    else:
+        return make_new_model(config, tokenizer, dropout)
+    if config.block_size > model.config.n_positions:
+        raise ValueError(
+            f"block_size={config.block_size} is longer than the n_positions={model.config.n_positions} "
+            f"of {config.init_from or config.lens_of!r}; choose a shorter one."
+        )
+    return model
+
+
+def make_new_model(config: TrainingConfig, tokenizer, dropout: dict[str, float]):
+    """A Backpack or a Transformer with random weights."""
+    rows = len(tokenizer)
+    if rows >= LARGE_VOCABULARY:
+        rows += -rows % VOCABULARY_MULTIPLE
     trunk = dict(
-        vocab_size=padded_vocabulary(len(tokenizer)),
+        vocab_size=rows,
         used_vocab_size=len(tokenizer),
         n_positions=config.block_size,
         n_embd=config.n_embd,
@@ -128,29 +138,15 @@ def make_model(config: TrainingConfig, tokenizer):
     return model
 
 
-def make_lens(config: TrainingConfig) -> SenseLens:
-    """A new sense lens on the Transformer that the settings name. Raises ValueError if none can be put on it."""
-    base = load_model(config.lens_of)
-    if has_senses(base):
-        raise ValueError(f"lens_of={config.lens_of!r} is a {type(base).__name__}, which has senses already.")
-    name = SMOLLM2_ON_HUB if config.lens_of == SMOLLM2 else config.lens_of
-    return SenseLens(SenseLensConfig.of_base(base, name, num_senses=config.num_senses), base)
-
-
 def make_loss(model, config: TrainingConfig, blocks, folder: RunFolder):
     """The loss that a run trains by; a new lens is also given its start."""
-    if not isinstance(model, SenseLens):
+    if not config.lens_of:
         return LanguageModelLoss(model)
     states = KeptStates(model, folder.path / "states", config.states_gb * 1e9)
-    counts = count_tokens(blocks.train, model.config.vocab_size)
+    counts = torch.bincount(blocks.train[:COUNTED_BLOCKS]["input_ids"].flatten(), minlength=model.config.vocab_size)
     if not folder.checkpoints():
-        start(model, states, blocks.train, counts, blocks.tokenizer.eos_token_id)
+        start(model, states, blocks, counts)
     return LensLoss(model, states, counts)
-
-
-def padded_vocabulary(tokens: int) -> int:
-    """How many rows the embeddings of so many tokens have."""
-    return tokens if tokens < LARGE_VOCABULARY else -(-tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def make_optimizers(model, config: TrainingConfig, device: torch.device) -> list[torch.optim.Optimizer]:
@@ -160,41 +156,25 @@ def make_optimizers(model, config: TrainingConfig, device: torch.device) -> list
     last one, which is wide: its orthogonalisation would cost more than it gives. Muon's updates are
     scaled to the size of AdamW's, so that one learning rate serves both.
     """
-    by_name = dict(model.named_parameters())
-    matrices = {name: p for name, p in by_name.items() if p.dim() >= 2}
-    others = [p for p in by_name.values() if p.dim() < 2]
-    made = []
+    matrices = {name: p for name, p in model.named_parameters() if p.dim() >= 2}
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    optimizers = []
     if config.optimizer == "muon":
-        hidden = [name for name in matrices if HIDDEN_MATRIX.search(name)]
+        hidden = [matrices.pop(name) for name in list(matrices) if HIDDEN_MATRIX.search(name)]
         settings = {"weight_decay": config.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-        made = [torch.optim.Muon([matrices.pop(name) for name in hidden], lr=config.learning_rate, **settings)]
+        optimizers = [torch.optim.Muon(hidden, lr=config.learning_rate, **settings)]
     groups = [
         {"params": list(matrices.values()), "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": vectors, "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=device.type != "mps")
-    return [adamw, *made]
+    return [adamw, *optimizers]
 
 
 def make_scheduler(optimizer, config: TrainingConfig):
     specific = {}
     if config.schedule == "wsd":
-        decay = round(config.steps * config.decay)
-        specific = {"num_decay_steps": decay, "decay_type": "linear"}
+        specific = {"num_decay_steps": round(config.steps * config.decay), "decay_type": "linear"}
     return get_scheduler(
         SCHEDULES[config.schedule], optimizer, config.warmup, config.steps, scheduler_specific_kwargs=specific
     )
-
-
-def make_batches(config: TrainingConfig, blocks, accelerator: Accelerator):
-    on_gpu = accelerator.device.type == "cuda"
-    settings = {
-        "process": accelerator.process_index,
-        "processes": accelerator.num_processes,
-        "num_workers": (2 if on_gpu else 0) if config.workers == AUTO else config.workers,
-        "pin_memory": on_gpu,
-        "collate_fn": partial(make_batch, padded=config.compile),
-    }
-    if hasattr(blocks.train, "__len__"):
-        return ShuffledBatches(blocks.train, config.batch_size, config.accumulate, config.seed, **settings)
-    return StreamedBatches(blocks.train, config.batch_size, config.accumulate, **settings)

@@ -13,14 +13,13 @@ from backpack_lib.model.backpack import check_sizes
 ARCHITECTURES = ("backpack", "transformer")  # trained from nothing; a lens is trained on a model
 LENS = "lens"
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}
-OPTIMIZERS = ("adamw", "muon")
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 AUTO = -1
 CHOICES = {
     "architecture": (*ARCHITECTURES, LENS),
     "schedule": tuple(SCHEDULES),
-    "optimizer": OPTIMIZERS,
+    "optimizer": ("adamw", "muon"),
     "precision": ("auto", *PRECISIONS),
     "device": DEVICES,
 }
@@ -105,8 +104,6 @@ class TrainingConfig:
             if not low <= getattr(self, name) <= high:
                 allowed = f"at least {low}" if high == math.inf else f"between {low} and {high}"
                 raise ValueError(f"{name}={getattr(self, name)} is out of range; it must be {allowed}.")
-        if not str(self.corpus).strip():
-            raise ValueError("The corpus is empty; give 'planted', text files, or a data set of the Hugging Face hub.")
         if self.architecture == LENS and not self.lens_of:
             raise ValueError(f"architecture={LENS!r} needs a Transformer to train on; name it by lens_of.")
         if self.lens_of and (self.init_from or self.tokenizer or self.streaming):

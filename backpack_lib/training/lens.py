@@ -37,11 +37,11 @@ class KeptStates:
     @torch.no_grad()
     def __call__(self, input_ids):
         """(B, T) -> (B, T, 2 d), as they are read from the files, so that a resumed run sees the same numbers."""
-        files = [self._file(row) for row in input_ids.cpu()]
-        # One missing: all are computed again, since rounding depends on what a product computes beside.
+        digests = [hashlib.blake2b(row.numpy().tobytes(), digest_size=12) for row in input_ids.cpu()]
+        files = [self.folder / f"{digest.hexdigest()}.npy" for digest in digests]
+        # If one is missing, all are computed again, since rounding depends on what a product computes beside.
         if all(file.is_file() for file in files):
-            states = torch.from_numpy(np.stack([np.load(file) for file in files]))
-            return states.to(input_ids.device).float()
+            return torch.from_numpy(np.stack([np.load(file) for file in files])).to(input_ids.device).float()
         largest = torch.finfo(torch.float16).max
         states = self.lens.states(input_ids).clamp(-largest, largest).half()
         for file, row in zip(files, states.cpu().numpy()):
@@ -51,9 +51,6 @@ class KeptStates:
                 self.bytes += row.nbytes
         return states.float()
 
-    def _file(self, row) -> Path:
-        return self.folder / f"{hashlib.blake2b(row.numpy().tobytes(), digest_size=12).hexdigest()}.npy"
-
 
 class LensLoss(nn.Module):
     """The loss of a lens on some sequences: (B, T) -> scalar.
@@ -61,23 +58,23 @@ class LensLoss(nn.Module):
     In training: KL from the base's prediction to that of the senses alone, in nats, over the most frequent tokens and
     others drawn by lot, and the share of the variance of the logits that senses leave unexplained, over all tokens.
     In evaluation: mean nats per token of the text under the senses alone.
+
+    counts: how often each token stands in the text, (V,). distinct: as in `LanguageModelLoss`.
     """
 
     def __init__(self, lens: SenseLens, states: KeptStates, counts: torch.Tensor):
         super().__init__()
         self.model = lens
         self.states = states
-        self._no_split_modules = lens._no_split_modules
+        self._no_split_modules = lens._no_split_modules  # FSDP asks for them
         E = lens.get_output_embeddings().weight.detach().float()
         E = E - E.mean(0)  # logits less their mean over the vocabulary
         self.register_buffer("gram", E.T @ E / len(E), persistent=False)
         self.register_buffer("counts", counts.to(E.device), persistent=False)
-        self.register_buffer("by_frequency", counts.argsort(descending=True).to(E.device), persistent=False)
 
-    def forward(self, input_ids, tokens=None, inverse=None):
-        distinct = None if tokens is None else (tokens, inverse)
+    def forward(self, input_ids, *distinct):
         states = self.states(input_ids)
-        h, o = states[..., : self.model.config.n_embd], self.model.explain(input_ids, states, distinct)
+        h, o = states[..., : self.model.config.n_embd], self.model.explain(input_ids, states, distinct or None)
         if self.training:
             return self.distance(h.flatten(0, 1), o.flatten(0, 1))
         logits = self.model.logits_of(o[:, :-1])
@@ -85,9 +82,9 @@ class LensLoss(nn.Module):
 
     def distance(self, h, o):
         """From the base's states to what the senses say. (n, d), (n, d) -> scalar"""
-        head = self.model.get_output_embeddings()
-        rare = torch.randperm(max(0, len(self.by_frequency) - FREQUENT))[:RARE].to(h.device) + FREQUENT
-        taught = torch.cat([self.by_frequency[:FREQUENT], self.by_frequency[rare]])
+        head, by_frequency = self.model.get_output_embeddings(), self.counts.argsort(descending=True)
+        rare = torch.randperm(max(0, len(by_frequency) - FREQUENT))[:RARE].to(h.device) + FREQUENT
+        taught = torch.cat([by_frequency[:FREQUENT], by_frequency[rare]])
         rows, bias = head.weight[taught], None if head.bias is None else head.bias[taught]
         with torch.no_grad():
             p = (F.linear(h, rows, bias) * self.model.logit_scale).float().log_softmax(-1)
@@ -95,51 +92,36 @@ class LensLoss(nn.Module):
         kl = F.kl_div(q, p, reduction="batchmean", log_target=True)
         return kl + self.energy(h - o) / self.energy(h - h.mean(0))
 
+    def energy(self, states):
+        """The squared logits of states, less their mean over the vocabulary: (n, d) -> mean over both."""
+        return ((states @ self.gram) * states).sum(-1).mean()
+
     @torch.no_grad()
     def centre(self):
         """Moves each sense's mean over the text into the constant, so that a word's senses say how it differs.
 
         It leaves o as it is, since the weights of a sense sum to one.
         """
-        lens, tokens = self.model, self.counts.nonzero()[:, 0]
-        share = self.counts[tokens] / self.counts.sum()
+        lens, share = self.model, self.counts / self.counts.sum()
         mean = torch.zeros(lens.config.num_senses, lens.config.n_embd, device=share.device)
-        for some, weights in zip(tokens.split(1024), share.split(1024)):
-            mean += torch.einsum("n,nkd->kd", weights, lens.sense_vectors(some, patched=False))
+        for tokens in self.counts.nonzero()[:, 0].split(1024):
+            mean += torch.einsum("n,nkd->kd", share[tokens], lens.sense_vectors(tokens, patched=False))
         lens.sense_network.final_mlp.c_proj.bias -= (mean / lens.sense_scale()).flatten()
         lens.constant += mean.sum(0)
 
-    def energy(self, states):
-        """The squared logits of states, less their mean over the vocabulary: (n, d) -> mean over both."""
-        return ((states @ self.gram) * states).sum(-1).mean()
 
-
-@torch.no_grad()
-def count_tokens(rows, vocab_size: int) -> torch.Tensor:
-    """How often each token stands in a data set's first blocks, (V,)."""
-    return torch.bincount(ids_of_rows(rows, COUNTED_BLOCKS).flatten(), minlength=vocab_size)
-
-
-def ids_of_rows(rows, most: int) -> torch.Tensor:
-    """The token ids of a data set's first blocks, (n, T)."""
-    rows = rows.select(range(min(most, len(rows)))).with_format("numpy")
-    return torch.from_numpy(rows[:]["input_ids"].astype(np.int64))
-
-
-def start(lens: SenseLens, states: KeptStates, rows, counts: torch.Tensor, separator: int):
-    """Gives a new lens the means of its base's states, and senses that sum to the state of their token alone.
-
-    separator: the token id that a text begins with.
-    """
+def start(lens: SenseLens, states: KeptStates, blocks, counts: torch.Tensor):
+    """Gives a new lens the means of its base's states, and senses that sum to the state of their token alone."""
     d = lens.config.n_embd
-    sample = ids_of_rows(rows, SAMPLE_BLOCKS).to(lens.device)
-    of_sample = torch.cat([states(batch) for batch in tqdm(sample.split(8), "states", leave=False)]).flatten(0, 1)
+    sample = blocks.train[:SAMPLE_BLOCKS]["input_ids"].to(lens.device)
+    of_sample = torch.cat([states(batch) for batch in sample.split(8)]).flatten(0, 1)
     lens.state_mean.copy_(of_sample.mean(0))
     lens.state_std.copy_(of_sample.std(0))
     lens.constant.copy_(of_sample[:, :d].mean(0))
 
     tokens = counts.argsort(descending=True)[: min(START_TOKENS, int((counts > 0).sum()))].to(lens.device)
-    pairs = torch.stack([torch.full_like(tokens, separator), tokens], 1)
+    # Alone is after the token that every text begins with.
+    pairs = torch.stack([torch.full_like(tokens, blocks.tokenizer.eos_token_id), tokens], 1)
     with torch.no_grad():
         alone = torch.cat([lens.states(part)[:, 1, :d] for part in tqdm(pairs.split(256), "tokens alone", leave=False)])
     scale, target = lens.state_std[:d], alone - lens.constant

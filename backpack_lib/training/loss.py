@@ -19,8 +19,8 @@ AttentionInterface.register(WHOLE_ROWS, sdpa_attention_forward)
 def whole_rows(model):
     """The model without padding: its attention is causal, and nothing else.
 
-    Otherwise transformers looks at each forward pass whether several texts share a row, for which a GPU has to be
-    waited for; and compiled it masks as if they did, so that no fast kernel for causal attention can be taken.
+    Otherwise transformers looks at each forward pass whether several texts share a row, which makes a GPU wait, and
+    a compiled model masks as if they did, which keeps the fast kernel for causal attention from being used.
     """
     config, before = model.config, model.config._attn_implementation
     config._attn_implementation = WHOLE_ROWS
@@ -31,24 +31,21 @@ def whole_rows(model):
 
 
 class LanguageModelLoss(nn.Module):
-    """Mean nats per token of a model from `train` on some sequences: (B, T) -> scalar; equals its own `loss`.
+    """Mean nats per token of a model on some sequences: (B, T) -> scalar; equals its own `loss`.
 
-    tokens, inverse: the distinct tokens of `input_ids`, if they are known; see `distinct_tokens`.
+    distinct: what `distinct_tokens(input_ids)` returned, if it has been asked.
     """
 
     def __init__(self, model):
         super().__init__()
         self.model = model
-        self._no_split_modules = model._no_split_modules  # asked for if the model is divided among processes
+        self._no_split_modules = model._no_split_modules  # FSDP asks for them
 
-    def forward(self, input_ids, tokens=None, inverse=None):
-        given = {}
+    def forward(self, input_ids, *distinct):
+        known = {}
         if isinstance(self.model, BackpackLMHeadModel):
-            # At the start, so that all that follows can be compiled in one piece.
-            known = tokens is not None
-            given["distinct"] = (
-                (tokens, inverse) if known else distinct_tokens(input_ids, torch.compiler.is_compiling())
-            )
+            # First of all, so that everything after it can be compiled in one piece.
+            known["distinct"] = distinct or distinct_tokens(input_ids, padded=torch.compiler.is_compiling())
         with whole_rows(self.model):
-            hidden = self.model.base_model(input_ids, use_cache=False, **given).last_hidden_state[:, :-1]
+            hidden = self.model.base_model(input_ids, use_cache=False, **known).last_hidden_state[:, :-1]
         return linear_cross_entropy(hidden.flatten(0, 1), self.model.lm_head.weight, input_ids[:, 1:].flatten())
