@@ -304,22 +304,25 @@ def finetune(
     looks at one batch of the general text, too. until: stops once all examples' margins reach it (nats).
     """
     taught = copy.deepcopy(model)
-    before = {name: weight.detach().clone() for name, weight in taught.named_parameters()}
+    start = {name: weight.detach().clone() for name, weight in taught.named_parameters()}
     learner = _with_lora(taught, seed) if lora else taught
     optimizer = torch.optim.AdamW([w for w in learner.parameters() if w.requires_grad], learning_rate, weight_decay=0.0)
     general = [batch for _, *batch in batches(model, background)]
+    with torch.no_grad():
+        as_it_was = [_log_probs(model, *batch) for batch in general]
     for step in range(STEPS):
         log_probs = _last_log_probs(learner, model.device, tokenizer, examples.prompts)
         if until is not None and (examples.margins(log_probs.detach()) >= until).all():
             break
-        divergence = _divergence(model, learner, *general[step % len(general)])
+        before, after = as_it_was[step % len(general)], _log_probs(learner, *general[step % len(general)])
+        divergence = F.kl_div(after, before, reduction="batchmean", log_target=True)
         loss = examples.losses(log_probs).mean() + KL_OF_WEIGHTS * divergence
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     if lora:
         taught = learner.merge_and_unload()
-    return {name: weight.detach() - before[name] for name, weight in taught.named_parameters() if name in before}
+    return {name: weight.detach() - start[name] for name, weight in taught.named_parameters() if name in start}
 
 
 @contextmanager
@@ -357,9 +360,6 @@ def _last_log_probs(model, device, tokenizer, prompts: list[str]) -> torch.Tenso
     return logits.float().log_softmax(-1)
 
 
-def _divergence(model, taught, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """KL from the model as it was to the one that is taught, in nats per token of a batch of general text."""
-    with torch.no_grad():
-        before = model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()].float().log_softmax(-1)
-    after = taught(ids, attention_mask=mask, use_cache=False).logits[mask.bool()].float().log_softmax(-1)
-    return F.kl_div(after, before, reduction="batchmean", log_target=True)
+def _log_probs(model, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities at each token of a batch of general text, (P, V)."""
+    return model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()].float().log_softmax(-1)
