@@ -14,7 +14,6 @@ import torch
 from helpers import ROOT
 
 from backpack_lib.analysis import topic
-from backpack_lib.lessons import knowledge
 from backpack_lib.loading import fingerprint
 from backpack_lib.running.notebook import RESULTS
 from backpack_lib.running.parameters import default_parameters
@@ -72,7 +71,7 @@ def results_of(folder) -> dict:
 
 @pytest.fixture(autouse=True, scope="module")
 def computed_once():
-    """What takes these runs most of their time, and is the same for most of them: 03's scores, 05's planted lessons."""
+    """What takes these runs most of their time, and is the same for most of them: 03's scores."""
     known = {}
 
     def remembered(function):
@@ -86,8 +85,7 @@ def computed_once():
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((topic, "largest_pushes"), (knowledge, "planted_teaching")):
-            patch.setattr(module, name, remembered(getattr(module, name)))
+        patch.setattr(topic, "largest_pushes", remembered(topic.largest_pushes))
         yield
 
 

@@ -28,7 +28,7 @@ SHORTER = {
         "pplm_steps": [0.1],
     },
     "04_gender_bias": {"professions": ["nurse", "driver", "cook", "farmer", "doctor"], "profession": "nurse"},
-    "05_knowledge": {"facts_measured": 1, "finetuned_facts": 0, "methods": ["senses"]},
+    "05_knowledge": {"facts_measured": 1},
     "06_reading": {"numbers": [10], "seeds": [0, 1], "counts_of_senses": [], "steps": 20},
 }
 

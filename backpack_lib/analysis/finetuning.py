@@ -192,7 +192,8 @@ class SenseTeaching:
         texts, logits = weights_and_logits(model, tokenizer, examples.prompts)
         self.pairs = choose_pairs(texts, mean_weights(model, background), chosen, background_weight)
         here = weights_of_pairs(texts, self.pairs)
-        self.added = self._fit(examples, here, logits, *self._in_background(background), n_tokens=count(background))
+        n_tokens = sum(len(row) - 1 for row in background)
+        self.added = self._fit(examples, here, logits, *self._in_background(background), n_tokens)
 
     @torch.no_grad()
     def _in_background(self, background: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -240,11 +241,6 @@ class SenseTeaching:
     def applied(self, share: float = 1.0) -> AbstractContextManager:
         """A context in which the model has a share of the added vectors."""
         return self.edits(share).applied()
-
-
-def count(rows: list[list[int]]) -> int:
-    """The tokens that are predicted in rows of token ids."""
-    return sum(len(row) - 1 for row in rows)
 
 
 @torch.no_grad()
