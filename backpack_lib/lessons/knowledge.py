@@ -95,7 +95,7 @@ def general_texts(lesson: Lesson, models: dict, sets: pd.DataFrame, reference: s
 
 def unmoved_texts(sets: pd.DataFrame, seed: int) -> list[str]:
     """Planted texts without the places that move in the sets ("zoo → law"), of which both corpora say the same."""
-    moved = {name.split()[0] for name in sets["set"]}
+    moved = {name.split(" ")[0] for name in sets["set"]}
     texts = [text.text for text in planted.generate(600, seed=seed + 1000)]
     return [text for text in texts if moved.isdisjoint(re.findall(r"\w+", text))][: 2 * GENERAL_TEXTS]
 
