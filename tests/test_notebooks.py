@@ -127,7 +127,7 @@ def test_planted_facts_are_edited_and_taught_and_the_exercises_are_solved(tmp_pa
     results = results_of(tmp_path)
     assert results["facts known"] >= 28 and results["largest error of the prediction"] < 1e-3
     assert results["efficacy, dosed"] == 1 and results["paraphrases, dosed"] > 0.9
-    assert results["efficacy, 1 at once"] == results["efficacy, 20 at once"]
+    assert results["efficacy, one at a time, predicted"] == results["efficacy, twenty at once"]
     assert results["new facts, Backpack, senses"] > 0.9 > 0.1 > results["new facts elsewhere, Backpack, senses"]
     made = {file.name for file in tmp_path.iterdir()}
     assert made >= {
