@@ -227,11 +227,3 @@ def test_a_teaching_study_is_tested_on_what_it_did_not_see_and_resumes(models, t
     assert solved["Backpack", "senses", 1e-2] > solved["Backpack", "as it is", 0.0]
     monkeypatch.setattr(teaching_study, "SenseTeaching", None)  # nothing is fitted anew
     pd.testing.assert_frame_equal(teach_sets(*study), rows)
-
-
-@pytest.mark.parametrize(
-    ("methods", "message"), [([], "holds no method"), (["magic"], "The method 'magic' is unknown")]
-)
-def test_unknown_methods_are_refused(methods, message):
-    with pytest.raises(ValueError, match=message):
-        teaching_study.check_methods(methods)

@@ -218,10 +218,9 @@ class SenseTeaching:
 
         def objective():
             optimizer.zero_grad()
-            pushes = added @ E.T  # (m, V)
-            loss = examples.losses((logits + here @ pushes).log_softmax(-1)).mean()
+            loss = examples.losses((logits + here @ added @ E.T).log_softmax(-1)).mean()
             if len(there):
-                after = (general + there @ pushes).log_softmax(-1)
+                after = (general + there @ added @ E.T).log_softmax(-1)
                 loss = loss + KL_OF_SENSES * F.kl_div(after, before, reduction="sum", log_target=True) / n_tokens
             loss = loss + RIDGE * added.square().sum()
             loss.backward()
@@ -303,11 +302,14 @@ def finetune(
     start = {name: weight.detach().clone() for name, weight in taught.named_parameters()}
     learner = _with_lora(taught, seed) if lora else taught
     optimizer = torch.optim.AdamW([w for w in learner.parameters() if w.requires_grad], learning_rate, weight_decay=0.0)
+    rows = [ids_of_text(tokenizer, prompt) for prompt in examples.prompts]
+    ids, mask = (table.to(model.device) for table in pad_rows(rows, tokenizer.eos_token_id, left=True))
     general = [batch for _, *batch in batches(model, background)]
     with torch.no_grad():
         as_it_was = [_log_probs(model, *batch) for batch in general]
     for step in range(STEPS):
-        log_probs = _last_log_probs(learner, model.device, tokenizer, examples.prompts)
+        logits = learner(ids, attention_mask=mask, use_cache=False, logits_to_keep=1).logits[:, -1]
+        log_probs = logits.float().log_softmax(-1)
         if until is not None and (examples.margins(log_probs.detach()) >= until).all():
             break
         before, after = as_it_was[step % len(general)], _log_probs(learner, *general[step % len(general)])
@@ -346,14 +348,6 @@ def _with_lora(model, seed: int):
     with warnings.catch_warnings():  # peft asks transformers by a name that is going out of use
         warnings.simplefilter("ignore", FutureWarning)
         return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=conv, fan_in_fan_out=True))
-
-
-def _last_log_probs(model, device, tokenizer, prompts: list[str]) -> torch.Tensor:
-    """Log-probabilities after each prompt, with gradients, (n, V)."""
-    rows = [ids_of_text(tokenizer, prompt) for prompt in prompts]
-    ids, mask = pad_rows(rows, tokenizer.eos_token_id, left=True)
-    logits = model(ids.to(device), attention_mask=mask.to(device), use_cache=False, logits_to_keep=1).logits[:, -1]
-    return logits.float().log_softmax(-1)
 
 
 def _log_probs(model, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
