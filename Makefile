@@ -99,10 +99,11 @@ gender-bias: setup
 
 knowledge: setup
 	$(INSTALL) --editable '.[lora]'
-	$(BIN)/python -m backpack_lib.running 05_knowledge -p facts_measured 0 -p finetuned_facts 0 \
-		-p methods '[senses, all weights, LoRA]' -p out runs/knowledge
+	$(BIN)/python -m backpack_lib.running 05_knowledge -p facts_measured 0 -p finetune_facts True \
+		-p sets_taught 0 -p methods '[senses, all weights, LoRA]' -p out runs/knowledge
 	mkdir -p data/demo/knowledge
 	cp runs/knowledge/facts.csv.gz runs/knowledge/taught.csv.gz data/demo/knowledge
+	cp runs/knowledge/new_facts.csv data/planted
 
 reading: setup
 	$(BIN)/python data/reading/models.py --corpus '$(CORPUS)' --valid '$(VALID)'

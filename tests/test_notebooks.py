@@ -124,21 +124,13 @@ def test_the_bias_search_finds_what_was_planted_and_the_edit_takes_it_away(tmp_p
 
 
 def test_planted_facts_are_edited_and_taught_and_the_exercises_are_solved(tmp_path):
-    given = {"model": "planted", "out": str(tmp_path), "facts_measured": 4, "finetuned_facts": 1}
+    given = {"model": "planted", "out": str(tmp_path), "facts_measured": 2, "finetune_facts": True}
     assert_solved(execute("05_knowledge", given, solved=True).answers, 5)
     results = results_of(tmp_path)
-    assert results["known to the Backpack, facts"] >= 28 and results["largest error of the prediction"] < 1e-3
-    assert (
-        results["efficacy, Backpack projection, dosed"] == 1
-        and results["paraphrases, Backpack projection, dosed"] > 0.9
-    )
-    assert results["efficacy, 1 at once"] == results["efficacy, 20 at once"]
-    assert (
-        results["new facts, Backpack, senses, 20 examples"]
-        > 0.9
-        > 0.1
-        > results["new facts elsewhere, Backpack, senses, 20 examples"]
-    )
+    assert results["facts known"] >= 28 and results["largest error of the prediction"] < 1e-3
+    assert results["efficacy, dosed"] == 1 and results["paraphrases, dosed"] > 0.9
+    assert results["efficacy, one at a time, predicted"] == results["efficacy, twenty at once"]
+    assert results["new facts, Backpack, senses"] > 0.9 > 0.1 > results["new facts elsewhere, Backpack, senses"]
     made = {file.name for file in tmp_path.iterdir()}
     assert made >= {
         "known.csv",

@@ -47,6 +47,12 @@ def test_the_stored_tables_of_knowledge_are_of_the_demo_model(name):
         assert {*stored["method"]} == {"as it is", "senses", "all weights", "LoRA"} and stored["set"].nunique() == 3
 
 
+def test_what_planted_models_learn_of_moved_places_is_of_the_shipped_ones():
+    stored = pd.read_csv(ROOT / "data" / "planted" / "new_facts.csv")
+    assert {*stored["weights"]} == {fingerprint(load("planted")[0])}, "run: make knowledge"
+    assert len(stored) == stored["place"].nunique() * 3 * 3  # numbers of examples, and methods
+
+
 def test_a_stored_row_of_knowledge_is_what_the_code_gives():
     model, tokenizer = load("demo")
     stored = pd.read_csv(ROOT / "data" / "demo" / "knowledge" / "facts.csv.gz")
