@@ -165,7 +165,7 @@ def test_input_embeddings_stand_in_as_one_sense(model, tokenizer):
 
 def test_pairs_of_each_relation_are_those_of_the_text(tokenizer):
     text = "x the concert nurse played a concert, she said"
-    relations = roles.relations_of_text(tokenizer, [text, "x", ""], verbs=["play"])
+    relations = roles.relations_of_text(tokenizer, [text, "the nurse said", "x", ""], verbs=["play"])
     pairs = {
         relation: {tuple(tokenizer.convert_ids_to_tokens(row.tolist())) for row in rows}
         for relation, rows in relations.items()

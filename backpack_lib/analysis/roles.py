@@ -48,7 +48,7 @@ def relations_of_text(tokenizer, texts: Iterable[str], verbs: Iterable[str] = ()
         word, piece = is_word[ids], is_piece[ids]
 
         def keep(relation, ahead, of_relation):
-            pairs = np.stack([ids[: len(ids) - ahead], ids[ahead:]], 1)
+            pairs = np.stack([ids[:-ahead] if ahead else ids, ids[ahead:]], 1)
             relations[relation].append(pairs[of_relation])
 
         keep("itself", 0, word)
