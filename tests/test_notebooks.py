@@ -1,4 +1,4 @@
-"""Every notebook under other parameters than its own: other models, words and texts, exercises solved, bad input.
+"""Every notebook under other parameters than its own: planted text, exercises solved, words of one's own.
 
 All run in this process: the same cells in the same order, without the seconds that a kernel takes. (As a reader runs
 them, with kernels, nbval runs them.)
@@ -10,15 +10,7 @@ import nbformat
 import pandas as pd
 import pytest
 import torch
-from executing import (
-    CHECK,
-    NOTEBOOKS,
-    computed_once,  # noqa: F401, a fixture
-    execute,
-    folded_solutions,
-    refusal,
-    results_of,
-)
+from executing import CHECK, NOTEBOOKS, execute, folded_solutions, results_of
 from helpers import ROOT, tiny_classifier, tiny_model, tokenizer_with_words
 
 from backpack_lib import SenseEdits, load
@@ -29,17 +21,6 @@ from backpack_lib.text import planted
 from backpack_lib.text.writing import ids_of_text
 
 # ---------------------------------------------------------------- exercises, and the models that 01 trained
-
-SHORT = {
-    "03_topic_control": {
-        "topics": ["music", "law", "money"],
-        "strengths": [],
-        "pplm_steps": [0.3],
-        "samples": 16,
-        "tokens": 40,
-        "trials": 2,
-    },
-}
 
 
 def assert_solved(answers: list[str], at_least: int = 2):
@@ -54,24 +35,25 @@ def test_empty_exercises_say_what_is_missing(name):
     assert all("Not yet" in cell.outputs[0]["data"]["text/plain"] for cell in cells)
 
 
-@pytest.mark.parametrize("model", ["demo", "planted"])
-def test_the_tour_and_its_exercises(model, tmp_path):
-    assert_solved(execute("00_tour", {"model": model, "out": str(tmp_path)}, solved=True).answers, 4)
+def test_the_tour_and_its_exercises(tmp_path):
+    assert_solved(execute("00_tour", {"model": "planted", "out": str(tmp_path)}, solved=True).answers, 4)
     results = results_of(tmp_path)
     assert results["rounding"] < 1e-3 and results["p after the edit"] != results["p"]
 
 
-def test_training_and_its_exercises(planted_run):
-    assert_solved(execute("01_training", {}, solved=True).answers)  # it finds its models trained
-    results = results_of(planted_run)
-    assert results["excess"] < 0.1 and results["meanings"] > 0.9 and results["professions"] > 0.9
+def test_training_and_its_exercises(tmp_path, monkeypatch):
+    monkeypatch.setenv("BACKPACK_RUNS", str(tmp_path))
+    short = {"n_layer": 1, "num_senses": 4, "steps": 160, "eval_every": 80, "save_every": 80, "finetune_steps": 10}
+    assert_solved(execute("01_training", short | {"strict": False}, solved=True).answers, 6)
+    results = results_of(tmp_path / "01_training")
+    assert results["excess"] < 0.25 and results["meanings"] > 0.9 and results["professions"] > 0.8
     assert results["meanings, Backpack, meanings permuted (mean)"] < 0.6
     assert results["finetuning, new text"] < -1 and results["finetuning, old text"] > 0
-    for name, senses in (("planted", 8), ("planted-transformer", 0)):
+    for name, senses in (("planted", 4), ("planted-transformer", 0)):  # what is loaded by these names from now on
         assert getattr(load(name)[0].config, "num_senses", 0) == senses and is_planted(name)
 
 
-def test_contexts_decide_between_planted_meanings_and_the_exercises_on_senses_are_solved(planted_run, tmp_path):
+def test_contexts_decide_between_planted_meanings_and_the_exercises_on_senses_are_solved(tmp_path):
     assert_solved(execute("02_senses", {"model": "planted", "out": str(tmp_path)}, solved=True).answers, 6)
     results = results_of(tmp_path)
     assert results["rounding"] < 1e-4 and results["ambiguous words"] == 18
@@ -82,14 +64,13 @@ def test_contexts_decide_between_planted_meanings_and_the_exercises_on_senses_ar
 
 
 def test_control_reaches_planted_topics_and_the_exercises_on_topics_are_solved(tmp_path):
-    given = {"model": "planted", "out": str(tmp_path)} | SHORT["03_topic_control"]
+    given = {"model": "planted", "topics": ["music", "law", "money"], "strengths": [], "pplm_steps": [0.3]}
+    given |= {"samples": 16, "tokens": 40, "trials": 2, "out": str(tmp_path)}
     assert_solved(execute("03_topic_control", given, solved=True).answers, 5)
     live = pd.read_csv(tmp_path / "live.csv").set_index(["method", "strength"])["success"]
     assert (
         live["Backpack", 2].max() > 0.5 > 0.4 > live["Backpack", 0].max()
     )  # three topics are announced, one is its own
-    made = {file.name for file in tmp_path.iterdir()}
-    assert made >= {"settings.csv", "equal_fluency.csv", "paired.csv", "responses.csv", "annealing.csv", "texts.csv.gz"}
 
 
 def test_the_bias_search_finds_what_was_planted_and_the_edit_takes_it_away(tmp_path):
@@ -105,15 +86,6 @@ def test_the_bias_search_finds_what_was_planted_and_the_edit_takes_it_away(tmp_p
     assert abs(removed["offset"]) < 0.1  # the planted professions share no lean
     assert results["rise of the loss, %"] < 1 and results["by definition, largest loss"] == 0
     assert results["excess removed, held-out professions"] > 0.8 and results["excess removed, unseen words"] > 0.8
-    made = {file.name for file in tmp_path.iterdir()}
-    assert made >= {
-        "professions.csv",
-        "localization.csv",
-        "methods.csv",
-        "paired.csv",
-        "loss.csv",
-        "debiased.safetensors",
-    }
     localization = pd.read_csv(tmp_path / "localization.csv", index_col="sense")
     assert localization["share"].sum() + results["elsewhere"] == pytest.approx(1)
     model, tokenizer = load("planted")
@@ -131,16 +103,6 @@ def test_planted_facts_are_edited_and_taught_and_the_exercises_are_solved(tmp_pa
     assert results["efficacy, dosed"] == 1 and results["paraphrases, dosed"] > 0.9
     assert results["efficacy, one at a time, predicted"] == results["efficacy, twenty at once"]
     assert results["new facts, Backpack, senses"] > 0.9 > 0.1 > results["new facts elsewhere, Backpack, senses"]
-    made = {file.name for file in tmp_path.iterdir()}
-    assert made >= {
-        "known.csv",
-        "methods.csv",
-        "paired.csv",
-        "at_once.csv",
-        "senses.csv",
-        "taught_success.csv",
-        "taught.safetensors",
-    }
 
 
 def test_planted_senses_are_read_and_the_exercises_are_solved(tmp_path):
@@ -153,8 +115,6 @@ def test_planted_senses_are_read_and_the_exercises_are_solved(tmp_path):
     assert results["place moves the weights most, shipped model"] > 0.6
     assert 0 <= results["place moves the weights most, k = 8, seed 1"] <= 1
     assert results["matched, planted text"] > results["null, planted text"]
-    files = {file.name for file in tmp_path.iterdir()}
-    assert files >= {"explanations.csv", "by_sense.csv", "bigrams.csv", "planted_seeds.csv", "choosing.csv"}
 
 
 # ---------------------------------------------------------------- a model that nobody has a Transformer for
@@ -176,27 +136,11 @@ def released(tmp_path_factory):
     return str(folder)
 
 
-WITH_A_BASELINE = ("03_topic_control", "04_gender_bias", "05_knowledge", "06_reading")
 RELEASED = {
     "00_tour": {},
-    "02_senses": {"corpus": str(ROOT / "README.md")},
-    "03_topic_control": {"topics": ["music", "sports"], "strengths": [2], "samples": 2, "tokens": 8, "trials": 2},
     "04_gender_bias": {
         "professions": ["nurse", "driver", "sports", "man", "construction worker", "cook"],
         "profession": "driver",
-    },
-    "05_knowledge": {
-        "subject": "film",
-        "remove": "music",
-        "add": "money",
-        "prompts": ["the film is", "a film about"],
-        "facts_measured": 2,
-    },
-    "06_reading": {
-        "word": "film",
-        "text": "a film about the music",
-        "numbers": [2, 5],
-        "steps": 20,
     },
 }
 
@@ -205,16 +149,14 @@ RELEASED = {
 def test_a_model_of_another_vocabulary_goes_through_without_a_transformer(name, released, tmp_path, capsys):
     execute(name, RELEASED[name] | {"model": released, "out": str(tmp_path)})
     assert results_of(tmp_path)["headline"]
-    if name in WITH_A_BASELINE:
-        said = capsys.readouterr().out
-        assert f"No Transformer that belongs to {released!r} is known; name one by the parameter `baseline`." in said
+    no_transformer = f"No Transformer that belongs to {released!r} is known; name one by the parameter `baseline`."
+    assert name == "00_tour" or no_transformer in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", WITH_A_BASELINE)
-def test_a_transformer_of_another_vocabulary_is_refused(name, released, tmp_path):
-    with pytest.raises(ValueError, match="baseline='demo-transformer' reads other tokens than") as refused:
-        execute(name, {"model": released, "baseline": "demo-transformer", "out": str(tmp_path)})
-    assert "(16,000 and 1,200 in all)" in str(refused.value) and len(str(refused.value).splitlines()) == 1
+def test_a_transformer_of_another_vocabulary_is_refused(released, tmp_path):
+    given = {"model": released, "baseline": "demo-transformer", "out": str(tmp_path)}
+    with pytest.raises(ValueError, match="baseline='demo-transformer' reads other tokens than"):
+        execute("04_gender_bias", given)
 
 
 # ---------------------------------------------------------------- words, texts and files of one's own
@@ -286,17 +228,3 @@ def test_bias_of_another_pair_with_professions_and_templates_of_ones_own(tmp_pat
         he, they = (tokenizer(" " + word)["input_ids"][0] for word in ("he", "they"))
         assert value == pytest.approx((log_probs[he] - log_probs[they]).item(), abs=1e-3)
     assert len(measured) == 5
-
-
-@pytest.mark.parametrize(
-    ("given", "prompts", "message"),
-    [
-        ({"professions": ["nurse", "guard", "日本"]}, {}, "The vocabulary lacks the word '日本'"),
-        ({}, {"fit": ["The nurse said that"]}, "The template 'The nurse said that' has no slot"),
-        ({}, {"test": []}, "There is no template for testing"),
-    ],
-)
-def test_templates_and_professions_that_do_not_fit_are_named(given, prompts, message, tmp_path):
-    given = given | {"prompts": own_prompts(tmp_path, **prompts), "out": str(tmp_path / "out")}
-    with refusal(message):
-        execute("04_gender_bias", given)
