@@ -62,17 +62,19 @@ def test_the_tour_and_its_exercises(model, tmp_path):
     assert results["residual"] < 1e-3 and results["p after the edit"] != results["p"]
 
 
-def test_training_and_its_exercises(planted_run):
-    assert_solved(execute("01_training", {}, solved=True).answers)  # it finds its models trained
-    results = results_of(planted_run)
-    assert results["excess"] < 0.1 and results["meanings"] > 0.9 and results["professions"] > 0.9
+def test_training_and_its_exercises(tmp_path, monkeypatch):
+    monkeypatch.setenv("BACKPACK_RUNS", str(tmp_path))
+    short = {"num_senses": 4, "steps": 240, "eval_every": 120, "save_every": 80, "finetune_steps": 10, "strict": False}
+    assert_solved(execute("01_training", short, solved=True).answers, 6)
+    results = results_of(tmp_path / "01_training")
+    assert results["excess"] < 0.2 and results["meanings"] > 0.9 and results["professions"] > 0.8
     assert results["meanings, Backpack, meanings permuted (mean)"] < 0.6
     assert results["finetuning, new text"] < -1 and results["finetuning, old text"] > 0
-    for name, senses in (("planted", 8), ("planted-transformer", 0)):
+    for name, senses in (("planted", 4), ("planted-transformer", 0)):  # what is loaded by these names from now on
         assert getattr(load(name)[0].config, "num_senses", 0) == senses and is_planted(name)
 
 
-def test_contexts_decide_between_planted_meanings_and_the_exercises_on_senses_are_solved(planted_run, tmp_path):
+def test_contexts_decide_between_planted_meanings_and_the_exercises_on_senses_are_solved(tmp_path):
     assert_solved(execute("02_senses", {"model": "planted", "out": str(tmp_path)}, solved=True).answers)
     results = results_of(tmp_path)
     assert results["residual"] < 1e-4 and results["ambiguous words"] == 18
