@@ -23,7 +23,7 @@ from backpack_lib.training.run import train
 HERE = Path(__file__).resolve().parent
 SEEDS = (0, 1, 2, 3, 4)
 SETTINGS = settings(default_parameters(notebooks_folder() / "01_training.ipynb"))
-SETTINGS |= {"corpus": PLANTED, "device": "cpu", "precision": "fp32"}
+SETTINGS |= {"corpus": PLANTED, "device": "cpu", "precision": "fp32", "steps": 800, "eval_every": 80, "save_every": 160}
 MODELS = {
     "Backpack": {"architecture": "backpack"},
     "Transformer": {"architecture": "transformer"},
