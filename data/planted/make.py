@@ -1,9 +1,10 @@
-"""Trains models on planted text from five seeds, and ships those of the first.
+"""Trains models on planted text from three seeds, and ships those of the first.
 
     python data/planted/make.py        # a quarter of an hour on two cores; what was stopped resumes
 
-Writes `seeds.csv`, a row for each model and seed, and `backpack/` and `transformer/`, which `load("planted")` and
-`load("planted-transformer")` return until 01_training has trained others.
+All are trained with the parameters of 01_training, but for more steps. Writes `seeds.csv`, a row for each model and
+seed, and `backpack/` and `transformer/`, which `load("planted")` and `load("planted-transformer")` return until
+01_training has trained others.
 """
 
 import json
@@ -12,30 +13,35 @@ from pathlib import Path
 
 import pandas as pd
 
-from backpack_lib.files import exit_status, runs_folder, write_text
+from backpack_lib.files import exit_status, notebooks_folder, runs_folder, write_text
+from backpack_lib.lessons.training import settings
 from backpack_lib.loading import export, load
+from backpack_lib.running.parameters import default_parameters
 from backpack_lib.text.planted import PLANTED
 from backpack_lib.training.config import TrainingConfig
 from backpack_lib.training.run import train
 
 HERE = Path(__file__).resolve().parent
-SEEDS = (0, 1, 2, 3, 4)
-# The parameters of 01_training, and a Transformer with as many parameters as the Backpack.
-SETTINGS = dict(
-    corpus=PLANTED, n_layer=2, n_head=4, n_embd=64, num_senses=8, vocab_size=1200, block_size=64, batch_size=32,
-    steps=800, learning_rate=8e-3, warmup=40, eval_every=80, save_every=160, device="cpu", precision="fp32",
-)  # fmt: skip
+SEEDS = (0, 1, 2)
+SETTINGS = settings(default_parameters(notebooks_folder() / "01_training.ipynb")) | {
+    "corpus": PLANTED,
+    "steps": 800,
+    "eval_every": 80,
+    "save_every": 160,
+    "device": "cpu",
+    "precision": "fp32",
+}
 MODELS = {
     "Backpack": {"architecture": "backpack"},
     "Transformer": {"architecture": "transformer"},
-    "wider Transformer": {"architecture": "transformer", "n_embd": 100},
+    "wider Transformer": {"architecture": "transformer", "n_embd": 100},  # with as many parameters as the Backpack
 }
 
 
 def train_one(name: str, seed: int, runs: Path) -> tuple[dict, Path]:
     """Trains a model. -> its row of the table, and the folder of its run"""
     out = runs / f"{name.replace(' ', '-')}-{seed}"
-    history = train(TrainingConfig(**SETTINGS | MODELS[name], seed=seed, out=str(out)))
+    history = train(TrainingConfig(**SETTINGS | MODELS[name] | {"seed": seed, "out": out}))
     model, _ = load(out / "model")
     last = history.iloc[-1]
     parameters = sum(p.numel() for p in model.parameters())
@@ -48,6 +54,7 @@ def make_planted(runs: Path):
         for name, changes in MODELS.items():
             row, out = train_one(name, seed, runs)
             rows.append(row)
+            print(row, flush=True)
             if seed == SEEDS[0] and "n_embd" not in changes:
                 export(HERE / changes["architecture"], *load(out / "model"))
     write_text(HERE / "seeds.csv", pd.DataFrame(rows).round(5).to_csv(index=False))
