@@ -15,7 +15,6 @@ from executing import (
     NOTEBOOKS,
     execute,
     folded_solutions,
-    refusal,
     results_of,
 )
 from helpers import ROOT, tiny_classifier, tiny_model, tokenizer_with_words
@@ -320,5 +319,5 @@ def test_bias_of_another_pair_with_professions_and_templates_of_ones_own(tmp_pat
 )
 def test_templates_and_professions_that_do_not_fit_are_named(given, prompts, message, tmp_path):
     given = given | {"prompts": own_prompts(tmp_path, **prompts), "out": str(tmp_path / "out")}
-    with refusal(message):
+    with pytest.raises(ValueError, match=message):
         execute("04_gender_bias", given)
