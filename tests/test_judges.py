@@ -7,7 +7,7 @@ import pytest
 from helpers import ROOT, tiny_classifier
 
 from backpack_lib.studies.judges import ClassifierJudge, WordJudge
-from backpack_lib.studies.text_quality import bag_share, mauve, repetition
+from backpack_lib.studies.text_quality import mauve, repetition
 
 TOPICS = [
     {"name": "sports", "steer": ["sports"], "words": ["team", "goal", "Sports"]},
@@ -44,7 +44,6 @@ def test_a_classifier_says_every_topic_above_one_half(tmp_path):
 def test_runs_of_words_are_counted_by_hand():
     assert repetition(["a b a b a", "a b"], 2) == pytest.approx(1 - 3 / 5)
     assert repetition(["one two three four five"]) == 0 and math.isnan(repetition(["too short"]))
-    assert bag_share(["Sports, and more sports", "no"], ["sports"]) == pytest.approx(2 / 5)
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ from backpack_lib.model.kinds import check_sense, require_senses
 from backpack_lib.text.words import spell, token_of_word
 
 FORMAT = "backpack sense edits, 1"
-PARTS = ("tokens", "senses", "read", "write", "plus", "factors")  # the tensors of an edit, where it has them
+PARTS = ("tokens", "senses", "read", "write", "plus")  # the tensors of an edit, where it has them
 PROBES = 8  # tokens by whose senses a model is recognised
 PROBE_TOLERANCE = 0.05  # relative; lets bf16 and a little fine-tuning pass, another training run does not
 
@@ -44,7 +44,6 @@ class Edit:
     """C(x)_l  <-  by C(x)_l + (C(x)_l . read) write + plus,  for some tokens x and senses l; None stands for all.
 
     Every kind of edit is of this one form. read, write: (d,); plus: (d,), or one row for each sense, (m, d).
-    factors: one more for each sense of each token of the vocabulary, (V, k), beside `by`.
     """
 
     note: str
@@ -54,7 +53,6 @@ class Edit:
     read: torch.Tensor | None = None
     write: torch.Tensor | None = None
     plus: torch.Tensor | None = None
-    factors: torch.Tensor | None = None
 
     def __post_init__(self):
         if self.tokens is not None:
@@ -63,20 +61,17 @@ class Edit:
     def __call__(self, token_ids: torch.Tensor, senses: torch.Tensor) -> torch.Tensor:
         """Edited sense vectors of tokens. (n,), (n, k, d) -> (n, k, d)"""
         if self.tokens is None:
-            return self._of_all(token_ids, senses)
+            return self._of_all(senses)
         here = _is_among(token_ids, self.tokens)
         if senses.device.type != "cpu":  # it would have to be waited for, to know how many there are
-            return torch.where(here[:, None, None], self._of_all(token_ids, senses), senses)
+            return torch.where(here[:, None, None], self._of_all(senses), senses)
         rows = here.nonzero()[:, 0]
-        return senses.index_put((rows,), self._of_all(token_ids[rows], senses[rows])) if len(rows) else senses
+        return senses.index_put((rows,), self._of_all(senses[rows])) if len(rows) else senses
 
-    def _of_all(self, token_ids: torch.Tensor, senses: torch.Tensor) -> torch.Tensor:
+    def _of_all(self, senses: torch.Tensor) -> torch.Tensor:
         """The same, as if the edit were for all tokens."""
         old = senses if self.senses is None else senses[:, self.senses]
         new = self.by * old
-        if self.factors is not None:
-            factors = self.factors[token_ids]
-            new = new * (factors if self.senses is None else factors[:, self.senses]).to(old)[..., None]
         if self.read is not None:
             new = new + (old @ self.read.to(old))[..., None] * self.write.to(old)
         if self.plus is not None:
@@ -126,10 +121,6 @@ class SenseEdits:
         """Multiplies senses by a number; 0 silences them."""
         _check_number(by)
         return self._push(lambda named: f"scale {named} by {by:g}", word, sense, by=float(by))
-
-    def scale_each(self, factors: torch.Tensor) -> "SenseEdits":
-        """Multiplies every sense of every token by a factor of its own, (V, k)."""
-        return self._push(lambda named: "scale each sense of each token", None, None, factors=_copy(factors))
 
     def replace(self, word: Words, sense: Senses, vector: torch.Tensor | str | int) -> "SenseEdits":
         """Puts a vector, (d,), or the same senses of another word, in the place of senses."""
@@ -273,9 +264,6 @@ class SenseEdits:
                 raise ValueError(f"The vector has shape {tuple(vector.shape)}; this takes ({config.n_embd},).")
             if not vector.isfinite().all():
                 raise ValueError("The vector holds numbers that are not finite.")
-        whole = (config.vocab_size, config.num_senses)
-        if edit.factors is not None and not (tuple(edit.factors.shape) == whole and edit.factors.isfinite().all()):
-            raise ValueError(f"Factors should be finite numbers, one for each token and sense, {whole}.")
         self._edits.append(edit)
         return self
 

@@ -201,16 +201,6 @@ def grouped_bars(values, title: str, xlabel: str):
     return figure
 
 
-def paired_bars(values, other, title: str, xlabel: str, other_xlabel: str):
-    """Beside each other: the bars of a DataFrame, as in `grouped_bars`, and those of a Series of the same rows."""
-    figure, (left, right) = new_figure(title, height=1.4 + 0.26 * len(values), columns=2, sharey=True)
-    _bars(left, values, xlabel)
-    right.barh(range(len(values)), other, color=[BLUE if value > 0 else ORANGE for value in other])
-    right.axvline(0, color="gray", linewidth=1)
-    right.set(xlabel=other_xlabel)
-    return figure
-
-
 def _bars(axes, values, xlabel: str):
     """A group of bars for each row, from the top, with a legend below the axes, where it hides none."""
     values.plot.barh(ax=axes, width=0.8, color=QUIET, legend=False, xlabel=xlabel)

@@ -34,12 +34,6 @@ def count_among(text: str, words: Iterable[str]) -> int:
     return sum(word in bag for word in words_of(text))
 
 
-def bag_share(texts: list[str], words: Iterable[str]) -> float:
-    """The share of the texts' words that are among others."""
-    bag, total = list(words), sum(len(words_of(text)) for text in texts)
-    return sum(count_among(text, bag) for text in texts) / total if total else math.nan
-
-
 @torch.no_grad()
 def mauve(model, tokenizer, texts: list[str], human: list[str], seed: int = 0) -> float:
     """MAUVE (Pillutla et al., 2021) of texts against what people wrote: 0 to 1, higher is better.
