@@ -71,13 +71,6 @@ def check_function(answer, reference: Callable, cases: Iterable[tuple], toleranc
     return f"Right: it agrees in all {number} cases."
 
 
-def check_choice(answer, right: str, why: dict[str, str]) -> str:
-    """A question with several answers. why: for each of them, what speaks for or against it."""
-    if answer not in why:
-        return f"Not yet: choose one of {', '.join(map(repr, why))}."
-    return f"{'Right' if answer == right else 'Not yet'}: {why[answer]}"
-
-
 def check_strongest_push(answer, lesson, target: str | int) -> str:
     """A pair (sense, push): the sense of a lesson's `word` that pushes a word, or a token, up most."""
     if not (isinstance(answer, tuple) and len(answer) == 2):
