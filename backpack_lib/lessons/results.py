@@ -47,21 +47,6 @@ class Results:
         write_text(self.folder / f"{name}.csv", table.to_csv())
         return table
 
-    def note(self, values, name: str = "{}"):
-        """Notes the numbers of a dict, a Series or a DataFrame, each under `name` with its label in the place of "{}".
-
-        A label of several parts fills several places: of a DataFrame, the row's, then the column's.
-        """
-        if hasattr(values, "columns"):
-            values = {
-                (*_parts(row), *_parts(column)): cell for column in values for row, cell in values[column].items()
-            }
-        self.numbers |= {name.format(*_parts(label)): value for label, value in values.items()}
-
     def close(self, headline: str):
         """Writes `results.json`: the headline, and the numbers that were noted."""
         write_results(self.folder, headline, self.numbers)
-
-
-def _parts(label) -> tuple:
-    return label if isinstance(label, tuple) else (label,)
