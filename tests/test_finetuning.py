@@ -124,11 +124,11 @@ def test_taught_senses_meet_the_bound_and_are_edits_like_any_other(models, backg
     monkeypatch.setattr(ft, "KL_OF_SENSES", 0.0)
     taught = ft.SenseTeaching(model, tokenizer, examples, background, background_weight=0.0)
     start = ft.general_loss(model, background)
-    share = ft.bounded_share(model, taught.applied, background, 1e-4)
+    share = ft.bounded_share(model, taught.applied, background, 1e-2)
     assert 0 < share < 1
     with taught.applied(share):
         loss, solved = ft.general_loss(model, background), examples.solved_by(model, tokenizer)
-    assert loss <= start * (1 + 1e-4) + 1e-6
+    assert loss <= start * (1 + 1e-2) + 1e-6
     taught.edits(share).save(tmp_path / "taught.safetensors")
     with SenseEdits.load(tmp_path / "taught.safetensors", model, tokenizer).applied():
         assert ft.general_loss(model, background) == pytest.approx(loss, abs=1e-6)
