@@ -10,7 +10,7 @@ import pytest
 from helpers import ROOT
 
 from backpack_lib.running.notebook import Outcome
-from backpack_lib.running.pages import page, write_index
+from backpack_lib.running.pages import drop_bars, page, write_index
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -70,8 +70,13 @@ def test_progress_bars_are_left_out_and_explorers_stay():
     def output(**data):
         return nbformat.v4.new_output("display_data", data=data)
 
-    view = {"application/vnd.jupyter.widget-view+json": {"model_id": "1", "version_major": 2, "version_minor": 0}}
-    bar, explorer = output(**view, **{"text/plain": "0%|"}), output(**view, **{"text/html": "<p>senses</p>"})
+    kind = "application/vnd.jupyter.widget-{}+json"
+    bar = output(**{kind.format("view"): {"model_id": "3"}, "text/plain": "0%|"})
+    explorer = output(**{kind.format("view"): {"model_id": "1"}, "text/html": "<p>senses</p>"})
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1", outputs=[bar, explorer])])
+    state = {"1": {"state": {"children": ["IPY_MODEL_2"]}}, "2": {"state": {}}, "3": {"state": {"value": "12it/s"}}}
+    notebook.metadata["widgets"] = {kind.format("state"): {"state": state}}
     text = page(notebook, "one")
     assert "0%|" not in text and "<p>senses</p>" in text
+    drop_bars(notebook)
+    assert set(notebook.metadata["widgets"][kind.format("state")]["state"]) == {"1", "2"}

@@ -224,7 +224,7 @@ def intervals(tables, title: str, xlabel: str, at: float = 0.0, log: bool = Fals
         axes.errorbar(value, places, xerr=ends, fmt="o", capsize=3, color=COLORS[number], label=name)
     axes.axvline(at, color="gray", linewidth=1)
     axes.set_yticks(range(len(rows)), rows)
-    axes.set(xlabel=xlabel)
+    axes.set(xlabel=xlabel, ylim=(-0.6, len(rows) - 0.4))
     if log:
         _plain_log(axes)
     if len(tables) > 1:

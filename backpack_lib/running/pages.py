@@ -1,5 +1,6 @@
 """Executed notebooks as pages that open without a network, formulas as MathML, and an index of them."""
 
+import json
 import re
 from base64 import b64decode
 from html import escape
@@ -15,6 +16,7 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from backpack_lib.files import write_text
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
+WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
 STYLE = """<style>
 main { max-width: 62rem; margin: 0 auto; }
 .jp-OutputArea-output { overflow-x: auto; }
@@ -52,6 +54,16 @@ def drop_bars(notebook: nbformat.NotebookNode):
     for cell in notebook.cells:
         if "outputs" in cell:
             cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {}) or "text/html" in o.data]
+    saved = notebook.metadata.get("widgets", {}).get(WIDGET_STATE, {}).get("state", {})
+    waiting = [o.data[WIDGET]["model_id"] for o in _outputs(notebook) if WIDGET in o.get("data", {})]
+    shown = set()  # and what those are made of
+    while waiting:
+        model = waiting.pop()
+        if model in saved and model not in shown:
+            shown.add(model)
+            waiting += re.findall(r"IPY_MODEL_(\w+)", json.dumps(saved[model]))
+    for model in set(saved) - shown:
+        del saved[model]
 
 
 def _outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
