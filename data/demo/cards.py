@@ -13,7 +13,7 @@ from backpack_lib.files import write_text
 from backpack_lib.loading import SHIPPED
 
 HERE = Path(__file__).resolve().parent
-ARCHITECTURE_OF = {name: Path(place).name for name, place in SHIPPED.items()}
+ARCHITECTURE_OF = {name: Path(place).name for name, place in SHIPPED.items() if place.startswith("demo/")}
 
 
 def write_cards():
