@@ -86,7 +86,7 @@ class TopicControl:
     @torch.no_grad()
     def largest_pushes(self, ids: torch.Tensor) -> torch.Tensor:
         """The largest entry of E C(x)_l for each sense of tokens, which is nearly all the work. (n,) -> (n, k)"""
-        E = self.model.get_output_embeddings().weight[used_tokens(self.model)]
+        E = self.model.get_output_embeddings().weight[: len(used_tokens(self.model))]  # a view: no copy at each call
         for new in ids[self._largest[ids, 0].isnan()].unique().split(TOKENS_AT_ONCE):
             self._largest[new] = (own_senses(self.model, new).to(E) @ E.T).amax(-1).float()
         return self._largest[ids]

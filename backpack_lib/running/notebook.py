@@ -56,10 +56,14 @@ def _execute(source: Path, copy: Path, parameters: dict, progress_bar: bool) -> 
     return None
 
 
+def saved_widgets(metadata: dict) -> dict:
+    """The state of each widget that a notebook's metadata keep, by its model's id."""
+    return metadata.get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
+
+
 def _widget_failure(copy: Path) -> str | None:
     """The first exception that a widget's callback left in the saved widget state, or None."""
-    metadata = json.loads(copy.read_text(encoding="utf-8"))["metadata"]
-    saved = metadata.get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
+    saved = saved_widgets(json.loads(copy.read_text(encoding="utf-8"))["metadata"])
     outputs = [output for widget in saved.values() for output in widget.get("state", {}).get("outputs", ())]
     errors = [output for output in outputs if output["output_type"] == "error"]
     return f"in a widget: {errors[0]['ename']}: {errors[0]['evalue']}" if errors else None

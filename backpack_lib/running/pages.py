@@ -14,9 +14,9 @@ from nbconvert.exporters import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
 from backpack_lib.files import write_text
+from backpack_lib.running.notebook import saved_widgets
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
-WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
 STYLE = """<style>
 main { max-width: 62rem; margin: 0 auto; }
 .jp-OutputArea-output { overflow-x: auto; }
@@ -54,7 +54,7 @@ def drop_bars(notebook: nbformat.NotebookNode):
     for cell in notebook.cells:
         if "outputs" in cell:
             cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {}) or "text/html" in o.data]
-    saved = notebook.metadata.get("widgets", {}).get(WIDGET_STATE, {}).get("state", {})
+    saved = saved_widgets(notebook.metadata)
     waiting = [o.data[WIDGET]["model_id"] for o in _outputs(notebook) if WIDGET in o.get("data", {})]
     shown = set()  # and what those are made of
     while waiting:
