@@ -1,8 +1,6 @@
 """What 04_gender_bias alone needs: professions, templates and texts that suit a model, and checks of its exercises."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,9 +10,9 @@ from scipy.stats import spearmanr
 from backpack_lib.analysis import bias
 from backpack_lib.analysis.bias import PAIR, debias, log_odds
 from backpack_lib.analysis.edits import SenseEdits
-from backpack_lib.files import as_seen, data_folder
+from backpack_lib.files import data_folder
 from backpack_lib.lessons.exercises import check_function, check_number
-from backpack_lib.lessons.opening import PLANTED, Lesson, check_stored
+from backpack_lib.lessons.opening import PLANTED, Lesson, check_stored, read_json
 from backpack_lib.text import planted
 from backpack_lib.text.corpora import first_characters, open_corpus
 from backpack_lib.text.words import spell, tokens_of_word
@@ -93,11 +91,7 @@ def read_prompts(prompts: str, kind: str) -> dict:
 
     Raises ValueError or OSError in one sentence for a file that is not there or does not look like `data/prompts.json`.
     """
-    file = Path(as_seen(prompts)) if prompts else data_folder() / "prompts.json"
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"The file of templates {prompts!r} is no JSON in UTF-8: {error}.") from error
+    entries = read_json(prompts, "prompts.json", "templates")
     if not isinstance(entries, dict) or not isinstance(entries.get(kind), dict):
         raise ValueError(f"The file of templates {prompts!r} needs an entry {kind!r}, as data/prompts.json has it.")
     for name in ("fit", "test"):

@@ -3,15 +3,17 @@
 What suits a model is data: `data/examples.yaml` has an entry for each notebook and kind of model.
 """
 
+import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from backpack_lib.analysis.attribution import read
-from backpack_lib.files import data_folder
+from backpack_lib.files import as_seen, data_folder
 from backpack_lib.lessons.results import Results, open_results
 from backpack_lib.loading import fingerprint, is_planted, load
 from backpack_lib.model.kinds import require_senses
@@ -86,6 +88,18 @@ def open_lesson(name: str, model: str = "demo", out: str = "", device: str = "cp
         kind=kind,
         example=SimpleNamespace(**example),
     )
+
+
+def read_json(file: str, default: str, content: str):
+    """What a JSON file holds; "" for one of `data/`, named by `default`. content: what it should be, for the message.
+
+    Raises ValueError or OSError in one sentence for a file that is not there or that is no JSON.
+    """
+    path = Path(as_seen(file)) if file else data_folder() / default
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"The file of {content} {file!r} is no JSON in UTF-8: {error}.") from error
 
 
 def check_stored(weights, lesson: Lesson, command: str):

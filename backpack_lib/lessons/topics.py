@@ -1,9 +1,7 @@
 """What 03_topic_control alone needs: topics and beginnings that suit a model, stored texts, checks of its exercises."""
 
-import json
 from collections.abc import Callable
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,9 +10,9 @@ import torch
 from backpack_lib.analysis import pplm
 from backpack_lib.analysis.statistics import p_value
 from backpack_lib.analysis.topic import TopicControl, deltas_of, released, sampled_tokens
-from backpack_lib.files import as_seen, data_folder
+from backpack_lib.files import data_folder
 from backpack_lib.lessons.exercises import check_function, check_number
-from backpack_lib.lessons.opening import PLANTED, Lesson, check_stored
+from backpack_lib.lessons.opening import PLANTED, Lesson, check_stored, read_json
 from backpack_lib.studies.topic_study import BACKPACK
 from backpack_lib.text import planted
 
@@ -29,11 +27,7 @@ def read_topics(lesson: Lesson, file: str = "") -> dict[str, dict]:
     if lesson.kind == PLANTED and not file:
         places = {name: entry["places"][:1] for name, entry in planted.lexicon()["topics"].items()}
         return {n: {"name": n, "steer": steer, "words": sorted(planted.topic_words(n))} for n, steer in places.items()}
-    path = Path(as_seen(file)) if file else data_folder() / "topics.json"
-    try:
-        topics = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"The file of topics {file!r} is no JSON in UTF-8: {error}.") from error
+    topics = read_json(file, "topics.json", "topics")
     if not isinstance(topics, list) or not topics or not all(isinstance(topic, dict) for topic in topics):
         raise ValueError(f"The file of topics {file!r} should be a list of topics, as data/topics.json is.")
     for topic in topics:
