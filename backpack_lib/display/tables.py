@@ -193,6 +193,12 @@ def folded(summary: str, frame: pd.DataFrame, precision: int = 2, shade: list | 
     return HTML(f"<details><summary>{escape(summary)}</summary>{table}</details>")
 
 
+def markdown(frame: pd.DataFrame) -> str:
+    """A DataFrame and its index as a table of Markdown, for cards of models."""
+    rows = [[frame.index.name or "", *frame.columns], ["---"] * (len(frame.columns) + 1), *frame.reset_index().values]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+
+
 def side_by_side(titles_and_texts: dict[str, str]) -> str:
     """Texts beside each other, each under its title."""
     cells = "".join(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from backpack_lib.analysis.roles import find_roles
+from backpack_lib.display.tables import markdown
 from backpack_lib.files import write_text
 from backpack_lib.loading import SHIPPED
 
@@ -36,7 +37,7 @@ def card(evaluation: dict, name: str) -> str:
         **model,
         evaluation=evaluation,
         millions={key: value / 1e6 for key, value in read.items()},
-        figures=table(pd.DataFrame(columns).fillna("")),
+        figures=markdown(pd.DataFrame(columns).fillna("")),
         senses=sense_table(model["roles"]) if "roles" in model else "",
         texts="\n\n".join(map(quoted, model["samples"])),
         cases="\n\n".join(cases),
@@ -72,13 +73,7 @@ def sense_table(evidence: dict) -> str:
     lines = auc.map("{:.2f}".format)
     lines.insert(0, "what it does", find_roles(auc)["role"])
     lines.loc["untrained"] = ["", *(f"{column[(column - 0.5).abs().idxmax()]:.2f}" for _, column in untrained.items())]
-    return table(lines.rename_axis("sense"))
-
-
-def table(frame: pd.DataFrame) -> str:
-    """A DataFrame and its index as a Markdown table."""
-    rows = [[frame.index.name or "", *frame.columns], ["---"] * (len(frame.columns) + 1), *frame.reset_index().values]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+    return markdown(lines.rename_axis("sense"))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import yaml
 from backpack_lib import load
 from backpack_lib.analysis.attribution import read
 from backpack_lib.analysis.bias import fill, tokens_of_pair
-from backpack_lib.display.tables import word_senses
+from backpack_lib.display.tables import markdown, word_senses
 from backpack_lib.files import exit_status, write_text
 from backpack_lib.model.hooks import hooked
 from backpack_lib.model.lens import SenseLens
@@ -163,19 +163,13 @@ def card(name: str, lens: SenseLens, figures: dict) -> str:
         "tokens_seen": f"{recipe['steps'] * a_step / 1e6:.1f}",
         "tokens_read": f"{TOKENS:,}",
         "recipe": yaml.safe_dump(recipe, sort_keys=False).strip(),
-        "figures": "\n\n".join(map(markdown, tables)),
+        "figures": "\n\n".join(markdown(table.map("{:.3f}".format)) for table in tables),
         "pronoun_r": f"{figures['pronouns']['r']:.2f}",
         "templates": figures["pronouns"]["templates"],
         "speeds": ", ".join(f"{who} {rate:.0f}" for who, rate in figures["tokens_per_second"].items()),
         "block_size": recipe["block_size"],
     }
     return Template((HERE / "card.md").read_text(encoding="utf-8")).substitute(values)
-
-
-def markdown(table: pd.DataFrame) -> str:
-    lines = [["", *table.columns], ["---"] * (1 + table.shape[1])]
-    lines += [[name, *(f"{number:.3f}" for number in row)] for name, *row in table.itertuples()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main() -> int:
