@@ -78,20 +78,20 @@ def _run_in_order(options) -> int:
 
 def _run_side_by_side(plans: dict[str, dict], processes: int) -> list:
     """Runs notebooks several at a time, which do not depend on each other. -> their outcomes, in the order of the plans"""
-    from dask.distributed import as_completed
+    from backpack_lib.running.grid import as_they_end, processes_here
 
-    from backpack_lib.running.grid import processes_here
+    def run(name: str):
+        return run_notebook(name, plans[name], progress_bar=False)
 
+    outcomes = {}
     with processes_here(processes) as client:
-        futures = client.map(run_notebook, plans, plans.values(), progress_bar=False, pure=False)
-        for number, future in enumerate(as_completed(futures), start=1):
-            outcome = future.result()
-            print(
-                f"[{number}/{len(plans)}] {outcome.notebook}, {outcome.minutes:.1f} minutes",
-                file=sys.stderr,
-                flush=True,
-            )
-        return [future.result() for future in futures]
+        for name, outcome in as_they_end(client, run, list(plans), processes):
+            if isinstance(outcome, Exception):
+                raise outcome
+            outcomes[name] = outcome
+            done = f"[{len(outcomes)}/{len(plans)}] {outcome.notebook}, {outcome.minutes:.1f} minutes"
+            print(done, file=sys.stderr, flush=True)
+    return [outcomes[name] for name in plans]
 
 
 def _run_grid(options) -> int:

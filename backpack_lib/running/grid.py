@@ -10,12 +10,14 @@ import os
 import re
 import signal
 import sys
-from itertools import islice, product
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain, islice, product
 from pathlib import Path
 
 import pandas as pd
 from dask import config
-from dask.distributed import Client, as_completed, get_worker
+from dask.distributed import Client, KilledWorker, as_completed, get_worker
 from tqdm import tqdm
 
 from backpack_lib.files import locked_folder, runs_folder, write_text
@@ -73,25 +75,24 @@ class Grid:
             # No process of this machine is given a second run, which would be killed with it.
             at_once = min(len(left), processes or len(gpus) or min(MOST, os.cpu_count()))
             connected = processes_here(at_once)
-        waiting, failed = iter(left), []
+        failed, again = [], []
         with (
             connected as client,
             tqdm(total=len(self.runs), initial=len(self.runs) - len(left), desc=self.name, unit="run") as bar,
         ):
-
-            def start(count: int) -> list:
-                runs = list(islice(waiting, count))
-                return client.map(self.run_one, runs, gpus=gpus, key=runs)
-
-            ending = as_completed(start(at_once))
-            for future in ending:
-                failure = future.exception() or future.result()
+            run_one = partial(self.run_one, gpus=gpus)
+            # A process that is killed takes with it what waits there, too: those have a second try, one at a time.
+            for run, failure in chain(
+                as_they_end(client, run_one, left, at_once), as_they_end(client, run_one, again, 1)
+            ):
+                if isinstance(failure, KilledWorker) and run not in again:
+                    again.append(run)
+                    continue
                 if failure:
-                    failed.append(future.key)
-                    bar.write(f"{future.key}: {failure}", file=sys.stderr)
+                    failed.append(run)
+                    bar.write(f"{run}: {failure}", file=sys.stderr)
                 self.table()
                 bar.update()
-                ending.update(start(1))
         return failed
 
     def run_one(self, run: str, gpus: list[str]) -> str | None:
@@ -112,12 +113,27 @@ class Grid:
         return table
 
 
+def as_they_end(client: Client, function: Callable, arguments: list, at_once: int) -> Iterator[tuple]:
+    """Calls a function with each argument, so many at once. -> each with what came back or was raised, as they end"""
+    waiting, argument_of = iter(arguments), {}
+
+    def start(count: int) -> list:
+        started = {client.submit(function, argument, pure=False): argument for argument in islice(waiting, count)}
+        argument_of.update(started)
+        return list(started)
+
+    ending = as_completed(start(at_once))
+    for future in ending:
+        yield argument_of.pop(future), future.exception() or future.result()
+        ending.update(start(1))
+
+
 def processes_here(number: int) -> Client:
     """So many processes of this machine, which share its cores and leave Ctrl-C to this one, which stops them."""
     threads = str(max(1, os.cpu_count() // number))
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # for processes that start meanwhile, too
     try:
-        with config.set({"distributed.scheduler.allowed-failures": 1}):  # what is killed is tried once more
+        with config.set({"distributed.scheduler.allowed-failures": 0}):  # who calls decides what is tried again
             return Client(n_workers=number, env={"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}, **PROCESS)
     finally:
         signal.signal(signal.SIGINT, before)
