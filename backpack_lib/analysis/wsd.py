@@ -1,0 +1,111 @@
+"""Do senses tell the meanings of a word apart? Zero-shot word-sense disambiguation.
+
+An occurrence of a word in a sentence, and each meaning that a dictionary lists for it, are read by the same model and
+described in the same way; the meaning that is most alike is the answer. Nothing is trained. Instances and candidates
+are those of Raganato et al. (2017) with WordNet's glosses, in two tables; see `read_tables`.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from backpack_lib.analysis.scores import batches
+from backpack_lib.text.writing import ids_of_text
+
+WAYS = ("last state", "middle state", "weighted senses", "own senses", "own weights")
+PRIORS = (0.1, 0.3, 1.0)  # how much a standard deviation of the similarity counts beside -log of a meaning's number
+CHOOSING = "semeval2007"  # the set that a way and a prior are chosen on, and not scored on
+
+
+def read_tables(folder: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Instances (id, lemma, pos, place, gold, words) and candidates (lemma, pos, number, key, gloss), as `.tsv.xz`.
+
+    Raises ValueError if one is missing.
+    """
+    tables = []
+    for name in ("instances", "candidates"):
+        file = Path(folder) / f"{name}.tsv.xz"
+        if not file.is_file():
+            raise ValueError(
+                f"The folder {folder!r} has no file {file.name}; see data/lens/README.md for the two tables."
+            )
+        tables.append(pd.read_csv(file, sep="\t", quoting=3, keep_default_na=False))
+    return tuple(tables)
+
+
+def place_of(tokenizer, words: list[str], place: int) -> tuple[list[int], int, int]:
+    """A sentence's ids, and where its word number `place` begins and ends among them."""
+    ends = [len(ids_of_text(tokenizer, " ".join(words[:n]))) for n in (place, place + 1)]
+    return ids_of_text(tokenizer, " ".join(words)), *ends
+
+
+@torch.no_grad()
+def describe(model, rows: list[tuple[list[int], int, int]]) -> dict[str, np.ndarray]:
+    """What a model with senses makes of a word in each text, for each of `WAYS`, (n, ...). rows: see `place_of`.
+
+    All are means over the places from the word to the end of its text, since only what follows a word has read it:
+    of the model's last and middle states, of o, the weighted sum of all senses, and of the word's own part of it, as a
+    vector, (d,), and as the weights of its senses, (k,).
+    """
+    described = {way: [None] * len(rows) for way in WAYS}
+    for places, ids, _ in batches(model, [ids for ids, _, _ in rows]):
+        out = model(ids, output_senses=True, output_hidden_states=True, use_cache=False, logits_to_keep=1)
+        middle = out.hidden_states[len(out.hidden_states) // 2]
+        for row, number in enumerate(places):
+            text, begin, end = rows[number]
+            after = slice(begin, len(text))
+            alpha, senses = out.contextualization[row, :, after], out.senses[row]  # (k, m, T), (k, T, d)
+            own = alpha[..., begin:end].mean(1)  # (k, tokens of the word)
+            values = (
+                out.hidden_states[-1][row, after].mean(0),
+                middle[row, after].mean(0),
+                (alpha.mean(1, keepdim=True) @ senses)[:, 0].sum(0),
+                torch.einsum("kt,ktd->d", own, senses[:, begin:end]),
+                own.sum(1),
+            )
+            for way, value in zip(WAYS, values):
+                described[way][number] = value.float().cpu().numpy()
+    return {way: np.stack(values) for way, values in described.items()}
+
+
+def similarities(model, tokenizer, instances: pd.DataFrame, candidates: pd.DataFrame) -> Iterator[dict]:
+    """For each instance: which of its candidates are right, (m,), and by each way how alike they are, (m,)."""
+    of_word = {key: table for key, table in candidates.groupby(["lemma", "pos"], sort=False)}
+    keys = list(dict.fromkeys(zip(instances["lemma"], instances["pos"])))
+    meanings = pd.concat([of_word[key] for key in keys if key in of_word])
+    as_texts = [(lemma.replace("_", " "), gloss) for lemma, gloss in zip(meanings["lemma"], meanings["gloss"])]
+    of_meanings = describe(model, [place_of(tokenizer, [word, *f": {gloss}".split()], 0) for word, gloss in as_texts])
+    rows = [
+        place_of(tokenizer, words.split(" "), place) for words, place in zip(instances["words"], instances["place"])
+    ]
+    of_instances = describe(model, rows)
+    lines = meanings.reset_index(drop=True).groupby(["lemma", "pos"]).indices
+    for number, instance in enumerate(instances.itertuples()):
+        here = lines[instance.lemma, instance.pos]
+        gold = set(instance.gold.split())
+        found = {"right": meanings["key"].iloc[here].isin(gold).to_numpy()}
+        for way in WAYS:
+            found[way] = _cosines(of_instances[way][number], of_meanings[way][here])
+        yield found
+
+
+def _cosines(one: np.ndarray, others: np.ndarray) -> np.ndarray:
+    return others @ one / (np.linalg.norm(others, axis=1) * np.linalg.norm(one) + 1e-9)
+
+
+def answers(alike: dict, rng: np.random.Generator) -> dict[str, bool]:
+    """Whether each method's answer is right: by chance, the first meaning, each way, and each with each prior.
+
+    Meanings stand in the order of their frequency, so ties are broken at random: the first of equals would look good.
+    """
+    m = len(alike["right"])
+    prior, shuffled = -np.log(np.arange(1, m + 1)), rng.permutation(m)
+    scores = {"chance": np.zeros(m), "first meaning": prior}
+    for way in WAYS:
+        z = (alike[way] - alike[way].mean()) / (alike[way].std() + 1e-9)
+        scores[way] = z
+        scores |= {f"{way}, prior {share:g}": prior + share * z for share in PRIORS}
+    return {name: bool(alike["right"][shuffled[score[shuffled].argmax()]]) for name, score in scores.items()}

@@ -1,0 +1,46 @@
+"""Measures on five published sets whether senses tell meanings apart; writes a row an instance to wsd-NAME.csv.gz here.
+
+python data/lens/wsd.py --wsd folder --models smollm2-lens demo
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from backpack_lib import load
+from backpack_lib.analysis import wsd
+from backpack_lib.files import exit_status, written_whole
+from backpack_lib.loading import fingerprint
+
+HERE = Path(__file__).resolve().parent
+
+
+def measure(name: str, folder: str):
+    model, tokenizer = load(name)
+    instances, candidates = wsd.read_tables(folder)
+    rng, rows = np.random.default_rng(0), []
+    for _, part in tqdm(instances.groupby("lemma", sort=False), desc=name, leave=False):
+        alike = wsd.similarities(model, tokenizer, part, candidates)
+        rows += [{"id": number} | wsd.answers(one, rng) for number, one in zip(part["id"], alike)]
+    table = pd.DataFrame(rows).assign(weights=fingerprint(model))
+    with written_whole(HERE / f"wsd-{name}.csv.gz") as building:
+        table.to_csv(building, index=False, compression="gzip")
+    print(
+        table.drop(columns=["id", "weights"]).groupby(table["id"].str.split(".").str[0]).mean().T.round(3).to_string()
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--wsd", required=True, help="folder of instances.tsv.xz and candidates.tsv.xz")
+    parser.add_argument("--models", nargs="+", default=["smollm2-lens", "demo"])
+    given = parser.parse_args()
+    return exit_status(lambda: [measure(name, given.wsd) for name in given.models] and None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
