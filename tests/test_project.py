@@ -44,6 +44,14 @@ def test_every_requirement_is_pinned_to_a_version_that_it_allows():
         assert requirement.specifier.contains(version), requirement
 
 
+def test_one_version_is_named_everywhere():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == PROJECT["version"]
+    assert f"\n## {PROJECT['version']} ({citation['date-released']})\n" in (ROOT / "CHANGELOG.md").read_text()
+    smollm2 = re.search(r"^SMOLLM2 = (.+)$", (ROOT / "Makefile").read_text(), re.M)[1]
+    assert smollm2 in (ROOT / "README.md").read_text()
+
+
 def test_conda_users_get_the_same():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     (pip,) = [entry["pip"] for entry in environment if isinstance(entry, dict)]

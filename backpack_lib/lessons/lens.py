@@ -53,9 +53,9 @@ def stored_ladder(model: str):
 
 
 def stored(model: str, name: str) -> pd.DataFrame | None:
-    """What was measured once of a shipped lens, a table of `data/lens`; None of others, or if it was not measured."""
-    file = data_folder() / "lens" / model.removesuffix("-lens") / f"{name}.csv.gz"
-    return pd.read_csv(file) if model.endswith("-lens") and file.is_file() else None
+    """What was measured once of a shipped model by `make lens-tables` or `make wsd`; None of others."""
+    file = data_folder() / "lens" / f"{name}-{model}.csv.gz"
+    return pd.read_csv(file, index_col=0) if file.is_file() else None
 
 
 def sentences_and_glosses(glosses: dict[str, dict[str, str]]) -> tuple[pd.DataFrame, pd.DataFrame]:

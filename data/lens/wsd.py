@@ -1,6 +1,6 @@
 """Measures on five published sets whether senses tell meanings apart; writes a row an instance to wsd-NAME.csv.gz here.
 
-python data/lens/wsd.py --wsd folder --models smollm2-lens demo
+python data/lens/wsd.py --wsd folder --models smollm2-lens demo demo-lens
 """
 
 import argparse
@@ -37,7 +37,7 @@ def measure(name: str, folder: str):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--wsd", required=True, help="folder of instances.tsv.xz and candidates.tsv.xz")
-    parser.add_argument("--models", nargs="+", default=["smollm2-lens", "demo"])
+    parser.add_argument("--models", nargs="+", default=["smollm2-lens", "demo", "demo-lens"])
     given = parser.parse_args()
     return exit_status(lambda: [measure(name, given.wsd) for name in given.models] and None)
 
