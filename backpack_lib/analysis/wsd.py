@@ -5,12 +5,14 @@ described in the same way; the meaning that is most alike is the answer. Nothing
 are those of Raganato et al. (2017) with WordNet's glosses, in two tables; see `read_tables`.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from tqdm.auto import tqdm
 
 from backpack_lib.analysis.scores import batches
 from backpack_lib.text.writing import ids_of_text
@@ -29,64 +31,69 @@ def read_tables(folder: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     for name in ("instances", "candidates"):
         file = Path(folder) / f"{name}.tsv.xz"
         if not file.is_file():
-            raise ValueError(
-                f"The folder {folder!r} has no file {file.name}; see data/lens/README.md for the two tables."
-            )
+            raise ValueError(f"The folder {folder!r} has no file {file.name}; see data/README.md for the two tables.")
         tables.append(pd.read_csv(file, sep="\t", quoting=3, keep_default_na=False))
     return tuple(tables)
 
 
-def place_of(tokenizer, words: list[str], place: int) -> tuple[list[int], int, int]:
-    """A sentence's ids, and where its word number `place` begins and ends among them."""
-    ends = [len(ids_of_text(tokenizer, " ".join(words[:n]))) for n in (place, place + 1)]
+def place_of(tokenizer, words: list[str], place: int, n: int = 1) -> tuple[list[int], int, int]:
+    """A sentence's ids, and where its word number `place`, or n words from there on, begin and end among them."""
+    ends = [len(ids_of_text(tokenizer, " ".join(words[:end]))) for end in (place, place + n)]
     return ids_of_text(tokenizer, " ".join(words)), *ends
 
 
 @torch.no_grad()
-def describe(model, rows: list[tuple[list[int], int, int]]) -> dict[str, np.ndarray]:
+def describe(model, rows: list[tuple[list[int], int, int]], name: str = "texts") -> dict[str, np.ndarray]:
     """What a model with senses makes of a word in each text, for each of `WAYS`, (n, ...). rows: see `place_of`.
 
     All are means over the places from the word to the end of its text, since only what follows a word has read it:
     of the model's last and middle states, of o, the weighted sum of all senses, and of the word's own part of it, as a
-    vector, (d,), and as the weights of its senses, (k,).
+    vector, (d,), and as the weights of its senses, (k,). name: of the texts, for the progress bar.
     """
     described = {way: [None] * len(rows) for way in WAYS}
-    for places, ids, _ in batches(model, [ids for ids, _, _ in rows]):
-        out = model(ids, output_senses=True, output_hidden_states=True, use_cache=False, logits_to_keep=1)
-        middle = out.hidden_states[len(out.hidden_states) // 2]
-        for row, number in enumerate(places):
-            text, begin, end = rows[number]
-            after = slice(begin, len(text))
-            alpha, senses = out.contextualization[row, :, after], out.senses[row]  # (k, m, T), (k, T, d)
-            own = alpha[..., begin:end].mean(1)  # (k, tokens of the word)
-            values = (
-                out.hidden_states[-1][row, after].mean(0),
-                middle[row, after].mean(0),
-                (alpha.mean(1, keepdim=True) @ senses)[:, 0].sum(0),
-                torch.einsum("kt,ktd->d", own, senses[:, begin:end]),
-                own.sum(1),
-            )
-            for way, value in zip(WAYS, values):
-                described[way][number] = value.float().cpu().numpy()
+    of_text = defaultdict(list)  # a text is read once, whichever of its words are asked for
+    for number, (ids, _, _) in enumerate(rows):
+        of_text[tuple(ids)].append(number)
+    texts = list(of_text)
+    with tqdm(total=len(texts), desc=name, leave=False) as bar:
+        for places, ids, _ in batches(model, [list(text) for text in texts]):
+            out = model(ids, output_senses=True, output_hidden_states=True, use_cache=False, logits_to_keep=1)
+            for row, text in enumerate(places):
+                for number in of_text[texts[text]]:
+                    for way, value in zip(WAYS, _of_word(out, row, *rows[number])):
+                        described[way][number] = value.float().cpu().numpy()
+            bar.update(len(places))
     return {way: np.stack(values) for way, values in described.items()}
+
+
+def _of_word(out, row: int, ids: list[int], begin: int, end: int) -> tuple[torch.Tensor, ...]:
+    """The five descriptions of the word at `begin` to `end` in one row of what the model returned."""
+    after, middle = slice(begin, len(ids)), out.hidden_states[len(out.hidden_states) // 2]
+    alpha, senses = out.contextualization[row, :, after], out.senses[row]  # (k, m, T), (k, T, d)
+    own = alpha[..., begin:end].mean(1)  # (k, tokens of the word)
+    return (
+        out.hidden_states[-1][row, after].mean(0),
+        middle[row, after].mean(0),
+        (alpha.mean(1, keepdim=True) @ senses)[:, 0].sum(0),
+        torch.einsum("kt,ktd->d", own, senses[:, begin:end]),
+        own.sum(1),
+    )
 
 
 def similarities(model, tokenizer, instances: pd.DataFrame, candidates: pd.DataFrame) -> Iterator[dict]:
     """For each instance: which of its candidates are right, (m,), and by each way how alike they are, (m,)."""
-    of_word = {key: table for key, table in candidates.groupby(["lemma", "pos"], sort=False)}
-    keys = list(dict.fromkeys(zip(instances["lemma"], instances["pos"])))
-    meanings = pd.concat([of_word[key] for key in keys if key in of_word])
-    as_texts = [(lemma.replace("_", " "), gloss) for lemma, gloss in zip(meanings["lemma"], meanings["gloss"])]
-    of_meanings = describe(model, [place_of(tokenizer, [word, *f": {gloss}".split()], 0) for word, gloss in as_texts])
-    rows = [
-        place_of(tokenizer, words.split(" "), place) for words, place in zip(instances["words"], instances["place"])
-    ]
-    of_instances = describe(model, rows)
-    lines = meanings.reset_index(drop=True).groupby(["lemma", "pos"]).indices
+    known = pd.MultiIndex.from_frame(candidates[["lemma", "pos"]])
+    asked = pd.MultiIndex.from_frame(instances[["lemma", "pos"]])
+    meanings = candidates[known.isin(asked)].reset_index(drop=True)
+    glosses = [f"{lemma.replace('_', ' ')}: {gloss}" for lemma, gloss in zip(meanings["lemma"], meanings["gloss"])]
+    words = [lemma.count("_") + 1 for lemma in meanings["lemma"]]
+    of_meanings = describe(model, [place_of(tokenizer, g.split(), 0, n) for g, n in zip(glosses, words)], "glosses")
+    sentences = zip(instances["words"], instances["place"])
+    of_instances = describe(model, [place_of(tokenizer, s.split(" "), place) for s, place in sentences], "sentences")
+    rows_of = meanings.groupby(["lemma", "pos"]).indices
     for number, instance in enumerate(instances.itertuples()):
-        here = lines[instance.lemma, instance.pos]
-        gold = set(instance.gold.split())
-        found = {"right": meanings["key"].iloc[here].isin(gold).to_numpy()}
+        here = rows_of[instance.lemma, instance.pos]
+        found = {"right": meanings["key"].iloc[here].isin(instance.gold.split()).to_numpy()}
         for way in WAYS:
             found[way] = _cosines(of_instances[way][number], of_meanings[way][here])
         yield found

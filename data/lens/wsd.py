@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
 from backpack_lib import load
 from backpack_lib.analysis import wsd
@@ -22,11 +21,9 @@ HERE = Path(__file__).resolve().parent
 def measure(name: str, folder: str):
     model, tokenizer = load(name)
     instances, candidates = wsd.read_tables(folder)
-    rng, rows = np.random.default_rng(0), []
-    for _, part in tqdm(instances.groupby("lemma", sort=False), desc=name, leave=False):
-        alike = wsd.similarities(model, tokenizer, part, candidates)
-        rows += [{"id": number} | wsd.answers(one, rng) for number, one in zip(part["id"], alike)]
-    table = pd.DataFrame(rows).assign(weights=fingerprint(model))
+    rng = np.random.default_rng(0)
+    rows = [wsd.answers(alike, rng) for alike in wsd.similarities(model, tokenizer, instances, candidates)]
+    table = pd.DataFrame(rows, index=instances["id"]).astype(int).assign(weights=fingerprint(model))
     with written_whole(HERE / f"wsd-{name}.csv.gz") as building:
         table.to_csv(building, index=False, compression="gzip")
     print(
