@@ -122,6 +122,17 @@ def test_planted_senses_are_read_and_the_exercises_are_solved(tmp_path):
     assert results["matched, planted text"] > results["null, planted text"]
 
 
+def test_a_lens_explains_its_transformer_and_the_exercises_are_solved(tmp_path):
+    assert_solved(execute("07_lens", {"model": "demo-lens", "out": str(tmp_path)}, solved=True).answers, 4)
+    results = results_of(tmp_path)
+    bits = {name: results[f"bits per byte, {name}"] for name in ("Transformer", "senses", "one prediction")}
+    assert bits["Transformer"] < bits["senses"] < bits["one prediction"] < results["bits per byte, dealt senses"]
+    assert results["variance explained, senses"] > 0.8 > 0.5 > results["variance explained, dealt senses"]
+    assert results["error of the prediction"] < 1e-5 and results["fact, after"] > results["fact, before"]
+    relations = pd.read_csv(tmp_path / "relations.csv", index_col=0)
+    assert (relations["AUC"] > relations["null, 95 %"]).all() and (relations["p"] < 0.01).all()
+
+
 # ---------------------------------------------------------------- a model that nobody has a Transformer for
 
 
