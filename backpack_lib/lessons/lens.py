@@ -13,7 +13,7 @@ from backpack_lib.display import tables
 from backpack_lib.files import data_folder
 from backpack_lib.lessons.exercises import check_function, check_number
 from backpack_lib.loading import load
-from backpack_lib.model.lens import SenseLens, name_of  # noqa: F401, for the notebook
+from backpack_lib.model.lens import SenseLens
 from backpack_lib.text.corpora import first_characters, open_corpus
 
 CHARACTERS = 6_000  # of a reference text that are read
