@@ -10,6 +10,7 @@ from helpers import ROOT
 from backpack_lib import load
 from backpack_lib.analysis.knowledge import margins, project, read_facts
 from backpack_lib.analysis.matching import compare_models
+from backpack_lib.lessons import lens as checks_of_lens
 from backpack_lib.lessons.opening import open_lesson
 from backpack_lib.lessons.reading import STORED, stored_table, words_to_compare
 from backpack_lib.lessons.topics import stored_texts
@@ -77,6 +78,26 @@ def test_the_stored_tables_of_reading_are_of_these_models():
     assert all(best[name] == stored[name] for name in ("sense", "other sense", "partners"))
     assert best["share"] == pytest.approx(stored["share"], abs=2e-2)
     assert set(stored_table("senses")["senses"]) == {0, 1, 4, 16}
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-lens", "smollm2-lens"])
+def test_the_stored_answers_on_meanings_are_of_these_models(name):
+    stored = checks_of_lens.stored(name, "wsd")
+    assert len(stored) == 7253 and stored.index.is_unique
+    assert 0.64 < stored["first meaning"].mean() < 0.66 and stored["chance"].mean() < 0.45
+    try:
+        model, _ = load(name)
+    except ValueError:
+        pytest.skip("SmolLM2 is not installed here")
+    assert set(stored["weights"]) == {fingerprint(model)}, "run: make wsd"
+
+
+def test_the_stored_texts_of_a_lens_are_paired_and_at_equal_fluency():
+    stored = checks_of_lens.stored("smollm2-lens", "topics")
+    of_setting = stored.groupby(["topic", "method", "strength"])
+    assert set(of_setting.size()) == {16} and stored["topic"].nunique() == 5
+    wanted = stored.loc[stored["method"] == "no control", "perplexity"].iloc[0]
+    assert (np.log(of_setting["perplexity"].first() / wanted).abs() < 0.2).mean() > 0.9
 
 
 def test_planted_models_are_shipped_for_whoever_has_not_trained_them(tmp_path, monkeypatch):
