@@ -52,7 +52,10 @@ def test_likeness_finds_the_meaning_that_reads_as_the_sentence_does(model_and_to
     glosses = {"a": "the zoo", "b": "he sees the concert", "d": "she likes"}
     rows = [words | {"key": key, "number": n, "gloss": gloss} for n, (key, gloss) in enumerate(glosses.items(), 1)]
     unused = [words | {"lemma": "unused", "key": "e", "number": 1, "gloss": "nothing"}]
-    (alike,) = wsd.similarities(model, tokenizer, instances, pd.DataFrame(unused + rows))
+    unlisted = instances.assign(lemma="unlisted")
+    both = pd.concat([instances, unlisted], ignore_index=True)
+    alike, nothing = wsd.similarities(model, tokenizer, both, pd.DataFrame(unused + rows))
+    assert not any(wsd.answers(nothing, np.random.default_rng(0)).values())
     assert alike["right"].tolist() == [False, True, False]
     for way in wsd.WAYS:
         assert alike[way].argmax() == 1 and alike[way][1] == pytest.approx(1, abs=1e-4)

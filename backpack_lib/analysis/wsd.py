@@ -92,7 +92,10 @@ def similarities(model, tokenizer, instances: pd.DataFrame, candidates: pd.DataF
     of_instances = describe(model, [place_of(tokenizer, s.split(" "), place) for s, place in sentences], "sentences")
     rows_of = meanings.groupby(["lemma", "pos"]).indices
     for number, instance in enumerate(instances.itertuples()):
-        here = rows_of[instance.lemma, instance.pos]
+        here = rows_of.get((instance.lemma, instance.pos))
+        if here is None:  # no meaning of it is listed, so none can be right
+            yield {"right": np.array([False])} | {way: np.zeros(1) for way in WAYS}
+            continue
         found = {"right": meanings["key"].iloc[here].isin(instance.gold.split()).to_numpy()}
         for way in WAYS:
             found[way] = _cosines(of_instances[way][number], of_meanings[way][here])

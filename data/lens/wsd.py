@@ -25,10 +25,9 @@ def measure(name: str, folder: str):
     rows = [wsd.answers(alike, rng) for alike in wsd.similarities(model, tokenizer, instances, candidates)]
     table = pd.DataFrame(rows, index=instances["id"]).astype(int).assign(weights=fingerprint(model))
     with written_whole(HERE / f"wsd-{name}.csv.gz") as building:
-        table.to_csv(building, index=False, compression="gzip")
-    print(
-        table.drop(columns=["id", "weights"]).groupby(table["id"].str.split(".").str[0]).mean().T.round(3).to_string()
-    )
+        table.to_csv(building, compression={"method": "gzip", "mtime": 0})
+    by_set = table.drop(columns="weights").groupby(table.index.str.split(".").str[0]).mean()
+    print(by_set.T.round(3).to_string())
 
 
 def main() -> int:
