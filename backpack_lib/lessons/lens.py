@@ -1,7 +1,6 @@
 """What 07_lens alone needs: which lens and which texts, and the checks of its exercises."""
 
 import json
-import re
 from collections.abc import Callable
 
 import numpy as np
@@ -78,16 +77,6 @@ def table_of_senses(words: pd.DataFrame, caption: str):
     up = words[words["direction"] == "up"].groupby("sense")
     table = pd.DataFrame({"pushes up": up["token"].agg(" · ".join), "strongest push": up["push"].max()})
     return tables.shaded(table, 1, caption, shade=["strongest push"])
-
-
-def topics(names: list[str]) -> list[dict]:
-    """Some of the topics of `data/topics.json`."""
-    known = json.loads((data_folder() / "topics.json").read_text(encoding="utf-8"))
-    return [topic for name in names for topic in known if topic["name"] == name]
-
-
-def words_of(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
 
 
 # ---------------------------------------------------------------- exercises
