@@ -23,7 +23,6 @@ from backpack_lib.text.writing import continue_texts
 QUANTILES = (0.95, 0.80, 0.60)
 # What senses above each quantile, and all the others, are multiplied by.
 STRENGTHS = {0: (1.0, 1.0, 1.0, 1.0), 1: (1.5, 1.5, 1.3, 1.0), 2: (2.2, 2.2, 1.5, 1.0), 3: (3.3, 3.3, 3.0, 1.0)}
-SAMPLED = 2000  # tokens whose scores say where the quantiles lie
 TOKENS_AT_ONCE = 32
 READINESS = 6.0  # a sense that has said nothing yet is sigmoid(6) = 99.8 % on
 GREATEST_RELEASE = 7.5  # the rate of release is the greatest delta divided by this, as in the paper's code
@@ -36,8 +35,9 @@ class TopicControl:
     words: the topic, one word or several. strength: 0 (nothing changes) to 3; deltas: other factors for senses above
         the quantiles .95, .80 and .60, and for all the others. annealing: release senses whose words the text has said.
 
-    A score is computed when its token is first met, and kept. The quantiles are those of `sampled_tokens`, so a large
-    vocabulary takes no longer than a small one; their level is off by about .005.
+    sampled: tokens whose scores say where the quantiles lie, so that a large vocabulary takes no longer than a small
+        one. With 2,000 their level is off by about .005, with 400 by .01. Other scores are computed, and kept, when
+        their token is first met.
 
     Raises ValueError for no words, words that the vocabulary lacks, and an unknown strength.
     """
@@ -50,10 +50,11 @@ class TopicControl:
         strength: int = 2,
         deltas: Iterable[float] | None = None,
         annealing: bool = True,
+        sampled: int = 2000,
     ):
         require_senses(model)
         self.model, self.tokenizer, self.annealing = model, tokenizer, annealing
-        self.deltas = deltas_of(strength, deltas)
+        self.deltas, self.sampled = deltas_of(strength, deltas), sampled
         size = model.config.vocab_size, model.config.num_senses
         self._largest = torch.full(size, torch.nan, device=model.device)  # of tokens met; shared by all topics
         self._set_topic(words)
@@ -62,7 +63,7 @@ class TopicControl:
         self.words = [words] if isinstance(words, str) else list(words)
         self.direction = topic_direction(self.model, self.tokenizer, self.words)
         self._scores = torch.full_like(self._largest, torch.nan)
-        scores = self.scores_of(sampled_tokens(self.model))
+        scores = self.scores_of(sampled_tokens(self.model, self.sampled))
         self.thresholds = torch.quantile(scores, scores.new_tensor(QUANTILES))
 
     def toward(self, words: str | Iterable[str]) -> "TopicControl":
@@ -155,10 +156,10 @@ def topic_direction(model, tokenizer, words: list[str]) -> torch.Tensor:
     return model.get_output_embeddings().weight[first].float().sum(0)
 
 
-def sampled_tokens(model) -> torch.Tensor:
-    """At most `SAMPLED` token ids, evenly over the vocabulary, in which common tokens stand first."""
+def sampled_tokens(model, n: int) -> torch.Tensor:
+    """At most n token ids, evenly over the vocabulary, in which common tokens stand first."""
     ids = used_tokens(model)
-    return ids if len(ids) <= SAMPLED else ids[torch.linspace(0, len(ids) - 1, SAMPLED, device=ids.device).long()]
+    return ids if len(ids) <= n else ids[torch.linspace(0, len(ids) - 1, n, device=ids.device).long()]
 
 
 @torch.no_grad()
