@@ -66,7 +66,7 @@ def test_scores_are_shares_of_the_largest_push_whatever_edits_are_applied():
 def test_factors_follow_the_quantiles_of_used_tokens(strength, sampled):
     model = tiny_model(vocab_size=V + 50, num_senses=2, used_vocab_size=V)
     control = TopicControl(model, TOKENIZER, "nurse", strength, sampled=sampled)
-    tokens = topic.sampled_tokens(model, sampled)
+    tokens = control.sampled
     assert len(tokens) == min(sampled, V) and tokens[0] == 0 and tokens[-1] == V - 1
     high, middle, low = np.quantile(control.scores_of(tokens).numpy(), [0.95, 0.80, 0.60])
     scores, factors = control.scores_of(ALL).flatten().tolist(), control.factors_of(ALL).flatten().tolist()

@@ -54,7 +54,7 @@ class TopicControl:
     ):
         require_senses(model)
         self.model, self.tokenizer, self.annealing = model, tokenizer, annealing
-        self.deltas, self.sampled = deltas_of(strength, deltas), sampled
+        self.deltas, self.sampled = deltas_of(strength, deltas), sampled_tokens(model, sampled)  # ids
         size = model.config.vocab_size, model.config.num_senses
         self._largest = torch.full(size, torch.nan, device=model.device)  # of tokens met; shared by all topics
         self._set_topic(words)
@@ -63,7 +63,7 @@ class TopicControl:
         self.words = [words] if isinstance(words, str) else list(words)
         self.direction = topic_direction(self.model, self.tokenizer, self.words)
         self._scores = torch.full_like(self._largest, torch.nan)
-        scores = self.scores_of(sampled_tokens(self.model, self.sampled))
+        scores = self.scores_of(self.sampled)
         self.thresholds = torch.quantile(scores, scores.new_tensor(QUANTILES))
 
     def toward(self, words: str | Iterable[str]) -> "TopicControl":

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 
 from backpack_lib.analysis.senses import neighbours, pushed_most, pushes, senses_of_words
-from backpack_lib.analysis.topic import sampled_tokens
 from backpack_lib.model.kinds import used_tokens
 from backpack_lib.text.words import spell, spell_text
 
@@ -110,9 +109,9 @@ def before_and_after(tokenizer, prompts: list[str], before, after, watch: Iterab
 def turned_up(control, among: torch.Tensor | None = None) -> pd.DataFrame:
     """The ten (token, sense) pairs of highest score under a `TopicControl`, and what each is multiplied by.
 
-    among: None for `topic.sampled_tokens`.
+    among: None for the tokens that the control has sampled.
     """
-    ids = sampled_tokens(control.model) if among is None else among
+    ids = control.sampled if among is None else among
     scores, factors = control.scores_of(ids), control.factors_of(ids)
     best = scores.flatten().topk(min(10, scores.numel())).indices
     rows, senses = best // scores.shape[1], best % scores.shape[1]

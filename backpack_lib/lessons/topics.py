@@ -9,7 +9,7 @@ import torch
 
 from backpack_lib.analysis import pplm
 from backpack_lib.analysis.statistics import p_value
-from backpack_lib.analysis.topic import TopicControl, deltas_of, released, sampled_tokens
+from backpack_lib.analysis.topic import TopicControl, deltas_of, released
 from backpack_lib.files import data_folder
 from backpack_lib.lessons.exercises import check_function, check_number
 from backpack_lib.lessons.opening import PLANTED, Lesson, check_stored, read_json
@@ -109,7 +109,7 @@ def check_narrow_control(answer, steer: list[str]) -> str:
         return "Not yet: give a TopicControl."
     if answer.words != steer or answer.annealing:
         return f"Not yet: it should steer toward {', '.join(steer)}, without annealing."
-    ids = sampled_tokens(answer.model)
+    ids = answer.sampled
     high, factors = answer.scores_of(ids) > answer.thresholds[0], answer.factors_of(ids)
     if not (factors[high] == 4).all() or not (factors[~high] == 1).all():
         return "Not yet: the senses above the highest threshold should be multiplied by 4, and all others by 1."
