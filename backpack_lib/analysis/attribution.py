@@ -37,8 +37,6 @@ class Reading:
         """The share of each (token, sense) in the target's logit, or in its log-odds to the contrast, (T, k).
 
         Of a sense lens (T + 1, k): the last row begins with the residual's share and is zero otherwise.
-
-        Raises ValueError if one of the two is no row of the vocabulary.
         """
         direction = self._difference(self.embeddings, target, contrast)
         shares = self.weights.float() * (self.senses.float() @ direction)
@@ -75,8 +73,6 @@ def read(model, input_ids, position: int = -1) -> Reading:
     """Runs the model on one text, up to a position, and keeps all that went into the prediction there.
 
     input_ids: (T,) or (1, T). position: whose next token is predicted; negative ones count from the end.
-
-    Raises ValueError for an empty text or several, a position outside the text, or a model without senses.
     """
     require_senses(model)
     ids = torch.as_tensor(input_ids)
@@ -114,12 +110,9 @@ def attribute(model, input_ids, target: int, contrast: int | None = None, positi
     """The contribution of each sense of each token to a logit, or to log-odds, at a position; (T, k).
 
     Of a sense lens (T + 1, k), with a row for the residual; see `Reading.contributions`.
-
     They sum to the model's own logit of `target`, or to log p(target) - log p(contrast), up to rounding.
     Takes one forward pass and T k products of width d, whatever the size of the vocabulary.
 
     input_ids: (T,) or (1, T); with a position before the last, T counts the tokens up to it.
-
-    Raises ValueError as `read` does, and for a target or contrast outside the vocabulary.
     """
     return read(model, input_ids, position).contributions(target, contrast)

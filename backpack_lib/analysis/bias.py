@@ -33,12 +33,7 @@ RESAMPLES, PERMUTATIONS = 2000, 9999
 
 
 def log_odds(model, tokenizer, professions: list[str], templates: list[str], pair=PAIR) -> pd.DataFrame:
-    """log p(first) - log p(second) of the next token in nats: a row for each profession, a column for each template.
-
-    Raises ValueError for no professions or templates, a template without the slot `{profession}`, a profession that
-    the vocabulary lacks or that is spelled with other tokens in a template, and a pair that is not two words of one
-    token each.
-    """
+    """log p(first) - log p(second) of the next token in nats: a row for each profession, a column for each template."""
     first, second = tokens_of_pair(tokenizer, pair)
     log_probs = next_log_probabilities(model, tokenizer, fill(tokenizer, professions, templates))
     odds = (log_probs[:, first] - log_probs[:, second]).cpu().double().view(len(professions), len(templates))
@@ -56,10 +51,7 @@ def excess_removed(before, after) -> float:
 
 
 def fill(tokenizer, professions: list[str], templates: list[str]) -> list[str]:
-    """Each template with each profession in its slot, the templates of the first profession first.
-
-    Raises ValueError as `log_odds` does.
-    """
+    """Each template with each profession in its slot, the templates of the first profession first."""
     for name, entries in (("professions", professions), ("templates", templates)):
         if isinstance(entries, str) or not len(entries):
             raise ValueError(f"{name}={entries!r} should be a list with at least one entry.")
@@ -74,7 +66,8 @@ def fill(tokenizer, professions: list[str], templates: list[str]) -> list[str]:
         ids = known_tokens_of_word(tokenizer, profession)
         for template in templates:
             prompts.append(template.replace(SLOT, profession))
-            if not holds(tokenizer(prompts[-1], add_special_tokens=False)["input_ids"], ids):
+            in_prompt = tokenizer(prompts[-1], add_special_tokens=False)["input_ids"]
+            if not any(in_prompt[start : start + len(ids)] == ids for start in range(len(in_prompt))):
                 raise ValueError(
                     f"In the template {template!r} the profession {profession!r} is spelled with other tokens than "
                     "after a space; put the slot after a space, with nothing attached to it."
@@ -82,13 +75,8 @@ def fill(tokenizer, professions: list[str], templates: list[str]) -> list[str]:
     return prompts
 
 
-def holds(ids: list[int], part: list[int]) -> bool:
-    """Whether a text's ids hold a word's, one after the other."""
-    return any(ids[start : start + len(part)] == part for start in range(len(ids)))
-
-
 def tokens_of_pair(tokenizer, pair) -> tuple[int, int]:
-    """The tokens of the two words. Raises ValueError if they are not two different words of one token."""
+    """The tokens of two different words of one token each."""
     if isinstance(pair, str) or len(pair) != 2:
         raise ValueError(f"pair={pair!r} should be two words, such as {PAIR}.")
     first, second = (token_of_word(tokenizer, word) for word in pair)
@@ -141,7 +129,7 @@ class Split:
 
 
 def split_odds(model, tokenizer, professions: list[str], templates: list[str], pair=PAIR) -> Split:
-    """The log-odds of a model with senses, split by sense. Raises ValueError as `log_odds` does, and without senses."""
+    """The log-odds of a model with senses, split by sense."""
     first, second = tokens_of_pair(tokenizer, pair)
     prompts = fill(tokenizer, professions, templates)
     words = [known_tokens_of_word(tokenizer, name) for name in professions for _ in templates]
@@ -185,8 +173,6 @@ def localize(split: Split, wanted: float = 0.9, seed: int = 0) -> Localization:
     (less their mean over professions) could be permuted within each profession; y would stay as it is. p is how often
     the greatest share under such permutations is as great, which corrects for the number of senses. For the next
     sense of the set it is asked again among the senses that are left, and so on.
-
-    Raises ValueError for fewer than three professions or none that differ, and if `wanted` is no share.
     """
     if not 0 < wanted <= 1:
         raise ValueError(f"wanted={wanted} should be a share above 0 and up to 1.")
@@ -249,7 +235,7 @@ def debias(model, tokenizer, professions: list[str], senses: Iterable[int], scal
     """Edits that scale senses of professions; 0 removes them.
 
     All tokens of a profession are scaled, wherever they occur; so pieces of a profession of several tokens are
-    scaled in other words, too. Raises ValueError as `SenseEdits` does.
+    scaled in other words, too.
     """
     tokens = tokens_of_professions(tokenizer, professions)
     return SenseEdits(model, tokenizer, "professions turned down").scale(tokens, list(senses), scale)
@@ -263,7 +249,7 @@ def tokens_of_professions(tokenizer, professions: list[str]) -> list[int]:
 def nullspace(model, tokenizer, professions: list[str], pair=PAIR) -> Iterator:
     """A Transformer whose professions lose what their input embeddings hold of E_second - E_first.
 
-    The baseline of Hewitt et al. (2023); output embeddings stay. Raises ValueError for a wrong pair.
+    The baseline of Hewitt et al. (2023); output embeddings stay.
     """
     first, second = tokens_of_pair(tokenizer, pair)
     E = model.get_output_embeddings().weight.detach()
@@ -274,8 +260,5 @@ def nullspace(model, tokenizer, professions: list[str], pair=PAIR) -> Iterator:
         along = (embeddings @ direction)[..., None] * direction
         return torch.where(torch.isin(inputs[0], edited)[..., None], embeddings - along, embeddings)
 
-    handle = model.get_input_embeddings().register_forward_hook(project)
-    try:
+    with model.get_input_embeddings().register_forward_hook(project):
         yield model
-    finally:
-        handle.remove()

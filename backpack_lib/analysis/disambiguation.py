@@ -82,8 +82,6 @@ def weights_in_context(model, tokenizer, ambiguity: Ambiguity) -> pd.DataFrame:
 
     A row for each text. meaning; total, the log-odds of the cues; own, the word's contribution to them; and the columns
     0 to k - 1, how much of each sense of the word goes in.
-
-    Raises ValueError for a model without senses.
     """
     meanings = [meaning for meaning, texts in ambiguity.texts.items() for _ in texts]
     texts = [text for texts in ambiguity.texts.values() for text in texts]

@@ -94,10 +94,8 @@ class SenseEdits:
     """A stack of edits to the senses of one model; see the module's example.
 
     `word` is a word of one token, a token id, several of either, or None for all words; `sense` is an index,
-    several, or None for all senses. Each method that edits returns the stack, so calls can be chained.
-
-    Raises ValueError, with nothing added, for words of several tokens, senses out of range, and numbers that
-    are not finite.
+    several, or None for all senses. Each method that edits returns the stack, so calls can be chained; where one is
+    refused, nothing is added.
     """
 
     def __init__(self, model, tokenizer, description: str = ""):
@@ -168,7 +166,7 @@ class SenseEdits:
         return self
 
     def undo(self) -> "SenseEdits":
-        """Takes the last edit back. Raises ValueError if there is none."""
+        """Takes the last edit back."""
         if not self._edits:
             raise ValueError("There is no edit to undo.")
         self._edits.pop()
@@ -188,8 +186,6 @@ class SenseEdits:
         model: the one they were made for, or another copy of it, on any device; None: the very one.
         Blocks may nest; edits of an inner block come after those of the outer. A text in a cache that was filled
         outside the block is read with these edits, too.
-
-        Raises ValueError if the edits do not fit the model.
         """
         model = self.model if model is None else model
         if model is not self.model:
@@ -227,11 +223,7 @@ class SenseEdits:
 
     @classmethod
     def load(cls, path: str | Path, model, tokenizer) -> "SenseEdits":
-        """Edits from a file that `save` wrote, for a model that they fit.
-
-        Raises ValueError if the file is missing, damaged or of another kind, or if it was made for another
-        vocabulary or another model.
-        """
+        """Edits from a file that `save` wrote; one made for another vocabulary or model is refused."""
         metadata, tensors = _read_file(path)
         name = f"{str(path)!r} (for the model {metadata['model']!r})"
         if metadata["vocabulary"] != vocabulary_fingerprint(tokenizer):
@@ -251,7 +243,7 @@ class SenseEdits:
         return self._keep(Edit(note(self._name(tokens, senses)), tokens, senses, **parts))
 
     def _keep(self, edit: Edit) -> "SenseEdits":
-        """Adds an edit that fits the model. Raises ValueError if it does not, or holds numbers that are not finite."""
+        """Adds an edit that fits the model, and whose numbers are finite."""
         config = self.model.config
         for ids, size in ((edit.tokens, len(self.tokenizer)), (edit.senses, config.num_senses)):
             if ids is not None and not 0 <= ids.min() <= ids.max() < size:

@@ -59,10 +59,7 @@ class Fact:
 
 
 def read_facts(facts: str | Path = "", relations: str | Path = "") -> list[Fact]:
-    """The facts of a table like `data/facts.csv`, with the phrasings of a file like `data/relations.yaml`.
-
-    Raises ValueError in one sentence for a file that cannot be read or does not look like these.
-    """
+    """The facts of a table like `data/facts.csv`, with the phrasings of a file like `data/relations.yaml`."""
     table = read_table(as_seen(facts) or data_folder() / "facts.csv", COLUMNS)
     relations = as_seen(relations) or data_folder() / "relations.yaml"
     phrasings = _read(relations, lambda file: yaml.safe_load(Path(file).read_text(encoding="utf-8-sig")))
@@ -75,7 +72,7 @@ def read_facts(facts: str | Path = "", relations: str | Path = "") -> list[Fact]
 
 
 def read_table(file: str | Path, columns: list[str]) -> pd.DataFrame:
-    """A CSV file of texts. Raises ValueError in one sentence if it cannot be read or lacks one of the columns."""
+    """A CSV file of texts that should have these columns."""
     table = _read(file, lambda file: pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig"))
     if missing := [column for column in columns if column not in table]:
         raise ValueError(f"{str(file)!r} lacks the column {missing[0]!r}; it should have {', '.join(columns)}.")
@@ -107,10 +104,7 @@ def _fact(row, phrasings: dict) -> Fact:
 
 
 def tokens_of_fact(tokenizer, fact: Fact) -> tuple[int, int, int]:
-    """The tokens of subject, object and counter-object.
-
-    Raises ValueError for words of several tokens, and for a counter-object that is the object.
-    """
+    """The tokens of subject, object and counter-object, which should be one each."""
     subject, object_, counter = (token_of_word(tokenizer, word) for word in (fact.subject, fact.object, fact.counter))
     if object_ == counter:
         raise ValueError(f"The counter-object is the object, {fact.object!r}; name another word of its kind.")
@@ -160,8 +154,6 @@ def project(model, tokenizer, facts: list[Fact], senses=None, strengths=None) ->
     """Edits of the subjects' senses, all of them or some, that put each counter-object in its object's place.
 
     strengths: for each fact, how many times the projection's change is made; None: once, as in the paper.
-
-    Raises ValueError as `tokens_of_fact` does.
     """
     edits = SenseEdits(model, tokenizer, ", ".join(map(str, facts)))
     for fact, strength in zip(facts, [1.0] * len(facts) if strengths is None else strengths, strict=True):
@@ -213,11 +205,8 @@ def projected_input(model, tokenizer, fact: Fact, strength: float = 1.0) -> Iter
     def add(_module, inputs, embeddings):
         return torch.where((inputs[0] == tokens[0])[..., None], embeddings + change, embeddings)
 
-    handle = model.get_input_embeddings().register_forward_hook(add)
-    try:
+    with model.get_input_embeddings().register_forward_hook(add):
         yield model
-    finally:
-        handle.remove()
 
 
 def search_strength(model, tokenizer, fact: Fact) -> float:

@@ -51,8 +51,7 @@ def generate(
 ) -> list[str]:  # fmt: skip
     """Each prompt and its continuation by a Transformer steered toward words, sampled.
 
-    A word of several tokens is steered to by its first. Raises ValueError for a Backpack, no words, no prompts, and
-    a prompt that leaves no room in the context.
+    A word of several tokens is steered to by its first.
     """
     require_transformer(model)
     if not words:

@@ -69,8 +69,6 @@ def relation_auc(model, pairs: np.ndarray, false_pairs: np.ndarray | None = None
     """How well each sense tells true pairs, (n, 2), from false ones: (k,); .5 is chance, 1 is always.
 
     false_pairs: (m, 2); None shuffles the second words of the true ones.
-
-    Raises ValueError if there is no pair.
     """
     if not len(pairs):
         raise ValueError("There are no pairs to tell from false ones; give more text, or other words.")

@@ -44,8 +44,6 @@ def read_sets(source: str | Path) -> dict[str, pd.DataFrame]:
     """Those of the four sets that lie in a folder or under a URL, as columns word1, word2 and score.
 
     A row that lacks a word, or a score that is a number, is left out with a warning.
-
-    Raises ValueError if none of the sets is there, or if a file does not hold what its name says.
     """
     sets, source = {}, as_seen(source)
     for name, (file, separator, has_header, columns) in SETS.items():

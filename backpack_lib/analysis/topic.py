@@ -38,8 +38,6 @@ class TopicControl:
 
     A score is computed when its token is first met, and kept. The quantiles are those of `sampled_tokens`, so a large
     vocabulary takes no longer than a small one; their level is off by about .005.
-
-    Raises ValueError for no words, words that the vocabulary lacks, and an unknown strength.
     """
 
     def __init__(
@@ -71,10 +69,10 @@ class TopicControl:
         other._set_topic(words)
         return other
 
-    def at(self, strength: int = 2, deltas: Iterable[float] | None = None) -> "TopicControl":
+    def at(self, strength: int) -> "TopicControl":
         """The same topic at another strength, at once, since the scores stay."""
         other = copy(self)
-        other.deltas = deltas_of(strength, deltas)
+        other.deltas = deltas_of(strength)
         return other
 
     def scores_of(self, ids: torch.Tensor) -> torch.Tensor:
@@ -118,10 +116,7 @@ class TopicControl:
             yield self.model
 
     def generate(self, prompts: list[str], max_new_tokens: int = 100, seed: int = 0, **settings) -> list[str]:
-        """Each prompt and its continuation under this control, by plain sampling unless settings say otherwise.
-
-        Raises ValueError for no prompts, and for one that leaves no room in the context.
-        """
+        """Each prompt and its continuation under this control, by plain sampling unless settings say otherwise."""
         if self.annealing and settings.get("num_beams", 1) > 1:
             raise ValueError("Annealing follows one text at a time, so it does not go with num_beams; sample instead.")
         with self.applied():
@@ -129,7 +124,7 @@ class TopicControl:
 
 
 def deltas_of(strength: int, deltas: Iterable[float] | None = None) -> tuple[float, ...]:
-    """The factors of a strength, or those given. Raises ValueError for no such strength, or not four numbers."""
+    """The factors of a strength, or those given, which should be four numbers."""
     if deltas is None:
         if strength not in STRENGTHS:
             choices = ", ".join(map(str, STRENGTHS))

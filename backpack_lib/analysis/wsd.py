@@ -23,10 +23,7 @@ CHOOSING = "semeval2007"  # the set that a way and a prior are chosen on, and no
 
 
 def read_tables(folder: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Instances (id, lemma, pos, place, gold, words) and candidates (lemma, pos, number, key, gloss), as `.tsv.xz`.
-
-    Raises ValueError if one is missing.
-    """
+    """Instances (id, lemma, pos, place, gold, words) and candidates (lemma, pos, number, key, gloss), as `.tsv.xz`."""
     tables = []
     for name in ("instances", "candidates"):
         file = Path(folder) / f"{name}.tsv.xz"

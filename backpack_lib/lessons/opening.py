@@ -71,8 +71,6 @@ def open_lesson(name: str, model: str = "demo", out: str = "", device: str = "cp
     """Loads a notebook's model and the examples that suit it; what is given and not empty is used instead.
 
     A text that is given without a next word to ask for gets the likeliest two, `target` and `contrast`.
-
-    Raises ValueError as `load` does, and for a model that is no Backpack.
     """
     backpack, tokenizer = load(model, device=device)
     require_senses(backpack)

@@ -43,8 +43,7 @@ class WordJudge:
 class ClassifierJudge:
     """Finds a text's topics by a classifier of several labels: those of a probability above one half.
 
-    name: a folder, or an id of the Hugging Face hub; Hewitt et al. (2023) took cardiffnlp/tweet-topic-21-multi. Raises
-    ValueError if it cannot be loaded.
+    name: a folder, or an id of the Hugging Face hub; Hewitt et al. (2023) took cardiffnlp/tweet-topic-21-multi.
     """
 
     def __init__(self, name: str):
