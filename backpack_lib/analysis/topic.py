@@ -10,7 +10,7 @@ what it pushes (annealing); otherwise it would say so forever.
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 
 import torch
@@ -97,23 +97,14 @@ class TopicControl:
             factors[scores > threshold] = delta
         return factors
 
-    def patch(self, token_ids: torch.Tensor, senses: torch.Tensor) -> torch.Tensor:
-        """What control does to the senses of tokens without annealing: (n,), (n, k, d) -> (n, k, d)"""
-        return senses * self.factors_of(token_ids).to(senses)[..., None]
-
-    @contextmanager
-    def applied(self):
+    def applied(self) -> AbstractContextManager:
         """The model under this control, for as long as the `with` lasts. With annealing, for one `generate()` only."""
         if set(self.deltas) == {1.0}:
-            yield self.model
-            return
+            return nullcontext()
         if self.annealing:
             annealing = Annealing(self.model, self.factors_of, max(self.deltas) / GREATEST_RELEASE)
-            hook = hooked(self.model.weight_hooks, annealing)
-        else:
-            hook = hooked(self.model.patches, self.patch)
-        with hook:
-            yield self.model
+            return hooked(self.model.weight_hooks, annealing)
+        return hooked(self.model.patches, lambda ids, senses: senses * self.factors_of(ids).to(senses)[..., None])
 
     def generate(self, prompts: list[str], max_new_tokens: int = 100, seed: int = 0, **settings) -> list[str]:
         """Each prompt and its continuation under this control, by plain sampling unless settings say otherwise."""

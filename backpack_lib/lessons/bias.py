@@ -12,11 +12,10 @@ from backpack_lib.analysis.bias import PAIR, debias, log_odds
 from backpack_lib.analysis.edits import SenseEdits
 from backpack_lib.files import data_folder
 from backpack_lib.lessons.exercises import check_function, check_number
-from backpack_lib.lessons.opening import PLANTED, Lesson, check_stored, read_json
+from backpack_lib.lessons.opening import PLANTED, Lesson, read_json
 from backpack_lib.text import planted
-from backpack_lib.text.corpora import first_characters, open_corpus
+from backpack_lib.text.corpora import first_characters
 from backpack_lib.text.words import spell, tokens_of_word
-from backpack_lib.text.writing import continue_texts
 
 CHARACTERS = 400_000  # of a corpus, for the loss
 WRITTEN = 40  # tokens of a text that the model writes
@@ -45,23 +44,12 @@ class Material:
 
 
 def open_material(
-    lesson: Lesson,
-    professions: list[str] = (),
-    prompts: str = "",
-    whole_words: bool = False,
-    pair=PAIR,
-    reference: str = "",
+    lesson: Lesson, professions: list[str] = (), prompts: str = "", whole_words: bool = False, pair=PAIR
 ) -> Material:
-    """What a notebook's parameters ask for. Professions that share a token with another word are left out, and said.
-
-    Raises ValueError, before anything takes long, for what does not fit the model, and for fewer than three
-    professions.
-    """
+    """What a notebook's parameters ask for. Professions that share a token with another word are left out, and said."""
     entry, tokenizer = read_prompts(prompts, lesson.kind), lesson.tokenizer
     templates = entry["fit"] + entry["test"]
     bias.tokens_of_pair(tokenizer, pair)
-    if reference:
-        open_corpus(reference)  # says if there is none
     what_is_true, truth = known_of_professions(lesson.kind)
     names = list(professions) or list(truth)
     several = {name: parts for name in names if len(parts := spell(tokenizer, tokens_of_word(tokenizer, name))) > 1}
@@ -87,10 +75,7 @@ def open_material(
 
 
 def read_prompts(prompts: str, kind: str) -> dict:
-    """The entry for a kind of model, "english" or "planted", of a file of templates; "" for the suite's own.
-
-    Raises ValueError or OSError in one sentence for a file that is not there or does not look like `data/prompts.json`.
-    """
+    """The entry for a kind of model, "english" or "planted", of a file of templates; "" for the suite's own."""
     entries = read_json(prompts, "prompts.json", "templates")
     if not isinstance(entries, dict) or not isinstance(entries.get(kind), dict):
         raise ValueError(f"The file of templates {prompts!r} needs an entry {kind!r}, as data/prompts.json has it.")
@@ -119,22 +104,10 @@ def rank_correlation(odds: np.ndarray, truth: np.ndarray) -> float:
 
 
 def texts_for_the_loss(lesson: Lesson, material: Material, reference: str, seed: int) -> tuple[list[str], str]:
-    """Texts to measure the loss on, and what they are: people's, planted ones, or the model's own about professions."""
-    if reference:
-        return list(first_characters(open_corpus(reference).read(), CHARACTERS)), "text by people"
-    if lesson.kind == PLANTED:
-        return [text.text for text in planted.generate(400, seed=seed + 1000)], "planted text"
-    beginnings = [f"The {name}" for name in material.professions]
-    return continue_texts(lesson.model, lesson.tokenizer, beginnings, WRITTEN, seed, top_k=0), "texts by the model"
-
-
-def stored_losses(model: str, lesson: Lesson) -> pd.DataFrame | None:
-    """The losses on validation text by people, measured by `make gender-bias`, if they are of this model."""
-    if model != "demo":
-        return None
-    stored = pd.read_csv(data_folder() / "demo" / "gender_bias" / "loss.csv", index_col=0)
-    check_stored(stored["model"], lesson, "make gender-bias TEXT=...")
-    return stored
+    """Texts to measure the loss on, and what they are; those that the model writes are about professions."""
+    generated, beginnings = planted.generate(400, seed + 1000), [f"The {name}" for name in material.professions]
+    texts, source = lesson.texts(reference, generated, beginnings, WRITTEN, seed)
+    return list(first_characters(texts, CHARACTERS)), source
 
 
 # ---------------------------------------------------------------- exercises

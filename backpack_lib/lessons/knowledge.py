@@ -20,7 +20,7 @@ NEEDED = {"fit": 2, "test": 1}  # examples of a set
 
 
 def check_settings(facts_measured: int, sets_taught: int, methods: list[str], bounds: list[float], share: float):
-    """Raises ValueError for settings that are out of range."""
+    """Refuses settings that are out of range."""
     for name, number in (("facts_measured", facts_measured), ("sets_taught", sets_taught)):
         if number < 0:
             raise ValueError(f"{name}={number} is out of range; give a number above 0, or 0 for all.")
@@ -33,15 +33,12 @@ def check_settings(facts_measured: int, sets_taught: int, methods: list[str], bo
         raise ValueError(f"share={share} should be above 0 and at most 1.")
 
 
-def open_material(lesson: Lesson, facts="", relations="", examples="", reference="") -> tuple:
+def open_material(lesson: Lesson, facts="", relations="", examples="") -> tuple:
     """What a notebook's parameters ask for: the fact to begin with, all facts, and sets to be taught, a table.
 
-    Without a set that can be taught, the example is one. Raises ValueError, before anything takes long, for files that
-    are not there or do not fit the model.
+    Without a set that can be taught, the example is one.
     """
     example = example_fact(lesson)
-    if reference:
-        open_corpus(reference)  # says if there is none
     folder = data_folder() / "planted" if lesson.kind == PLANTED else data_folder()
     all_facts = read_facts(facts or folder / "facts.csv", relations or folder / "relations.yaml")
     sets = ft.read_examples(examples or folder / "canonical.csv")
@@ -61,10 +58,7 @@ def open_material(lesson: Lesson, facts="", relations="", examples="", reference
 
 
 def example_fact(lesson: Lesson) -> Fact:
-    """The fact to begin with, from the lesson's examples; prompts of one's own take the place of its phrasings.
-
-    Raises ValueError for words that cannot be edited, and for a prompt without the subject's token.
-    """
+    """The fact to begin with, from the lesson's examples; prompts of one's own take the place of its phrasings."""
     e = lesson.example
     uses = ("edit", "test", "about", "neighbours")
     phrasings = {"edit": e.prompts} if hasattr(e, "prompts") else {use: getattr(e, use) for use in uses}

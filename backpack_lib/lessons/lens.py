@@ -20,7 +20,7 @@ RUNGS = {"own senses alone": "own senses", "shuffled senses": "dealt senses", "s
 
 
 def available(name: str) -> str:
-    """The name of a lens, or of the demo's where its Transformer cannot be had; says so. Raises ValueError for no lens."""
+    """The name of a lens, or of the demo's where its Transformer cannot be had; says so."""
     try:
         model, _ = load(name)
     except ValueError as error:

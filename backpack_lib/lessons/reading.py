@@ -3,25 +3,24 @@
 import re
 
 import numpy as np
-import pandas as pd
 import torch
 from scipy.optimize import linear_sum_assignment
 
 from backpack_lib.analysis.finetuning import rows_of_texts
 from backpack_lib.files import data_folder
 from backpack_lib.lessons.exercises import check_function, check_number
-from backpack_lib.lessons.opening import PLANTED, Lesson, check_stored
+from backpack_lib.lessons.opening import PLANTED, Lesson
 from backpack_lib.text import planted
 from backpack_lib.text.corpora import open_corpus
 from backpack_lib.text.words import token_of_word
-from backpack_lib.text.writing import continue_texts, ids_of_text
+from backpack_lib.text.writing import ids_of_text
 
 STORED = data_folder() / "reading"
 TEXTS, CHARACTERS = 80, 500  # of a corpus: how many, and of each at most
 
 
 def check_settings(lesson: Lesson, numbers: list[int]):
-    """Raises ValueError for numbers of words that are out of range, and for a text without the example's word."""
+    """Refuses numbers of words that are out of range, and a text without the example's word."""
     if not numbers or min(numbers) < 1:
         raise ValueError(f"numbers={numbers} should be numbers of words, each at least 1.")
     word, text = lesson.example.word, lesson.example.text
@@ -41,13 +40,9 @@ def texts_for(lesson: Lesson, transformer=None, reference: str = "", seed: int =
     """Held-out texts as rows of token ids, and what they are: by people, planted, or written by one of the models."""
     if reference:
         return rows_of_corpus(lesson.model, lesson.tokenizer, reference), "text by people"
-    if lesson.kind == PLANTED:
-        texts, source = [text.text for text in planted.generate(TEXTS, seed=seed + 9000)], "planted text"
-    else:
-        writer = lesson.model if transformer is None else transformer
-        length = min(60, writer.config.n_positions - 1)
-        texts = continue_texts(writer, lesson.tokenizer, [""] * 24, length, seed, top_k=0)
-        source = "texts that the model wrote" if transformer is None else "texts that its Transformer wrote"
+    texts, source = lesson.texts("", planted.generate(TEXTS, seed + 9000), [""] * 24, 60, seed, transformer)
+    if lesson.kind != PLANTED and transformer is not None:
+        source = "texts that its Transformer wrote"
     return rows_of_texts(lesson.model, lesson.tokenizer, texts), source
 
 
@@ -56,14 +51,6 @@ def words_to_compare(tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
     names = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     ids = [i for i, name in enumerate(names) if re.fullmatch("Ġ[A-Za-z]{3,}", name)]
     return torch.tensor(ids[:300]), torch.tensor(ids[:1000])
-
-
-def stored_table(name: str, lesson: Lesson | None = None) -> pd.DataFrame:
-    """A table that `make reading` wrote. lesson: of the demo model, if the table is of it, which is checked."""
-    table = pd.read_csv(STORED / f"{name}.csv")
-    if lesson is not None:
-        check_stored(table.pop("weights"), lesson, "make reading")
-    return table
 
 
 # ---------------------------------------------------------------- exercises

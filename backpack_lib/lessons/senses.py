@@ -11,10 +11,8 @@ from backpack_lib.analysis.roles import PEOPLE
 from backpack_lib.files import data_folder
 from backpack_lib.lessons.bias import known_of_professions
 from backpack_lib.lessons.exercises import check_function, check_number, check_strongest_push  # noqa: F401
-from backpack_lib.lessons.opening import PLANTED, Lesson, check_stored
+from backpack_lib.lessons.opening import PLANTED, Lesson
 from backpack_lib.text import planted
-from backpack_lib.text.corpora import open_corpus
-from backpack_lib.text.writing import continue_texts
 
 
 def people(kind: str) -> list[str]:
@@ -24,23 +22,18 @@ def people(kind: str) -> list[str]:
 
 def texts_for_roles(lesson: Lesson, corpus: str, seed: int) -> list[str]:
     """The first texts of a corpus; without one, planted texts, or texts that the model writes itself."""
-    if corpus:
-        return list(islice(open_corpus(corpus).read(), 500))
-    if lesson.kind == PLANTED:
-        return [text.text for text in planted.generate(2000, seed)]
-    length = min(160, lesson.model.config.n_positions - 1)
-    return continue_texts(lesson.model, lesson.tokenizer, [""] * 64, length, seed, top_k=0)
+    texts, _ = lesson.texts(corpus, planted.generate(2000, seed), [""] * 64, 160, seed)
+    return list(islice(texts, 500 if corpus else None))
 
 
 # ---------------------------------------------------------------- what `make evaluate` measured
 
 
-def stored_roles(lesson: Lesson) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+def stored_roles() -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Of the demo model, as `roles.evidence` returns it."""
-    stored = _evaluation()["models"]["demo"]
-    check_stored([stored["weights"]], lesson, "make evaluate")
-    auc, untrained = (pd.DataFrame(stored["roles"][name]).rename_axis("sense") for name in ("auc", "auc_untrained"))
-    return auc, untrained, pd.DataFrame(stored["roles"]["consistency"]).T.dropna()
+    stored = _evaluation()["models"]["demo"]["roles"]
+    auc, untrained = (pd.DataFrame(stored[name]).rename_axis("sense") for name in ("auc", "auc_untrained"))
+    return auc, untrained, pd.DataFrame(stored["consistency"]).T.dropna()
 
 
 def stored_similarity() -> tuple[dict[str, pd.DataFrame], pd.DataFrame, pd.DataFrame]:

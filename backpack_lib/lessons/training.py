@@ -18,10 +18,7 @@ LEAST = {"vocab_size": 1050, "block_size": 16}
 
 
 def settings(parameters: dict) -> dict:
-    """Those of a notebook's parameters that a training run on planted text has.
-
-    Raises ValueError for values that are out of range, and if there is no such corpus or model to start from.
-    """
+    """Those of a notebook's parameters that a training run on planted text has, checked with all others."""
     names = [field.name for field in fields(TrainingConfig) if field.name in parameters]
     chosen = {name: parameters[name] for name in names if name not in ("corpus", "out")}
     TrainingConfig(corpus="planted", out="", **chosen)

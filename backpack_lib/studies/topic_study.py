@@ -20,8 +20,7 @@ from backpack_lib.analysis.scores import token_nats
 from backpack_lib.analysis.topic import TopicControl
 from backpack_lib.files import cached_json
 from backpack_lib.loading import fingerprint
-from backpack_lib.studies.judges import WordJudge
-from backpack_lib.studies.text_quality import count_among, repeated_runs, words_of
+from backpack_lib.studies.text_quality import WordJudge, count_among, repeated_runs, words_of
 from backpack_lib.text.writing import continue_texts, ids_of_text
 
 BACKPACK, PPLM = "Backpack", "PPLM"
