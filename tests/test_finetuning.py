@@ -2,13 +2,14 @@
 
 import math
 import runpy
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import ROOT, tiny_model, tiny_tokenizer
+from helpers import ROOT
 
 from backpack_lib import SenseEdits
 from backpack_lib.analysis import finetuning as ft
@@ -136,21 +137,21 @@ def test_taught_senses_meet_the_bound_and_are_edits_like_any_other(models, backg
     assert ft.general_loss(model, background) == pytest.approx(start, abs=1e-6)
 
 
-@pytest.mark.parametrize("eps", [0.0, -0.1, float("nan"), float("inf"), "0.1"])
+@pytest.mark.parametrize("eps", [0.0, float("nan"), float("inf"), "0.1"])
 def test_a_bound_that_bounds_nothing_is_refused(eps):
-    with pytest.raises(ValueError, match="should be a finite number above 0") as refused:
-        ft.walk_back(lambda share: 1.0, 1.0, eps)
-    assert len(str(refused.value).splitlines()) == 1
+    with pytest.raises(ValueError, match="should be a finite number above 0"):
+        ft.check_bound(eps)
 
 
-@pytest.mark.parametrize("eps", [1e-3, 1e-2, 0.2, 2.0])
-def test_walking_back_stops_at_the_bound(eps):
-    share = ft.walk_back(lambda share: 3.0 + share**2, 3.0, eps)
+@pytest.mark.parametrize("eps", [1e-3, 0.2, 2.0])
+def test_walking_back_stops_at_the_bound(eps, monkeypatch):
+    shares = [0.0]
+    monkeypatch.setattr(ft, "general_loss", lambda *_: 3.0 + shares[-1] ** 2)
+    share = ft.bounded_share(None, lambda share: nullcontext(shares.append(share)), [], eps)
     assert 0 <= min(1.0, math.sqrt(3 * eps)) - share <= 2**-ft.HALVINGS
 
 
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize(("which", "lora"), [(0, True), (1, False)])
 def test_finetuning_learns_leaves_the_model_alone_and_can_be_walked_back(models, background, examples, which, lora):
     if lora:
         pytest.importorskip("peft")
@@ -172,25 +173,9 @@ def test_the_shipped_examples_are_whole(tmp_path):
     for name, rows in ft.read_examples().groupby("set"):
         assert (rows["use"].value_counts()[["fit", "test"]] >= 50).all() and rows["kind"].nunique() == 1, name
         assert not set(rows.loc[rows["use"] == "fit", "prompt"]) & set(rows.loc[rows["use"] == "test", "prompt"]), name
-    columns = ",".join(ft.COLUMNS)
-    files = {"set,kind\n": "lacks the column 'use'", f"{columns}\na,shout,fit,b,c,d\n": "of the kind 'shout'; choose"}
-    for text, message in files.items():
-        (tmp_path / "bad.csv").write_text(text)
-        with pytest.raises(ValueError, match=message):
-            ft.read_examples(tmp_path / "bad.csv")
-
-
-def test_without_a_contrast_all_other_targets_are_contrasts():
-    rows = [("s", "say", "fit", "At the", word, "") for word in ("nurse", "concert")]
-    examples = ft.make_examples(tiny_tokenizer(), pd.DataFrame(rows, columns=ft.COLUMNS), "fit")
-    assert examples.targets.tolist() == examples.contrasts[:, 0].tolist()[::-1]
-
-
-def test_only_a_model_with_senses_has_senses_to_teach(models, background, examples):
-    with pytest.raises(ValueError, match="has no sense vectors"):
-        ft.SenseTeaching(models[1], models[2], examples, background)
-    with pytest.raises(ValueError, match="no general text"):
-        ft.rows_of_texts(tiny_model(), tiny_tokenizer(), [])
+    (tmp_path / "bad.csv").write_text(f"{','.join(ft.COLUMNS)}\na,shout,fit,b,c,d\n")
+    with pytest.raises(ValueError, match="of the kind 'shout'; choose"):
+        ft.read_examples(tmp_path / "bad.csv")
 
 
 def test_planted_moves_are_texts_of_the_new_topic_at_the_moved_place():

@@ -125,12 +125,9 @@ def check_halved(answer, lesson: Lesson, template: str, pair, senses: list[int])
 
 def check_share(answer) -> str:
     """answer: (contributions (P,), log-odds (P,)) -> the share of the differences."""
-
-    def reference(c, y):
-        return float(np.cov(c, y)[0, 1] / y.var(ddof=1))
-
     rng = np.random.default_rng(0)
-    return check_function(answer, reference, [(rng.normal(size=n), rng.normal(size=n)) for n in (5, 12, 40)])
+    cases = [rng.normal(size=(2, n)) for n in (5, 12, 40)]
+    return check_function(answer, lambda c, y: float(np.cov(c, y)[0, 1] / y.var(ddof=1)), cases)
 
 
 def check_permutation(answer) -> str:

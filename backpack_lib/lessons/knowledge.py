@@ -8,7 +8,7 @@ import torch
 from backpack_lib.analysis import finetuning as ft
 from backpack_lib.analysis.knowledge import Fact, known, read_facts, tokens_of_fact, usable
 from backpack_lib.files import data_folder
-from backpack_lib.lessons.exercises import check_function, check_number
+from backpack_lib.lessons.exercises import check_function, check_number, random_cases
 from backpack_lib.lessons.opening import PLANTED, Lesson
 from backpack_lib.studies.teaching_study import check_methods
 from backpack_lib.text import planted
@@ -34,10 +34,7 @@ def check_settings(facts_measured: int, sets_taught: int, methods: list[str], bo
 
 
 def open_material(lesson: Lesson, facts="", relations="", examples="") -> tuple:
-    """What a notebook's parameters ask for: the fact to begin with, all facts, and sets to be taught, a table.
-
-    Without a set that can be taught, the example is one.
-    """
+    """What a notebook's parameters ask for: the fact to begin with, all facts, and sets to be taught, a table."""
     example = example_fact(lesson)
     folder = data_folder() / "planted" if lesson.kind == PLANTED else data_folder()
     all_facts = read_facts(facts or folder / "facts.csv", relations or folder / "relations.yaml")
@@ -46,14 +43,10 @@ def open_material(lesson: Lesson, facts="", relations="", examples="") -> tuple:
         lambda table: all(len(ft.make_examples(lesson.tokenizer, table, use)) >= n for use, n in NEEDED.items())
     )
     if teachable.empty:
-        if examples:
-            raise ValueError(
-                f"{examples!r} holds no set with two examples to fit and one to test that this vocabulary can say."
-            )
-        words = {"set": str(example), "kind": "prefer", "target": example.counter, "contrast": example.object}
-        uses = {"fit": example.edit * 2, "test": example.test or example.edit}
-        rows = [{"use": use, "prompt": text} | words for use, texts in uses.items() for text in texts]
-        teachable = pd.DataFrame(rows, columns=ft.COLUMNS)
+        raise ValueError(
+            f"{examples or 'canonical.csv'!r} holds no set with two examples to fit and one to test that this "
+            "vocabulary can say; give a file with others by the parameter `examples`."
+        )
     return example, all_facts, teachable
 
 
@@ -104,9 +97,7 @@ def check_projection(answer) -> str:
         c = (C @ e_r / (e_r @ e_r))[:, None]
         return C - c * e_r + c * e_a * (e_r @ e_r) / (e_a @ e_a)
 
-    draw = torch.Generator().manual_seed(0)
-    cases = [tuple(torch.randn(*shape, generator=draw) for shape in ((4, d), (d,), (d,))) for d in (6, 10)]
-    return check_function(answer, reference, cases)
+    return check_function(answer, reference, random_cases("kd d d", k=(4, 4), d=(6, 10)))
 
 
 def check_prediction(answer, before: float, after: float) -> str:
@@ -123,9 +114,8 @@ def check_dose(answer) -> str:
 
 def check_scores(answer) -> str:
     """answer: (here (T, k), general (T, k), weight, n) -> the n places of the highest scores, the highest first."""
-    draw = torch.Generator().manual_seed(0)
-    tables = [(torch.rand(5, 3, generator=draw), torch.rand(5, 3, generator=draw) / 100) for _ in range(2)]
-    cases = [(*tables[0], 10.0, 2), (*tables[1], 1000.0, 4)]
+    first, second = random_cases("Tk Tk", T=(5, 5), k=(3, 3))
+    cases = [(*first, 0.1, 2), (*second, 10.0, 4)]
     return check_function(answer, lambda here, general, w, n: (here - w * general).flatten().topk(n).indices, cases)
 
 

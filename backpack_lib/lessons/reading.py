@@ -8,7 +8,7 @@ from scipy.optimize import linear_sum_assignment
 
 from backpack_lib.analysis.finetuning import rows_of_texts
 from backpack_lib.files import data_folder
-from backpack_lib.lessons.exercises import check_function, check_number
+from backpack_lib.lessons.exercises import check_function, check_number, random_cases
 from backpack_lib.lessons.opening import PLANTED, Lesson
 from backpack_lib.text import planted
 from backpack_lib.text.corpora import open_corpus
@@ -58,15 +58,13 @@ def words_to_compare(tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
 
 def check_features(answer) -> str:
     """answer: (E (V, d), up (n,), down (n,)) -> the mean embedding of the words up, less that of the words down."""
-    draw = torch.Generator().manual_seed(0)
-    cases = [(torch.randn(20, d, generator=draw), torch.tensor([1, 4, 7]), torch.tensor([0, 2])) for d in (3, 5)]
+    cases = [(E, torch.tensor([1, 4, 7]), torch.tensor([0, 2])) for (E,) in random_cases("Vd", V=(20, 20), d=(3, 5))]
     return check_function(answer, lambda E, up, down: E[up].mean(0) - E[down].mean(0), cases)
 
 
 def check_replaced(answer) -> str:
     """answer: (o (T, d), alpha (T, T), old (T, d), new (T, d)) -> the states with one sense replaced, (T, d)."""
-    draw = torch.Generator().manual_seed(0)
-    cases = [[torch.randn(4, size, generator=draw) for size in (d, 4, d, d)] for d in (3, 5)]
+    cases = random_cases("Td TT Td Td", T=(4, 4), d=(3, 5))
     return check_function(answer, lambda o, alpha, old, new: o + alpha @ (new - old), cases)
 
 

@@ -10,7 +10,7 @@ from backpack_lib.analysis.edits import SenseEdits
 from backpack_lib.analysis.roles import PEOPLE
 from backpack_lib.files import data_folder
 from backpack_lib.lessons.bias import known_of_professions
-from backpack_lib.lessons.exercises import check_function, check_number, check_strongest_push  # noqa: F401
+from backpack_lib.lessons.exercises import check_function, check_number, check_strongest_push, random_cases  # noqa: F401
 from backpack_lib.lessons.opening import PLANTED, Lesson
 from backpack_lib.text import planted
 
@@ -55,13 +55,8 @@ def _evaluation() -> dict:
 
 def check_own_effect(answer) -> str:
     """From weights in two meanings, (n, k), (m, k), and leans, (k,): what the change of weights contributes."""
-
-    def reference(first, second, lean):
-        return ((first.mean(0) - second.mean(0)) * lean).sum()
-
-    made = torch.Generator().manual_seed(0)
-    sizes = [((2, 4), (3, 4), (4,)), ((5, 1), (5, 1), (1,))]
-    return check_function(answer, reference, [[torch.rand(size, generator=made) for size in case] for case in sizes])
+    cases = random_cases("nk mk k", n=(2, 5), m=(3, 5), k=(4, 1))
+    return check_function(answer, lambda first, second, lean: (first.mean(0) - second.mean(0)) @ lean, cases)
 
 
 def check_against(answer, contributions: torch.Tensor) -> str:

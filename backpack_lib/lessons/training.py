@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from scipy.stats import entropy
 
-from backpack_lib.lessons.exercises import check_function, check_number, check_tensor
+from backpack_lib.lessons.exercises import check_function, check_number, check_tensor, random_cases
 from backpack_lib.loading import load_model
 from backpack_lib.model.kinds import require_senses
 from backpack_lib.text import planted
@@ -46,16 +46,16 @@ def check_weights(answer) -> str:
         allowed = torch.ones(scores.shape[-2:]).tril().bool()
         return torch.where(allowed, scores, -torch.inf).softmax(-1)
 
-    sizes = [(1, 1, 3, 4), (2, 3, 5, 2), (1, 4, 1, 8)]
-    return check_function(answer, reference, [(torch.randn(size), torch.randn(size)) for size in sizes])
+    return check_function(
+        answer, reference, random_cases("blid blid", b=(1, 2, 1), l=(1, 3, 4), i=(3, 5, 1), d=(4, 2, 8))
+    )
 
 
 def check_sum(answer) -> str:
     def reference(alpha, C):
         return sum(alpha[:, l] @ C[:, :, l] for l in range(alpha.shape[1]))
 
-    cases = [(torch.rand(B, k, T, T), torch.randn(B, T, k, d)) for B, k, T, d in [(1, 1, 2, 3), (2, 3, 4, 5)]]
-    return check_function(answer, reference, cases)
+    return check_function(answer, reference, random_cases("BkTT BTkd", B=(1, 2), k=(1, 3), T=(2, 4), d=(3, 5)))
 
 
 def check_count(answer, d: int = 768, k: int = 16) -> str:
