@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, tiny_model, tiny_tokenizer
+from helpers import tiny_model, tiny_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -68,13 +68,7 @@ def test_log_odds_are_those_of_the_probabilities_for_any_model_and_pair(model):
     np.testing.assert_allclose(odds, slow_odds(model, PROFESSIONS, TEMPLATES), atol=1e-4)
     other = log_odds(model, TOKENIZER, PROFESSIONS, TEMPLATES, pair=("the", "nurse"))
     np.testing.assert_allclose(other, slow_odds(model, PROFESSIONS, TEMPLATES, "the", "nurse"), atol=1e-4)
-
-
-def test_the_ratio_is_the_mean_of_the_likelier_over_the_less_likely():
-    odds = log_odds(BACKPACK, TOKENIZER, PROFESSIONS, TEMPLATES)
-    p = np.exp(odds.to_numpy())
-    assert bias.ratio(odds) == pytest.approx(np.mean([max(x, 1 / x) for x in p.flatten()]))
-    assert bias.ratio(np.zeros((2, 3))) == 1
+    assert bias.ratio(np.log([[3.0, 0.2]])) == pytest.approx(4)
     assert bias.excess_removed(np.log([[3.0, 5.0]]), np.log([[1.0, 3.0]])) == pytest.approx(2 / 3)
 
 
@@ -182,17 +176,6 @@ def test_nullspace_takes_the_direction_out_of_the_professions_inputs_only():
 
 
 # ---------------------------------------------------------------- data and bad input
-
-
-def test_templates_for_fitting_and_testing_never_mix():
-    for language in json.loads((ROOT / "data" / "prompts.json").read_text()).values():
-        fit, test = language["fit"], language["test"]
-        bias.check_split(fit, test)
-        assert len(set(fit)) == len(fit) >= 6 and len(set(test)) == len(test) >= 14
-        assert all(template.count(SLOT) == 1 for template in fit + test)
-        # Not only other templates but other forms: what the prediction is read from differs.
-        assert not {tuple(t.split()[-2:]) for t in fit} & {tuple(t.split()[-2:]) for t in test}
-        assert {"he", "she"} == set(language["by definition"])
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Teaching by examples: which senses, the convex fit, the bound, and the same by all weights and LoRA."""
 
 import math
-import runpy
 from contextlib import nullcontext
 from functools import partial
 
@@ -9,13 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import ROOT
 
 from backpack_lib import SenseEdits
 from backpack_lib.analysis import finetuning as ft
 from backpack_lib.files import data_folder
-from backpack_lib.studies import teaching_study
-from backpack_lib.studies.teaching_study import split_examples, teach_sets
+from backpack_lib.studies import knowledge_study
+from backpack_lib.studies.knowledge_study import split_examples, teach_sets
 from backpack_lib.text import planted
 from backpack_lib.text.writing import ids_of_text
 
@@ -76,20 +74,6 @@ def test_pairs_are_those_with_most_weight_above_the_background(models, backgroun
     expected = [[weights[pair] for pair in pairs] + [0.0]]
     elsewhere = (next(token for token in range(len(mean)) if token not in ids), 0)
     np.testing.assert_allclose(ft.weights_of_pairs(texts, [*pairs, elsewhere]), expected, atol=1e-5)
-
-
-def test_the_fit_is_what_the_edited_model_says_and_it_learns(models, background, examples):
-    model, _, tokenizer = models
-    taught = ft.SenseTeaching(model, tokenizer, examples, background)
-    texts, logits = ft.weights_and_logits(model, tokenizer, examples.prompts)
-    A = ft.weights_of_pairs(texts, taught.pairs)
-    predicted = logits + A @ taught.added @ model.get_output_embeddings().weight.T
-    assert examples.solved_by(model, tokenizer).mean() < 0.5
-    with torch.no_grad(), taught.applied():
-        for n, prompt in enumerate(examples.prompts):
-            after = model(torch.tensor([ids_of_text(tokenizer, prompt)])).logits[0, -1]
-            torch.testing.assert_close(after, predicted[n], atol=1e-3, rtol=1e-3)
-        assert examples.solved_by(model, tokenizer).mean() > 0.9
 
 
 def test_the_fit_is_at_a_minimum_of_a_convex_loss(models, background, examples, monkeypatch):
@@ -178,23 +162,11 @@ def test_the_shipped_examples_are_whole(tmp_path):
         ft.read_examples(tmp_path / "bad.csv")
 
 
-def test_planted_moves_are_texts_of_the_new_topic_at_the_moved_place():
-    script = runpy.run_path(str(ROOT / "data" / "planted" / "facts.py"))
-    pd.testing.assert_frame_equal(script["facts"](), pd.read_csv(data_folder() / "planted" / "facts.csv"))
-    place, topic = "zoo", script["MOVED"]["zoo"]
-    shipped = MOVES[MOVES["set"] == f"{place} → {topic}"]
-    pd.testing.assert_frame_equal(script["moved"](place, topic).reset_index(drop=True), shipped.reset_index(drop=True))
-    for row in shipped[shipped["use"] != "about"].itertuples():
-        assert row.prompt.startswith(f"At the {place},") and row.target in planted.topic_words(topic)
-        words = set(row.prompt.replace(",", "").split())
-        assert not any(words & planted.topic_words(topic) - {place} for topic in planted.lexicon()["topics"])
-
-
 # ---------------------------------------------------------------- the study
 
 
 def test_a_teaching_study_is_tested_on_what_it_did_not_see_and_resumes(models, tmp_path, monkeypatch):
-    monkeypatch.setitem(teaching_study.SETTINGS, "all weights", ({"learning_rate": 1e-3},))
+    monkeypatch.setitem(knowledge_study.SETTINGS, "all weights", ({"learning_rate": 1e-3},))
     monkeypatch.setattr(ft, "STEPS", 3)
     of = {"Backpack": models[0], "Transformer": models[1]}
     table = MOVES[MOVES["set"] == "zoo → law"]
@@ -210,5 +182,5 @@ def test_a_teaching_study_is_tested_on_what_it_did_not_see_and_resumes(models, t
     assert plain["success"].tolist() == test.solved_by(models[0], models[2]).tolist()
     solved = rows.groupby(["model", "method", "bound"])["success"].mean()
     assert solved["Backpack", "senses", 1e-2] > solved["Backpack", "as it is", 0.0]
-    monkeypatch.setattr(teaching_study, "SenseTeaching", None)  # nothing is fitted anew
+    monkeypatch.setattr(knowledge_study, "SenseTeaching", None)  # nothing is fitted anew
     pd.testing.assert_frame_equal(teach_sets(*study), rows)

@@ -63,11 +63,10 @@ def test_a_text_without_a_question_gets_the_likeliest_words(tmp_path):
     assert asked.target == "was"
 
 
-@pytest.mark.parametrize("kind", ["english", "planted"])
+@pytest.mark.parametrize("model", ["demo", "planted"])
 @pytest.mark.parametrize("name", ["00_tour", "02_senses"])
-def test_examples_are_single_tokens_of_the_shipped_models(name, kind, tmp_path):
-    lesson = opening.open_lesson(name, {"english": "demo", "planted": "planted"}[kind], str(tmp_path))
-    assert lesson.kind == kind
+def test_examples_are_single_tokens_of_the_shipped_models(name, model, tmp_path):
+    lesson = opening.open_lesson(name, model, str(tmp_path))
     for key in ("word", "other", "target", "contrast", "other_target", "other_contrast"):
         assert len(lesson.tokens_of(key)) == 1, key
     assert set(opening.examples(name, "english")) == set(opening.examples(name, "planted"))

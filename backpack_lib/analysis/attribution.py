@@ -16,22 +16,14 @@ from backpack_lib.model.kinds import require_senses
 
 @dataclass(frozen=True)
 class Reading:
-    """One prediction and all that went into it.
+    """One prediction and all that went into it."""
 
-    weights: alpha of the position, (T, k): how much of each sense of each token goes in; sums to one over tokens.
-    senses: the tokens' sense vectors, (T, k, d).
-    logits: the model's own, (V,).
-    embeddings: the output embedding E, (V, d), in the scale of the logits.
-    residual: of a sense lens, what no sense says of the Transformer's last state, (d,).
-    bias: of the output embedding, (V,), where it has one; it counts with the residual.
-    """
-
-    weights: torch.Tensor
-    senses: torch.Tensor
-    logits: torch.Tensor
-    embeddings: torch.Tensor
-    residual: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
+    weights: torch.Tensor  # alpha, (T, k): how much of each sense of each token goes in; sums to one over tokens
+    senses: torch.Tensor  # of the tokens, (T, k, d)
+    logits: torch.Tensor  # the model's own, (V,)
+    embeddings: torch.Tensor  # the output embedding E, (V, d), in the scale of the logits
+    residual: torch.Tensor | None = None  # of a sense lens, what no sense says of the Transformer's last state, (d,)
+    bias: torch.Tensor | None = None  # of the output embedding, (V,), where it has one; it counts with the residual
 
     def contributions(self, target: int, contrast: int | None = None) -> torch.Tensor:
         """The share of each (token, sense) in the target's logit, or in its log-odds to the contrast, (T, k).
@@ -80,8 +72,6 @@ def read(model, input_ids, position: int = -1) -> Reading:
         ids = ids[0]
     if ids.dim() != 1:
         raise ValueError(f"input_ids has shape {tuple(ids.shape)}; give one text, as (tokens,) or (1, tokens).")
-    if not len(ids):
-        raise ValueError("There is no token to read in an empty text; give at least one.")
     if not -len(ids) <= position < len(ids):
         raise ValueError(f"There is no position {position} in a text of {len(ids)} tokens (0 to {len(ids) - 1}).")
     if ids.device.type == "cpu":

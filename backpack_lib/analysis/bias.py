@@ -97,10 +97,7 @@ def check_split(fit: list[str], test: list[str]):
 
 
 def separable(tokenizer, professions: list[str], templates: list[str]) -> list[str]:
-    """Those professions that can be edited without touching another's, or the templates', words: no token is shared.
-
-    A profession of several tokens may share one of them. Of two that share one, neither is returned.
-    """
+    """Those professions of which no token is another's or a template's, so that they can be edited apart."""
     words = " ".join(templates).replace(SLOT, " ")
     of_templates = set(tokenizer(" " + words, add_special_tokens=False)["input_ids"])
     tokens = {name: set(known_tokens_of_word(tokenizer, name)) for name in professions}
@@ -113,15 +110,11 @@ def separable(tokenizer, professions: list[str], templates: list[str]) -> list[s
 
 @dataclass(frozen=True)
 class Split:
-    """Log-odds over professions P and templates T, and the exact parts that they are the sum of.
+    """Log-odds over professions P and templates T, and the exact parts that they are the sum of."""
 
-    odds: (P, T). own: (P, T, k), from each sense of the profession's own tokens, wherever they stand in the prompt.
-    rest: (P, T, k), from each sense of all other tokens; of a sense lens (P, T, k + 1), with the residual's part last.
-    """
-
-    odds: np.ndarray
-    own: np.ndarray
-    rest: np.ndarray
+    odds: np.ndarray  # (P, T)
+    own: np.ndarray  # (P, T, k), from each sense of the profession's own tokens, wherever they stand in the prompt
+    rest: np.ndarray  # (P, T, k), from all other tokens; of a sense lens (P, T, k + 1), the residual's part last
 
     def scaled(self, senses: list[int], scale: float) -> np.ndarray:
         """The log-odds once these senses of all professions are multiplied by the scale, (P, T)."""
@@ -152,16 +145,13 @@ class Localization:
     table: a row for each sense. level: the mean of what it adds to the log-odds, in nats. share: its part of the
         differences, with its interval low, high. p: of the test of those in `senses`, corrected for the number of
         senses; the others are not tested.
-    elsewhere: the part of the differences that lies in all other tokens; it and the shares sum to one.
-    senses: the fewest that together carry the wanted share, the largest first; if none can, all that carry any.
-    share: what they carry together. p: of the test of that, corrected for the choice.
     """
 
     table: pd.DataFrame
-    elsewhere: float
-    senses: list[int]
-    share: float
-    p: float
+    elsewhere: float  # the part of the differences that lies in all other tokens; it and the shares sum to one
+    senses: list[int]  # the fewest that carry the wanted share, the largest first; if none can, all that carry any
+    share: float  # what they carry together
+    p: float  # of the test of that, corrected for the choice
 
 
 def localize(split: Split, wanted: float = 0.9, seed: int = 0) -> Localization:
@@ -206,10 +196,7 @@ def fewest(share: np.ndarray, wanted: float) -> list[int]:
 
 
 def permuted_shares(split: Split, senses: Iterable[int], seed: int) -> np.ndarray:
-    """Shares when each profession's contributions are permuted among its senses.
-
-    -> (permutations, senses), each row in falling order
-    """
+    """Shares when each profession's contributions are permuted, (permutations, senses), each row in falling order."""
     y = split.odds.mean(1) - split.odds.mean()
     c = split.own.mean(1)[:, list(senses)]
     c = c - c.mean(0)
@@ -232,11 +219,7 @@ def step_down(split: Split, share: np.ndarray, senses: list[int], seed: int) -> 
 
 
 def debias(model, tokenizer, professions: list[str], senses: Iterable[int], scale: float = 0.0) -> SenseEdits:
-    """Edits that scale senses of professions; 0 removes them.
-
-    All tokens of a profession are scaled, wherever they occur; so pieces of a profession of several tokens are
-    scaled in other words, too.
-    """
+    """Edits that scale senses of all tokens of professions, wherever they occur; 0 removes them."""
     tokens = tokens_of_professions(tokenizer, professions)
     return SenseEdits(model, tokenizer, "professions turned down").scale(tokens, list(senses), scale)
 

@@ -44,16 +44,12 @@ HALVINGS = 8  # of the interval in which the share is searched that a bound allo
 
 @dataclass(frozen=True)
 class Examples:
-    """Prompts with a token to follow.
+    """Prompts with a token to follow."""
 
-    kind: "say" (the target should be likely: likelier than all of the contrasts), "prefer" (likelier than its
-    contrast), or "balance" (as likely as its contrast). contrasts: tokens for each prompt, (n, m).
-    """
-
-    kind: str
+    kind: str  # "say": the target, likelier than all contrasts; "prefer": likelier than them; "balance": as likely
     prompts: list[str]
-    targets: torch.Tensor
-    contrasts: torch.Tensor
+    targets: torch.Tensor  # (n,)
+    contrasts: torch.Tensor  # (n, m)
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -1,8 +1,7 @@
 """Facts that a model knows, and edits that change one: the sense projection, and the same on a Transformer's input.
 
     facts = known(model, tokenizer, usable(read_facts(), tokenizer))
-    edits = project(model, tokenizer, facts[:1])
-    with edits.applied():
+    with project(model, tokenizer, facts[:1]).applied():
         margins(model, tokenizer, facts[0], facts[0].test)   # counter-object over object, in nats
 
 The projection is that of Hewitt et al. (2023), who show what a model writes after it. How such an edit is judged
@@ -11,7 +10,7 @@ The projection is that of Hewitt et al. (2023), who show what a model writes aft
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,20 +35,16 @@ STRENGTHS = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, STRONGEST)  # tried where the effect 
 
 @dataclass(frozen=True)
 class Fact:
-    """That an object belongs to a subject, and the counter-object of the same kind that an edit puts in its place.
-
-    edit, test: phrasings that end where the object is expected, to edit with and to test with. about: texts on the
-    subject in which something else is expected. neighbours: the editing phrasings' first with other subjects.
-    """
+    """That an object belongs to a subject, and the counter-object of the same kind that an edit puts in its place."""
 
     relation: str
     subject: str
     object: str
     counter: str
-    edit: tuple[str, ...]
-    test: tuple[str, ...] = ()
-    about: tuple[str, ...] = ()
-    neighbours: tuple[str, ...] = ()
+    edit: tuple[str, ...]  # phrasings that end where the object is expected, to edit with
+    test: tuple[str, ...] = ()  # and others, to test with
+    about: tuple[str, ...] = ()  # texts on the subject in which something else is expected
+    neighbours: tuple[str, ...] = ()  # the first phrasing with other subjects
 
     def __str__(self) -> str:
         return f"{self.subject}: {self.object} → {self.counter}"
@@ -115,11 +110,9 @@ def usable(facts: list[Fact], tokenizer) -> list[Fact]:
     """Those facts whose three words are one token each."""
     kept = []
     for fact in facts:
-        try:
+        with suppress(ValueError):
             tokens_of_fact(tokenizer, fact)
-        except ValueError:
-            continue
-        kept.append(fact)
+            kept.append(fact)
     return kept
 
 
@@ -131,9 +124,7 @@ def margins(model, tokenizer, fact: Fact, prompts) -> np.ndarray:
 
 
 def known(model, tokenizer, facts: list[Fact]) -> list[Fact]:
-    """Facts on which the model is right: the object is likelier than its counter-object after every editing phrasing,
-    and after most of those to test with.
-    """
+    """Facts whose object a model finds likelier than the counter-object: after all editing phrasings and most others."""
     if not facts:
         return []
     log_probs = next_log_probabilities(model, tokenizer, [text for fact in facts for text in fact.edit + fact.test])
@@ -185,8 +176,7 @@ def sense_effects(model, tokenizer, fact: Fact, prompts) -> np.ndarray:
 def dose(model, tokenizer, fact: Fact) -> float:
     """The least strength at which the projection brings the margin after each editing prompt to `WANTED` nats.
 
-    Known without an edit, since the margin is linear in the strength. Once, as in the paper, where no strength up to
-    `STRONGEST` is enough, as of a subject whose senses do not speak for the object.
+    Known without an edit, since the margin is linear in the strength. 1, as in the paper, if none to `STRONGEST` is.
     """
     before, effect = margins(model, tokenizer, fact, fact.edit), sense_effects(model, tokenizer, fact, fact.edit).sum(1)
     needed = max(np.where(effect > 0, (WANTED - before) / np.maximum(effect, 1e-9), np.inf))

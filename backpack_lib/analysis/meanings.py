@@ -35,8 +35,7 @@ def planted_meanings(model, tokenizer) -> tuple[pd.DataFrame, pd.Series]:
             true = np.array([(x, y) for y in own[topic]])
             false = np.array([(x, y) for other in own if other != topic for y in own[other]])
             rows[word, topic] = relation_auc(model, true, false)
-    auc = pd.DataFrame.from_dict(rows, orient="index")
-    auc.index = pd.MultiIndex.from_tuples(auc.index, names=["word", "topic"])
+    auc = pd.DataFrame(rows).T.rename_axis(["word", "topic"])
     is_meaning = pd.Series([topic in lexicon["ambiguous"][word] for word, topic in auc.index], auc.index)
     return auc, is_meaning
 
@@ -78,9 +77,7 @@ def removal_costs(model, tokenizer) -> pd.DataFrame:
         for sense in range(len(pushes)):
             without = logits - weight[:, [sense]] * pushes[sense]
             costs[word, topic].append((before - without.log_softmax(-1).gather(1, target).mean()).item())
-    table = pd.DataFrame.from_dict(costs, orient="index")
-    table.index = pd.MultiIndex.from_tuples(table.index, names=["word", "topic"])
-    return table
+    return pd.DataFrame(costs).T.rename_axis(["word", "topic"])
 
 
 def texts_of_meanings() -> dict[tuple[str, str], list[str]]:

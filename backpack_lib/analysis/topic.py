@@ -41,14 +41,9 @@ class TopicControl:
     """
 
     def __init__(
-        self,
-        model,
-        tokenizer,
-        words: str | Iterable[str],
-        strength: int = 2,
-        deltas: Iterable[float] | None = None,
+        self, model, tokenizer, words: str | Iterable[str], strength: int = 2, deltas: Iterable[float] | None = None,
         annealing: bool = True,
-    ):
+    ):  # fmt: skip
         require_senses(model)
         self.model, self.tokenizer, self.annealing = model, tokenizer, annealing
         self.deltas = deltas_of(strength, deltas)
@@ -75,10 +70,12 @@ class TopicControl:
         other.deltas = deltas_of(strength)
         return other
 
+    @torch.no_grad()
     def scores_of(self, ids: torch.Tensor) -> torch.Tensor:
         """How far each sense of tokens pushes the topic, as a share of its largest push. (...) -> (..., k)"""
         for new in ids[self._scores[ids, 0].isnan()].unique().split(TOKENS_AT_ONCE):
-            self._scores[new] = own_senses(self.model, new) @ self.direction / self.largest_pushes(new)
+            senses = self.model.sense_vectors(new, patched=False).float()  # as they are without edits and control
+            self._scores[new] = senses @ self.direction / self.largest_pushes(new)
         return self._scores[ids]
 
     @torch.no_grad()
@@ -86,7 +83,7 @@ class TopicControl:
         """The largest entry of E C(x)_l for each sense of tokens, which is nearly all the work. (n,) -> (n, k)"""
         E = self.model.get_output_embeddings().weight[: len(used_tokens(self.model))]  # a view: no copy at each call
         for new in ids[self._largest[ids, 0].isnan()].unique().split(TOKENS_AT_ONCE):
-            self._largest[new] = (own_senses(self.model, new).to(E) @ E.T).amax(-1).float()
+            self._largest[new] = (self.model.sense_vectors(new, patched=False).to(E) @ E.T).amax(-1).float()
         return self._largest[ids]
 
     def factors_of(self, ids: torch.Tensor) -> torch.Tensor:
@@ -131,10 +128,7 @@ def deltas_of(strength: int, deltas: Iterable[float] | None = None) -> tuple[flo
 
 @torch.no_grad()
 def topic_direction(model, tokenizer, words: list[str]) -> torch.Tensor:
-    """b E: what the logits of a topic's words sum to is the product of this with a sense; (d,).
-
-    Of a word of several tokens, the first counts, as in the paper.
-    """
+    """b E, (d,): its product with a sense is what the first tokens of a topic's words get of it together."""
     if not words:
         raise ValueError("A topic needs at least one word, and none was given.")
     first = [known_tokens_of_word(tokenizer, word)[0] for word in words]
@@ -145,12 +139,6 @@ def sampled_tokens(model) -> torch.Tensor:
     """At most `SAMPLED` token ids, evenly over the vocabulary, in which common tokens stand first."""
     ids = used_tokens(model)
     return ids if len(ids) <= SAMPLED else ids[torch.linspace(0, len(ids) - 1, SAMPLED, device=ids.device).long()]
-
-
-@torch.no_grad()
-def own_senses(model, ids: torch.Tensor) -> torch.Tensor:
-    """Sense vectors as the model has them, without what edits and control do to them. (n,) -> (n, k, d)"""
-    return model.sense_vectors(ids, patched=False).float()
 
 
 def released(said: torch.Tensor, factors: torch.Tensor, rate: float, positions: torch.Tensor) -> torch.Tensor:
@@ -167,9 +155,7 @@ class Annealing:
     """Weighs the senses of a text that is being written: (alpha, senses, input_ids, attention_mask) -> alpha.
 
     Follows one `generate()` with or without a cache: the first call brings the prompts, each later one what has been
-    generated since, or, without a cache, the whole text.
-
-    factors_of: the factors of tokens, (...) -> (..., k).
+    generated since, or, without a cache, the whole text. factors_of: of tokens, (...) -> (..., k).
     """
 
     def __init__(self, model, factors_of: Callable, rate: float):

@@ -23,19 +23,14 @@ WRITTEN = 40  # tokens of a text that the model writes
 
 @dataclass
 class Material:
-    """Professions, templates, and what is known of the professions.
-
-    fit, test: templates. by_definition: for each pronoun, prompts in which it is the right one. other_pairs: pairs of
-    words and prompts for them. truth: what is true of each profession, NaN where nothing is known; what_is_true says
-    what that is.
-    """
+    """Professions, templates, and what is known of the professions."""
 
     professions: list[str]
-    fit: list[str]
+    fit: list[str]  # templates
     test: list[str]
-    by_definition: dict[str, list[str]]
-    other_pairs: list[dict]
-    truth: pd.Series
+    by_definition: dict[str, list[str]]  # for each pronoun, prompts in which it is the right one
+    other_pairs: list[dict]  # pairs of words, and prompts for them
+    truth: pd.Series  # of each profession, NaN where nothing is known
     what_is_true: str
 
     def __str__(self) -> str:
@@ -49,7 +44,6 @@ def open_material(
     """What a notebook's parameters ask for. Professions that share a token with another word are left out, and said."""
     entry, tokenizer = read_prompts(prompts, lesson.kind), lesson.tokenizer
     templates = entry["fit"] + entry["test"]
-    bias.tokens_of_pair(tokenizer, pair)
     what_is_true, truth = known_of_professions(lesson.kind)
     names = list(professions) or list(truth)
     several = {name: parts for name in names if len(parts := spell(tokenizer, tokens_of_word(tokenizer, name))) > 1}
@@ -60,17 +54,19 @@ def open_material(
     apart = bias.separable(tokenizer, names, templates)
     if left_out := [name for name in names if name not in apart]:
         print("left out, since they share a token with another word here:", ", ".join(left_out))
-    if len(apart) < 3:
-        raise ValueError(f"Differences between professions need three of them, and {len(apart)} are left.")
-    for name in set(apart) & set(several):
-        parts = " · ".join(several[name])
-        print(f"“{name}” is {len(several[name])} tokens ({parts}): an edit touches them in other words, too")
-    if list(pair) != list(PAIR):
-        truth = {}
-    truth = pd.Series({name: truth.get(name, np.nan) for name in apart})
-    by_definition = {word: entry.get("by definition", {}).get(word, []) for word in PAIR}
+    for name in apart:
+        if name in several:
+            parts = " · ".join(several[name])
+            print(f"“{name}” is {len(several[name])} tokens ({parts}): an edit touches them in other words, too")
+    is_known = list(pair) == list(PAIR)
     return Material(
-        apart, entry["fit"], entry["test"], by_definition, entry.get("other pairs", []), truth, what_is_true
+        professions=apart,
+        fit=entry["fit"],
+        test=entry["test"],
+        by_definition={word: entry.get("by definition", {}).get(word, []) for word in PAIR},
+        other_pairs=entry.get("other pairs", []),
+        truth=pd.Series({name: truth.get(name, np.nan) if is_known else np.nan for name in apart}),
+        what_is_true=what_is_true,
     )
 
 

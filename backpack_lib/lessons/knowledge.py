@@ -10,7 +10,7 @@ from backpack_lib.analysis.knowledge import Fact, known, read_facts, tokens_of_f
 from backpack_lib.files import data_folder
 from backpack_lib.lessons.exercises import check_function, check_number, random_cases
 from backpack_lib.lessons.opening import PLANTED, Lesson
-from backpack_lib.studies.teaching_study import check_methods
+from backpack_lib.studies.knowledge_study import SETTINGS
 from backpack_lib.text import planted
 from backpack_lib.text.corpora import first_characters, open_corpus
 from backpack_lib.text.writing import continue_texts
@@ -28,7 +28,8 @@ def check_settings(facts_measured: int, sets_taught: int, methods: list[str], bo
         raise ValueError("bounds=[] holds no bound; give at least one, such as 0.001.")
     for eps in bounds:
         ft.check_bound(eps)
-    check_methods(methods)
+    if unknown := {*methods} - {*SETTINGS}:
+        raise ValueError(f"The method {min(unknown)!r} is unknown; choose from {', '.join(SETTINGS)}.")
     if not 0 < share <= 1:
         raise ValueError(f"share={share} should be above 0 and at most 1.")
 

@@ -1,5 +1,6 @@
 """What 03_topic_control alone needs: topics and beginnings that suit a model, stored texts, checks of its exercises."""
 
+import math
 from collections.abc import Callable
 from itertools import islice
 
@@ -7,7 +8,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from backpack_lib.analysis import pplm
 from backpack_lib.analysis.statistics import p_value
 from backpack_lib.analysis.topic import TopicControl, deltas_of, released, sampled_tokens
 from backpack_lib.lessons.exercises import check_function, check_number
@@ -73,7 +73,8 @@ def check_settings(strengths: list[int], pplm_steps: list[float], **counts: int)
     for strength in strengths:
         deltas_of(strength)
     for step in pplm_steps:
-        pplm.Settings(step=step)
+        if not 0 <= step < math.inf:
+            raise ValueError(f"The step {step} of PPLM is out of range; it should be at least 0.")
     if not any(strengths):
         raise ValueError("Strength 0 alone leaves nothing to compare; measure one above 0 as well.")
     for name, number in counts.items():

@@ -30,19 +30,13 @@ USUAL_SLOPE = 6.0  # of log-perplexity over temperature, near temperature 1
 
 @dataclass(kw_only=True)
 class TopicStudy:
-    """What is written, and how it is judged. A text is kept in the folder as soon as it is written.
+    """What is written, and how it is judged. A text is kept in the folder as soon as it is written."""
 
-    control: of the Backpack, or lens, toward any topic. transformer: for PPLM, and to read the Backpack's texts; without
-        one, the Backpack without control reads them.
-    topics: dictionaries with `name`, the words that steer toward it, `steer`, and others by which it is known, `words`.
-    judge: texts -> DataFrame of booleans, texts x topic names. prompts: (topic name, n) -> n beginnings.
-    """
-
-    control: TopicControl
-    transformer: object | None
-    topics: list[dict]
-    judge: Callable[[list[str]], pd.DataFrame]
-    prompts: Callable[[str, int], list[str]]
+    control: TopicControl  # of the Backpack, or lens, toward any topic
+    transformer: object | None  # for PPLM, and to read the Backpack's texts, which it reads itself without one
+    topics: list[dict]  # `name`, the words that steer toward it, `steer`, and others by which it is known, `words`
+    judge: Callable[[list[str]], pd.DataFrame]  # texts -> booleans, texts x topic names
+    prompts: Callable[[str, int], list[str]]  # (topic name, n) -> n beginnings
     folder: Path
     samples: int
     tokens: int
