@@ -57,7 +57,7 @@ def read_facts(facts: str | Path = "", relations: str | Path = "") -> list[Fact]
     """The facts of a table like `data/facts.csv`, with the phrasings of a file like `data/relations.yaml`."""
     table = read_table(as_seen(facts) or data_folder() / "facts.csv", COLUMNS)
     relations = as_seen(relations) or data_folder() / "relations.yaml"
-    phrasings = _read(relations, lambda file: yaml.safe_load(Path(file).read_text(encoding="utf-8-sig")))
+    phrasings = read_file(relations, lambda file: yaml.safe_load(Path(file).read_text(encoding="utf-8-sig")))
     if not isinstance(phrasings, dict):
         kind = "empty" if phrasings is None else f"a {type(phrasings).__name__}"
         raise ValueError(
@@ -68,13 +68,14 @@ def read_facts(facts: str | Path = "", relations: str | Path = "") -> list[Fact]
 
 def read_table(file: str | Path, columns: list[str]) -> pd.DataFrame:
     """A CSV file of texts that should have these columns."""
-    table = _read(file, lambda file: pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig"))
+    table = read_file(file, lambda file: pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig"))
     if missing := [column for column in columns if column not in table]:
         raise ValueError(f"{str(file)!r} lacks the column {missing[0]!r}; it should have {', '.join(columns)}.")
     return table
 
 
-def _read(file: str | Path, read: Callable):
+def read_file(file: str | Path, read: Callable):
+    """What `read` makes of a user's file; why it cannot be read is said in one sentence."""
     try:
         return read(file)
     except (OSError, ValueError, yaml.YAMLError) as error:

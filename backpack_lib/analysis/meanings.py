@@ -1,10 +1,8 @@
 """Did a word's senses learn the meanings that were planted? Read off the senses alone, and tested by removing them.
 
-An ambiguous word of the planted corpus, such as "bat", belongs to two or three topics. Two questions are asked:
-
-- does some sense of it push the words of each of its topics, and more than those of other topics (`planted_meanings`);
-- does removing the sense that is best for one of its topics hurt predictions of that topic, and not of its other ones
-  (`removal_costs`)?
+An ambiguous word of the planted corpus, such as "bat", belongs to two or three topics. Does some sense of it push the
+words of each of its topics, and more than those of other topics (`planted_meanings`)? Does removing the sense that is
+best for one of them hurt predictions of that topic, and not of the others (`removal_costs`)?
 """
 
 import numpy as np
@@ -22,9 +20,8 @@ TEXTS_OF_A_TOPIC = 20  # for each topic of each word
 def planted_meanings(model, tokenizer) -> tuple[pd.DataFrame, pd.Series]:
     """How well each sense of an ambiguous planted word tells a topic's words from those of all other topics.
 
-    A Transformer has no senses; the word's input embedding stands in as one.
-
-    -> AUCs, (word, topic) x senses; and whether that topic was planted as a meaning of that word.
+    Of a Transformer, the word's input embedding stands in as one sense. -> AUCs, (word, topic) x senses; and whether
+    that topic was planted as a meaning of that word.
     """
     lexicon = planted.lexicon()
     own = {topic: _tokens_of_topic(tokenizer, topic) for topic in lexicon["topics"]}

@@ -22,21 +22,15 @@ Past = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer,
 
 @dataclass(frozen=True)
 class Settings:
-    """As in Hewitt et al. (2023); the strength is `step`.
+    """As in Hewitt et al. (2023)."""
 
-    step: length of a gradient step. iterations: steps a token. gamma: a gradient is divided by its norm to the power
-    of this. kl_scale: how much staying near the plain distribution counts. gm_scale: share of the steered
-    distribution in the geometric mean that is sampled from. window: how many last positions are moved. temperature: of
-    the sampling; 1 in the paper.
-    """
-
-    step: float = 0.04
-    iterations: int = 3
-    gamma: float = 1.5
-    kl_scale: float = 0.01
-    gm_scale: float = 0.9
-    window: int = 5
-    temperature: float = 1.0
+    step: float = 0.04  # length of a gradient step: the strength
+    iterations: int = 3  # steps a token
+    gamma: float = 1.5  # a gradient is divided by its norm to the power of this
+    kl_scale: float = 0.01  # how much staying near the plain distribution counts
+    gm_scale: float = 0.9  # share of the steered distribution in the geometric mean that is sampled from
+    window: int = 5  # how many last positions are moved
+    temperature: float = 1.0  # of the sampling
 
 
 def generate(

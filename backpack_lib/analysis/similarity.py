@@ -1,12 +1,11 @@
 """Word similarity: do the senses of two words lie as close as people say that the words are?
 
-    sets = read_sets("lexsim")                         # {"SimLex-999": DataFrame(word1, word2, score), ...}
-    scores = similarity_table(vectors, sets)           # Spearman's rho of each similarity on each set
+    sets = read_sets("lexsim")                  # {"SimLex-999": DataFrame(word1, word2, score), ...}
+    vectors = of_model(model, tokenizer)        # a function from n words to their sense vectors, (n, k, d)
+    scores = similarity_table(vectors, sets)    # Spearman's rho of each similarity on each set
 
 The similarities are those of Hewitt et al. (2023), section 4. The best of many on a set flatters the model if it is
 picked and scored on the same pairs; `held_out_table` picks it on some pairs and scores it on others.
-
-`vectors` is a function from n words to their sense vectors, (n, k, d), such as `of_model(model, tokenizer)`.
 """
 
 import warnings

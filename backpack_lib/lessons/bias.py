@@ -72,7 +72,7 @@ def open_material(
 
 def read_prompts(prompts: str, kind: str) -> dict:
     """The entry for a kind of model, "english" or "planted", of a file of templates; "" for the suite's own."""
-    entries = read_json(prompts, "prompts.json", "templates")
+    entries = read_json(prompts, "prompts.json")
     if not isinstance(entries, dict) or not isinstance(entries.get(kind), dict):
         raise ValueError(f"The file of templates {prompts!r} needs an entry {kind!r}, as data/prompts.json has it.")
     for name in ("fit", "test"):

@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 
 from backpack_lib.analysis.attribution import read
+from backpack_lib.analysis.knowledge import read_file
 from backpack_lib.files import as_seen, data_folder
 from backpack_lib.lessons.results import Results, open_results
 from backpack_lib.loading import fingerprint, is_planted, load
@@ -75,8 +76,8 @@ class Lesson(Results):
     ) -> tuple[Iterable[str], str]:
         """Texts to measure on, and what they are: a reference's, by people; without one, planted or by a model.
 
-        generated: by `planted.generate`, for planted text. beginnings: what else the model, or another writer, goes on
-        from, by so many tokens, or as many as fit its context.
+        generated: by `planted.generate`, for a planted model. beginnings: what the model, or another writer, continues
+        otherwise, by so many tokens, or as many as fit its context.
         """
         if reference:
             return open_corpus(reference).read(), "text by people"
@@ -118,13 +119,10 @@ def open_lesson(name: str, model: str = "demo", out: str = "", device: str = "cp
     )
 
 
-def read_json(file: str, default: str, content: str):
-    """What a JSON file holds; "" for one of `data/`, named by `default`. content: what it should be, for the message."""
-    path = Path(as_seen(file)) if file else data_folder() / default
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"The file of {content} {file!r} is no JSON in UTF-8: {error}.") from error
+def read_json(file: str, default: str):
+    """What a JSON file holds; "" for one of `data/`, named by `default`."""
+    path = as_seen(file) or data_folder() / default
+    return read_file(path, lambda file: json.loads(Path(file).read_text(encoding="utf-8-sig")))
 
 
 def likeliest_words(model, tokenizer, text: str, n: int = 2) -> list[str]:

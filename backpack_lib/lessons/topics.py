@@ -23,7 +23,7 @@ def read_topics(lesson: Lesson, file: str = "") -> dict[str, dict]:
     if lesson.kind == PLANTED and not file:
         places = {name: entry["places"][:1] for name, entry in planted.lexicon()["topics"].items()}
         return {n: {"name": n, "steer": steer, "words": sorted(planted.topic_words(n))} for n, steer in places.items()}
-    topics = read_json(file, "topics.json", "topics")
+    topics = read_json(file, "topics.json")
     if not isinstance(topics, list) or not topics or not all(isinstance(topic, dict) for topic in topics):
         raise ValueError(f"The file of topics {file!r} should be a list of topics, as data/topics.json is.")
     for topic in topics:

@@ -46,9 +46,8 @@ def check_weights(answer) -> str:
         allowed = torch.ones(scores.shape[-2:]).tril().bool()
         return torch.where(allowed, scores, -torch.inf).softmax(-1)
 
-    return check_function(
-        answer, reference, random_cases("blid blid", b=(1, 2, 1), l=(1, 3, 4), i=(3, 5, 1), d=(4, 2, 8))
-    )
+    cases = random_cases("blid blid", b=(1, 2, 1), l=(1, 3, 4), i=(3, 5, 1), d=(4, 2, 8))
+    return check_function(answer, reference, cases)
 
 
 def check_sum(answer) -> str:
