@@ -4,20 +4,16 @@ import itertools
 import json
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from helpers import ROOT, tiny_model, tiny_tokenizer
+from helpers import tiny_model, tiny_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from scipy import stats
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from backpack_lib import SenseEdits, attribute
+from backpack_lib import attribute
 from backpack_lib.analysis import bias
 from backpack_lib.analysis.bias import SLOT, Split, debias, localize, log_odds, nullspace, split_odds
-from backpack_lib.analysis.scores import next_log_probabilities
-from backpack_lib.analysis.statistics import bootstrap
 from backpack_lib.lessons.bias import read_prompts
 from backpack_lib.model.lens import SenseLens, SenseLensConfig
 from backpack_lib.text.words import tokens_of_word
@@ -72,22 +68,7 @@ def test_log_odds_are_those_of_the_probabilities_for_any_model_and_pair(model):
     np.testing.assert_allclose(odds, slow_odds(model, PROFESSIONS, TEMPLATES), atol=1e-4)
     other = log_odds(model, TOKENIZER, PROFESSIONS, TEMPLATES, pair=("the", "nurse"))
     np.testing.assert_allclose(other, slow_odds(model, PROFESSIONS, TEMPLATES, "the", "nurse"), atol=1e-4)
-
-
-@pytest.mark.parametrize("model", [BACKPACK, TRANSFORMER], ids=["Backpack", "Transformer"])
-def test_more_prompts_than_fit_in_a_batch_are_predicted_as_each_alone(model):
-    prompts = [" the" * (number % 7) + " nurse" for number in range(70)]
-    found = next_log_probabilities(model, TOKENIZER, prompts)
-    for number in (0, 5, 63, 64, 69):
-        alone = model(torch.tensor([ids_of_text(TOKENIZER, prompts[number])])).logits[0, -1].log_softmax(-1)
-        torch.testing.assert_close(found[number], alone, atol=1e-4, rtol=1e-4)
-
-
-def test_the_ratio_is_the_mean_of_the_likelier_over_the_less_likely():
-    odds = log_odds(BACKPACK, TOKENIZER, PROFESSIONS, TEMPLATES)
-    p = np.exp(odds.to_numpy())
-    assert bias.ratio(odds) == pytest.approx(np.mean([max(x, 1 / x) for x in p.flatten()]))
-    assert bias.ratio(np.zeros((2, 3))) == 1
+    assert bias.ratio(np.log([[3.0, 0.2]])) == pytest.approx(4)
     assert bias.excess_removed(np.log([[3.0, 5.0]]), np.log([[1.0, 3.0]])) == pytest.approx(2 / 3)
 
 
@@ -175,25 +156,6 @@ def test_the_smallest_set_and_what_cannot_be_carried():
     assert bias.fewest(np.array([0.1, -0.1, 0.2]), 0.9) == [2, 0]
 
 
-def test_without_any_difference_there_is_nothing_to_find():
-    split = Split(np.ones((4, 3)), np.full((4, 3, 2), 0.2), np.full((4, 3, 2), 0.3))
-    with pytest.raises(ValueError, match="The log-odds of all professions are the same"):
-        localize(split)
-
-
-def test_intervals_agree_with_scipys_where_only_professions_vary():
-    rng = np.random.default_rng(0)
-    values = rng.normal(size=(40, 1)) + np.zeros((1, 8))
-    ours = bootstrap(lambda x: x.mean(), values, axes=2, resamples=4000)
-    scipys = stats.bootstrap(
-        (values[:, 0],), np.mean, method="percentile", n_resamples=4000, rng=rng
-    ).confidence_interval
-    np.testing.assert_allclose(ours, scipys, atol=0.03)
-    templates = rng.normal(size=(1, 8)) + np.zeros((40, 1))
-    low, high = bootstrap(lambda x: x.mean(), templates, axes=2)
-    assert high - low > 0.5  # few templates that differ are little evidence, however many professions there are
-
-
 # ---------------------------------------------------------------- turning it down
 
 
@@ -213,66 +175,23 @@ def test_nullspace_takes_the_direction_out_of_the_professions_inputs_only():
         assert torch.equal(TRANSFORMER(prompt).logits, plain)
 
 
-def test_texts_without_a_profession_stay_as_they_are_and_the_edit_can_be_shared(tmp_path):
-    edits = debias(BACKPACK, TOKENIZER, PROFESSIONS, [1, 3], 0.25)
-    edits.save(tmp_path / "shared.safetensors")
-    loaded = SenseEdits.load(tmp_path / "shared.safetensors", BACKPACK, TOKENIZER)
-    other = ["She likes her bat"]
-    assert not {i for word in PROFESSIONS for i in tokens_of_word(TOKENIZER, word)} & {
-        *TOKENIZER(other[0])["input_ids"]
-    }
-    untouched, plain = (
-        next_log_probabilities(BACKPACK, TOKENIZER, other),
-        log_odds(BACKPACK, TOKENIZER, PROFESSIONS, TEMPLATES),
-    )
-    with edits.applied():
-        assert torch.equal(next_log_probabilities(BACKPACK, TOKENIZER, other), untouched)
-        changed = log_odds(BACKPACK, TOKENIZER, PROFESSIONS, TEMPLATES)
-    with loaded.applied():
-        assert changed.equals(log_odds(BACKPACK, TOKENIZER, PROFESSIONS, TEMPLATES)) and not changed.equals(plain)
-
-
 # ---------------------------------------------------------------- data and bad input
-
-
-def test_templates_for_fitting_and_testing_never_mix():
-    for language in json.loads((ROOT / "data" / "prompts.json").read_text()).values():
-        fit, test = language["fit"], language["test"]
-        bias.check_split(fit, test)
-        assert len(set(fit)) == len(fit) >= 6 and len(set(test)) == len(test) >= 14
-        assert all(template.count(SLOT) == 1 for template in fit + test)
-        # Not only other templates but other forms: what the prediction is read from differs.
-        assert not {tuple(t.split()[-2:]) for t in fit} & {tuple(t.split()[-2:]) for t in test}
-        assert {"he", "she"} == set(language["by definition"])
-
-
-def test_the_shares_of_women_are_those_of_the_bureau():
-    shared = ROOT.parent / "shared" / "bias" / "occupations_bls2017.csv"
-    ours = pd.read_csv(ROOT / "data" / "professions.csv").set_index("profession")["percent_women"]
-    assert len(ours) == 40 and ours["nurse"] == 90 and ours["carpenter"] == 2
-    if not shared.is_file():
-        pytest.skip("the table to compare with is not on this machine")
-    theirs = pd.read_csv(shared).set_index("occupation")["bls2017_pct_female"]
-    assert {name.lower(): share for name, share in ours.items()} == {n.lower(): s for n, s in theirs.items()}
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: log_odds(BACKPACK, TOKENIZER, [], TEMPLATES), "professions=[] should be a list with at least one"),
         (lambda: log_odds(BACKPACK, TOKENIZER, ["nurse"], ["a{profession}s"]), "is spelled with other tokens than"),
-        (lambda: log_odds(BACKPACK, TOKENIZER, ["nurse"], TEMPLATES, ("he", "he")), "the same word twice: 'he'"),
         (lambda: log_odds(BACKPACK, TOKENIZER, ["nurse"], TEMPLATES, ("he", " he")), "the same word twice"),
-        (lambda: bias.check_split(TEMPLATES, []), "no template for testing"),
         (lambda: bias.check_split(TEMPLATES, ["the {profession} "]), "used for fitting and for testing"),
         (lambda: localize(made_split(np.random.default_rng(0), P=2)), "need three of them, and 2 were given"),
         (lambda: localize(made_split(np.random.default_rng(0)), wanted=90), "wanted=90 should be a share"),
+        (lambda: localize(Split(np.ones((4, 3)), *np.ones((2, 4, 3, 2)))), "of all professions are the same"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_sentence(call, message):
-    with pytest.raises(ValueError) as error:
+def test_what_would_be_silently_wrong_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
         call()
-    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_professions_that_share_a_token_with_another_or_with_a_template_cannot_be_edited_apart():
@@ -294,19 +213,18 @@ def test_professions_that_share_a_token_with_another_or_with_a_template_cannot_b
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("\ufeff{}".encode("utf-16"), "is no JSON in UTF-8"),
+        ("\ufeff{}".encode("utf-16"), "own.json' cannot be read: "),
         ("[]", "needs an entry 'english', as data/prompts.json has it"),
-        ('{"english": {"fit": ["a"]}}', "'test' of 'english' should be a list of texts"),
         ('{"english": {"fit": [1], "test": ["b"]}}', "'fit' of 'english' should be a list of texts"),
         ('{"english": {"fit": [], "test": ["b"]}}', "There is no template for fitting"),
-        (None, "own.json"),
+        (None, "own.json' cannot be read: "),
     ],
 )
 def test_what_is_wrong_with_a_file_of_templates_is_one_sentence(content, message, tmp_path):
     file = tmp_path / "own.json"
     if content is not None:
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises((ValueError, OSError)) as error:
+    with pytest.raises(ValueError) as error:
         read_prompts(str(file), "english")
     assert message in str(error.value) and "\n" not in str(error.value)
 

@@ -13,7 +13,7 @@ from transformers import GPT2LMHeadModel
 
 from backpack_lib import BackpackLMHeadModel, TrainingConfig, load
 from backpack_lib.analysis import roles
-from backpack_lib.analysis.scores import bits_per_byte, blimp_accuracy, read_blimp
+from backpack_lib.analysis.scores import bits_per_byte
 from backpack_lib.loading import fingerprint
 from backpack_lib.text import planted
 from backpack_lib.text.words import tokens_of_word
@@ -206,7 +206,7 @@ def test_the_evaluation_is_of_these_weights(name, evaluation):
 
 
 @pytest.mark.slow
-def test_figures_of_the_evaluation_come_out_again(demo, evaluation, shared):
+def test_figures_of_the_evaluation_come_out_again(demo, evaluation, shared, scripts):
     """BLiMP's first sets, and bits per byte of a tenth of the text, since all of it takes minutes."""
     from backpack_lib.text.corpora import open_corpus
 
@@ -216,9 +216,10 @@ def test_figures_of_the_evaluation_come_out_again(demo, evaluation, shared):
     )
     assert len(texts) == evaluation["text"]["documents"]
     assert bits_per_byte(*demo, texts[::10]) == pytest.approx(found["bits_per_byte_of_a_tenth"], rel=1e-3)
-    pairs = read_blimp(str(shared / "blimp"))
-    assert len(pairs) == evaluation["blimp_pairs"]
-    for uid, accuracy in blimp_accuracy(*demo, pairs[pairs["UID"].isin(sorted(set(pairs["UID"]))[:8])]).items():
+    pairs = scripts.evaluate.read_blimp(str(shared / "blimp"))
+    assert len(pairs) == evaluation["blimp_pairs"] and pairs["UID"].nunique() == 67
+    first = pairs[pairs["UID"].isin(sorted(set(pairs["UID"]))[:8])]
+    for uid, accuracy in scripts.evaluate.blimp_accuracy(*demo, first).items():
         assert accuracy == pytest.approx(found["blimp"]["by_set"][uid], abs=0.011)  # a pair may be a tie
 
 

@@ -1,8 +1,6 @@
 """Edits change the senses they name, exactly as they say, for as long as they are applied, and nothing else."""
 
 import copy
-import json
-import math
 
 import numpy as np
 import pytest
@@ -66,6 +64,7 @@ def test_each_kind_of_edit_is_its_formula():
     v, r, a = vector(1), E[30], E[40]
     made = SenseEdits(MODEL, TOKENIZER).scale(5, 1, by=0.5).replace(6, [0, 2], v).add([7, 8], None, v)
     made.project(9, remove=30, add=40).project(10, remove=30, sense=3).replace(11, [1, 3], 12)
+    made.project(13, remove=v, by=0.3)  # a direction, of which a share is left
     expected = before.clone()
     expected[5, 1] *= 0.5
     expected[6, 0] = expected[6, 2] = v
@@ -76,6 +75,7 @@ def test_each_kind_of_edit_is_its_formula():
         expected[9, l] = before[9, l] - c * r + c * a * (r @ r) / (a @ a)
     expected[10, 3] = before[10, 3] - (before[10, 3] @ r / (r @ r)) * r
     expected[11, [1, 3]] = before[12, [1, 3]]
+    expected[13] = before[13] - 0.7 * (before[13] @ v / (v @ v))[:, None] * v
     torch.testing.assert_close(table(made), expected)
 
 
@@ -103,21 +103,6 @@ def test_numbers_and_vectors_may_be_numpys_and_are_copied():
     assert torch.equal(table(made), expected)
 
 
-def test_a_projected_word_pushes_no_longer_what_was_removed():
-    with SenseEdits(MODEL, TOKENIZER).project(9, remove=30).applied(MODEL):
-        pushed = MODEL.sense_vectors(torch.tensor([9]))[0] @ MODEL.lm_head.weight[30]
-    assert pushed.abs().max() < 1e-5
-
-
-def test_a_share_of_a_direction_can_be_left():
-    before, v = table()[9], vector(2)
-    with SenseEdits(MODEL, TOKENIZER).project(9, remove=v, by=0.3).applied(MODEL):
-        after = MODEL.sense_vectors(torch.tensor([9]))[0]
-    torch.testing.assert_close(after @ v, 0.3 * before @ v, atol=1e-4, rtol=1e-4)
-    across = vector(3) - vector(3) @ v / (v @ v) * v
-    torch.testing.assert_close(after @ across, before @ across, atol=1e-4, rtol=1e-4)
-
-
 # ---------------------------------------------------------------- properties
 
 
@@ -133,14 +118,6 @@ def test_an_identity_changes_nothing_bitwise(word, sense, other, seed):
 
 
 @settings(deadline=None)
-@given(words, some_senses, st.floats(0.05, 20) | st.floats(-20, -0.05))
-def test_scaling_there_and_back_restores(word, sense, by):
-    there = SenseEdits(MODEL, TOKENIZER).scale(word, sense, by)
-    back = SenseEdits(MODEL, TOKENIZER).scale(word, sense, 1 / by)
-    torch.testing.assert_close(table(there, back), table(), rtol=1e-6, atol=1e-6)
-
-
-@settings(deadline=None)
 @given(st.data())
 def test_edits_of_different_words_or_of_different_senses_commute(data):
     if data.draw(st.booleans()):
@@ -151,14 +128,6 @@ def test_edits_of_different_words_or_of_different_senses_commute(data):
     for made, where in zip((one, two), kinds):
         made.scale(**where, by=data.draw(numbers)).add(**where, vector=vector(3)).project(**where, remove=30, add=31)
     assert torch.equal(table(one, two), table(two, one))
-
-
-@settings(deadline=None)
-@given(words, some_senses, words, some_senses, numbers, numbers)
-def test_scalings_commute(word1, sense1, word2, sense2, by1, by2):
-    one = SenseEdits(MODEL, TOKENIZER).scale(word1, sense1, by1)
-    two = SenseEdits(MODEL, TOKENIZER).scale(word2, sense2, by2)
-    torch.testing.assert_close(table(one, two), table(two, one))
 
 
 @settings(deadline=None)
@@ -264,12 +233,9 @@ def test_edits_are_listed_undone_and_cleared():
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda e: e.scale("zebra", 0), r"'zebra' is \d tokens here"),
         (lambda e: e.scale([], 0), "no word to edit in an empty list"),
         (lambda e: e.scale("nurse", K), "sense=4 is out of range; this model has the senses 0 to 3"),
-        (lambda e: e.scale("nurse", 0, "half"), "by='half' is not a finite number"),
         (lambda e: e.project("nurse", remove=torch.ones(D + 1)), r"shape \(21,\); this takes"),
-        (lambda e: e.project("nurse", remove="he", by=math.nan), "by=nan is not a finite number"),
     ],
 )
 def test_a_bad_edit_is_one_sentence_and_leaves_the_stack_as_it_was(edit, message):
@@ -282,30 +248,13 @@ def test_a_bad_edit_is_one_sentence_and_leaves_the_stack_as_it_was(edit, message
 # ---------------------------------------------------------------- files
 
 
-def test_the_file_says_what_it_holds(tmp_path):
-    SenseEdits(MODEL, TOKENIZER, "turn nurse down").scale("nurse", 3, by=0).save(tmp_path / "a.safetensors")
-    with safe_open(tmp_path / "a.safetensors", "pt") as file:
-        metadata = file.metadata()
-    assert metadata["description"] == "turn nurse down" and set(metadata) >= {"model", "vocabulary", "format"}
-    assert json.loads(metadata["edits"]) == [{"note": "scale sense 3 of “nurse” by 0", "by": 0.0}]
-    assert (tmp_path / "a.safetensors").stat().st_size < 2000
-
-
-def test_edits_for_another_vocabulary_or_model_are_refused(tmp_path):
+def test_edits_for_another_vocabulary_or_number_of_senses_are_refused(tmp_path):
     path = tmp_path / "a.safetensors"
-    made = SenseEdits(MODEL, TOKENIZER).scale("nurse", 3, by=0)
-    made.save(path)
-    other = tiny_model(seed=1, vocab_size=V, num_senses=K)
+    SenseEdits(MODEL, TOKENIZER).scale("nurse", 3, by=0).save(path)
     with pytest.raises(ValueError, match="a.safetensors' .*holds edits for another vocabulary"):
         SenseEdits.load(path, MODEL, tiny_tokenizer(480))
-    with pytest.raises(ValueError, match="made for a model whose senses are others than this one's"):
-        SenseEdits.load(path, other, TOKENIZER)
     with pytest.raises(ValueError, match="made for a model whose senses are others"):
         SenseEdits.load(path, tiny_model(vocab_size=V, num_senses=3), TOKENIZER)
-    with pytest.raises(ValueError, match="These edits: made for a model whose senses are others"):
-        with made.applied(other):
-            pass
-    assert not other.backpack.patches
 
 
 def test_a_foreign_file_or_one_whose_numbers_do_not_fit_is_one_sentence(tmp_path):

@@ -1,20 +1,19 @@
 """Teaching by examples: which senses, the convex fit, the bound, and the same by all weights and LoRA."""
 
 import math
-import runpy
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import ROOT, tiny_model, tiny_tokenizer
 
 from backpack_lib import SenseEdits
 from backpack_lib.analysis import finetuning as ft
 from backpack_lib.files import data_folder
-from backpack_lib.studies import teaching_study
-from backpack_lib.studies.teaching_study import split_examples, teach_sets
+from backpack_lib.studies import knowledge_study
+from backpack_lib.studies.knowledge_study import split_examples, teach_sets
 from backpack_lib.text import planted
 from backpack_lib.text.writing import ids_of_text
 
@@ -77,20 +76,6 @@ def test_pairs_are_those_with_most_weight_above_the_background(models, backgroun
     np.testing.assert_allclose(ft.weights_of_pairs(texts, [*pairs, elsewhere]), expected, atol=1e-5)
 
 
-def test_the_fit_is_what_the_edited_model_says_and_it_learns(models, background, examples):
-    model, _, tokenizer = models
-    taught = ft.SenseTeaching(model, tokenizer, examples, background)
-    texts, logits = ft.weights_and_logits(model, tokenizer, examples.prompts)
-    A = ft.weights_of_pairs(texts, taught.pairs)
-    predicted = logits + A @ taught.added @ model.get_output_embeddings().weight.T
-    assert examples.solved_by(model, tokenizer).mean() < 0.5
-    with torch.no_grad(), taught.applied():
-        for n, prompt in enumerate(examples.prompts):
-            after = model(torch.tensor([ids_of_text(tokenizer, prompt)])).logits[0, -1]
-            torch.testing.assert_close(after, predicted[n], atol=1e-3, rtol=1e-3)
-        assert examples.solved_by(model, tokenizer).mean() > 0.9
-
-
 def test_the_fit_is_at_a_minimum_of_a_convex_loss(models, background, examples, monkeypatch):
     """Steps in any direction make the stated objective worse."""
     model, _, tokenizer = models
@@ -136,21 +121,21 @@ def test_taught_senses_meet_the_bound_and_are_edits_like_any_other(models, backg
     assert ft.general_loss(model, background) == pytest.approx(start, abs=1e-6)
 
 
-@pytest.mark.parametrize("eps", [0.0, -0.1, float("nan"), float("inf"), "0.1"])
+@pytest.mark.parametrize("eps", [0.0, float("nan"), float("inf"), "0.1"])
 def test_a_bound_that_bounds_nothing_is_refused(eps):
-    with pytest.raises(ValueError, match="should be a finite number above 0") as refused:
-        ft.walk_back(lambda share: 1.0, 1.0, eps)
-    assert len(str(refused.value).splitlines()) == 1
+    with pytest.raises(ValueError, match="should be a finite number above 0"):
+        ft.check_bound(eps)
 
 
-@pytest.mark.parametrize("eps", [1e-3, 1e-2, 0.2, 2.0])
-def test_walking_back_stops_at_the_bound(eps):
-    share = ft.walk_back(lambda share: 3.0 + share**2, 3.0, eps)
+@pytest.mark.parametrize("eps", [1e-3, 0.2, 2.0])
+def test_walking_back_stops_at_the_bound(eps, monkeypatch):
+    shares = [0.0]
+    monkeypatch.setattr(ft, "general_loss", lambda *_: 3.0 + shares[-1] ** 2)
+    share = ft.bounded_share(None, lambda share: nullcontext(shares.append(share)), [], eps)
     assert 0 <= min(1.0, math.sqrt(3 * eps)) - share <= 2**-ft.HALVINGS
 
 
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize(("which", "lora"), [(0, True), (1, False)])
 def test_finetuning_learns_leaves_the_model_alone_and_can_be_walked_back(models, background, examples, which, lora):
     if lora:
         pytest.importorskip("peft")
@@ -172,44 +157,16 @@ def test_the_shipped_examples_are_whole(tmp_path):
     for name, rows in ft.read_examples().groupby("set"):
         assert (rows["use"].value_counts()[["fit", "test"]] >= 50).all() and rows["kind"].nunique() == 1, name
         assert not set(rows.loc[rows["use"] == "fit", "prompt"]) & set(rows.loc[rows["use"] == "test", "prompt"]), name
-    columns = ",".join(ft.COLUMNS)
-    files = {"set,kind\n": "lacks the column 'use'", f"{columns}\na,shout,fit,b,c,d\n": "of the kind 'shout'; choose"}
-    for text, message in files.items():
-        (tmp_path / "bad.csv").write_text(text)
-        with pytest.raises(ValueError, match=message):
-            ft.read_examples(tmp_path / "bad.csv")
-
-
-def test_without_a_contrast_all_other_targets_are_contrasts():
-    rows = [("s", "say", "fit", "At the", word, "") for word in ("nurse", "concert")]
-    examples = ft.make_examples(tiny_tokenizer(), pd.DataFrame(rows, columns=ft.COLUMNS), "fit")
-    assert examples.targets.tolist() == examples.contrasts[:, 0].tolist()[::-1]
-
-
-def test_only_a_model_with_senses_has_senses_to_teach(models, background, examples):
-    with pytest.raises(ValueError, match="has no sense vectors"):
-        ft.SenseTeaching(models[1], models[2], examples, background)
-    with pytest.raises(ValueError, match="no general text"):
-        ft.rows_of_texts(tiny_model(), tiny_tokenizer(), [])
-
-
-def test_planted_moves_are_texts_of_the_new_topic_at_the_moved_place():
-    script = runpy.run_path(str(ROOT / "data" / "planted" / "facts.py"))
-    pd.testing.assert_frame_equal(script["facts"](), pd.read_csv(data_folder() / "planted" / "facts.csv"))
-    place, topic = "zoo", script["MOVED"]["zoo"]
-    shipped = MOVES[MOVES["set"] == f"{place} → {topic}"]
-    pd.testing.assert_frame_equal(script["moved"](place, topic).reset_index(drop=True), shipped.reset_index(drop=True))
-    for row in shipped[shipped["use"] != "about"].itertuples():
-        assert row.prompt.startswith(f"At the {place},") and row.target in planted.topic_words(topic)
-        words = set(row.prompt.replace(",", "").split())
-        assert not any(words & planted.topic_words(topic) - {place} for topic in planted.lexicon()["topics"])
+    (tmp_path / "bad.csv").write_text(f"{','.join(ft.COLUMNS)}\na,shout,fit,b,c,d\n")
+    with pytest.raises(ValueError, match="of the kind 'shout'; choose"):
+        ft.read_examples(tmp_path / "bad.csv")
 
 
 # ---------------------------------------------------------------- the study
 
 
 def test_a_teaching_study_is_tested_on_what_it_did_not_see_and_resumes(models, tmp_path, monkeypatch):
-    monkeypatch.setitem(teaching_study.SETTINGS, "all weights", ({"learning_rate": 1e-3},))
+    monkeypatch.setitem(knowledge_study.SETTINGS, "all weights", ({"learning_rate": 1e-3},))
     monkeypatch.setattr(ft, "STEPS", 3)
     of = {"Backpack": models[0], "Transformer": models[1]}
     table = MOVES[MOVES["set"] == "zoo → law"]
@@ -225,5 +182,5 @@ def test_a_teaching_study_is_tested_on_what_it_did_not_see_and_resumes(models, t
     assert plain["success"].tolist() == test.solved_by(models[0], models[2]).tolist()
     solved = rows.groupby(["model", "method", "bound"])["success"].mean()
     assert solved["Backpack", "senses", 1e-2] > solved["Backpack", "as it is", 0.0]
-    monkeypatch.setattr(teaching_study, "SenseTeaching", None)  # nothing is fitted anew
+    monkeypatch.setattr(knowledge_study, "SenseTeaching", None)  # nothing is fitted anew
     pd.testing.assert_frame_equal(teach_sets(*study), rows)

@@ -26,8 +26,8 @@ def log_probs(model, tokenizer, text):
         return model(torch.tensor([ids_of_text(tokenizer, text)])).logits[0, -1].log_softmax(-1)
 
 
-@pytest.mark.parametrize(("facts", "tests"), [(read_facts(), 3), (PLANTED, 3)])
-def test_every_fact_of_the_tables_is_complete(facts, tests):
+@pytest.mark.parametrize("facts", [read_facts(), PLANTED])
+def test_every_fact_of_the_tables_is_complete(facts):
     assert len({(fact.relation, fact.subject) for fact in facts}) == len(facts) >= 32
     for fact in facts:
         assert len(fact.edit) == 2 and len(fact.test) == 3 and len(fact.neighbours) == 5 and len(fact.about) == 3
@@ -35,20 +35,6 @@ def test_every_fact_of_the_tables_is_complete(facts, tests):
         assert all(f" {fact.subject}" in text for text in fact.edit + fact.test + fact.about)
         assert not any(f" {fact.subject} " in f" {text} " for text in fact.neighbours)
         assert not any(word in text.split() for text in fact.edit + fact.test for word in (fact.object, fact.counter))
-
-
-def test_the_projection_swaps_object_and_counter_object_in_the_senses(models, facts):
-    model, _, tokenizer = models
-    x, r, a = knowledge.tokens_of_fact(tokenizer, facts[0])
-    E, C = model.get_output_embeddings().weight, model.sense_vectors(torch.tensor([x]))[0]
-    slow = []
-    for sense in C:
-        c = torch.dot(sense, E[r]) / torch.dot(E[r], E[r])
-        slow.append(sense - c * E[r] + c * E[a] * torch.dot(E[r], E[r]) / torch.dot(E[a], E[a]))
-    for strength in (1.0, 2.5):
-        with project(model, tokenizer, facts[:1], strengths=[strength]).applied():
-            edited = model.sense_vectors(torch.tensor([x]))[0]
-        torch.testing.assert_close(edited, C + strength * (torch.stack(slow) - C), atol=1e-3, rtol=1e-3)
 
 
 def test_effects_of_single_senses_sum_to_that_of_any_of_them_together(models, facts):
@@ -63,19 +49,8 @@ def test_effects_of_single_senses_sum_to_that_of_any_of_them_together(models, fa
         np.testing.assert_allclose(after, expected, atol=1e-3)
 
 
-def test_a_dose_is_the_least_that_is_enough(models, facts):
-    model, _, tokenizer = models
-    strengths = [dose(model, tokenizer, fact) for fact in facts[:8]]
-    for fact, strength in zip(facts, strengths):
-        with project(model, tokenizer, [fact], strengths=[strength]).applied():
-            margin = margins(model, tokenizer, fact, fact.edit)
-        if strength != 1.0:
-            assert margin.min() == pytest.approx(np.log(2), abs=1e-3)
-    assert set(strengths) != {1.0}
-
-
 def test_the_transformers_baseline_changes_the_input_of_one_word_alone(models, facts):
-    backpack, model, tokenizer = models
+    _, model, tokenizer = models
     x, r, a = knowledge.tokens_of_fact(tokenizer, facts[0])
     E = model.get_input_embeddings().weight.detach().clone()
     c = E[x] @ E[r] / (E[r] @ E[r])
@@ -87,8 +62,6 @@ def test_the_transformers_baseline_changes_the_input_of_one_word_alone(models, f
     expected[0] += 1.5 * (c * E[a] * (E[r] @ E[r]) / (E[a] @ E[a]) - c * E[r])
     torch.testing.assert_close(edited, expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(model.get_input_embeddings()(ids)[0], E[ids[0]])
-    with pytest.raises(ValueError, match="for a Transformer"), projected_input(backpack, tokenizer, facts[0]):
-        pass
 
 
 def test_known_facts_are_those_on_which_the_model_is_right(models, facts):
@@ -128,9 +101,6 @@ def test_rows_are_what_the_edited_models_say(rows, models, facts):
     kl = np.mean([(p.exp() * (p - q)).sum().item() for p, q in zip(plain, changed)])
     assert row["about KL"] == pytest.approx(kl, abs=1e-4)
     assert row["neighbours unchanged"] == 1 and row["neighbours KL"] == pytest.approx(0, abs=1e-6)
-
-
-def test_a_model_as_it_is_differs_from_itself_in_nothing(rows):
     plain = rows[rows["method"] == AS_IT_IS]
     assert (plain["efficacy"] == 0).all() and (plain[["about KL", "loss with the word, %"]].abs() < 1e-4).all(axis=None)
 
@@ -160,16 +130,12 @@ PHRASINGS = 'a: {edit: ["The city of {subject} is in"]}'
     [
         ("relation,subject\na,b\n", PHRASINGS, "lacks the column 'object'"),
         ("", PHRASINGS, "facts.csv' cannot be read: No columns"),
-        (TABLE, "b: {}", "no phrasings for the relation 'a'"),
-        (TABLE, "a: [x]", "no phrasings for the relation 'a'"),
-        (TABLE, "a: {test: ['of {subject}']}", "give at least one under `edit`"),
+        (TABLE, "a: {test: ['of {subject}']}", "no phrasings for the relation 'a'; give at least one under `edit`"),
         (TABLE, "a: {edit: ['{subject} is']}", "stands after a space"),
-        (TABLE, "a: {edit: 'in {subject} is'}", "give a list of texts"),
         (TABLE, "a: {edit: ['in {subject}', 3]}", "give a list of texts"),
         (TABLE, "- a", "relations.yaml' is a list; it should name each relation"),
         (TABLE, "", "relations.yaml' is empty; it should name each relation"),
         (TABLE, "a: [", "relations.yaml' cannot be read: while parsing"),
-        (TABLE, None, "relations.yaml' cannot be read: .*No such file"),
         (None, PHRASINGS, "facts.csv' cannot be read: .*No such file"),
     ],
 )

@@ -15,7 +15,7 @@ from helpers import ROOT, tiny_classifier, tiny_model, tokenizer_with_words
 
 from backpack_lib import SenseEdits, load
 from backpack_lib.analysis import bias
-from backpack_lib.lessons import bias as lessons_of_bias
+from backpack_lib.lessons.opening import Lesson
 from backpack_lib.loading import is_planted
 from backpack_lib.text import planted
 from backpack_lib.text.writing import ids_of_text
@@ -233,7 +233,7 @@ def own_prompts(folder, **changes) -> str:
 def test_bias_of_another_pair_with_professions_and_templates_of_ones_own(tmp_path, monkeypatch):
     given = {"pair": ["he", "they"], "professions": ["nurse", "guard", "construction worker", "teacher", "cook"]}
     given |= {"prompts": own_prompts(tmp_path), "wanted": 0.5, "out": str(tmp_path / "out")}
-    monkeypatch.setattr(lessons_of_bias, "stored_losses", None)  # with text of one's own, nothing stored is asked for
+    monkeypatch.setattr(Lesson, "stored", None)  # with text of one's own, nothing stored is asked for
     execute("04_gender_bias", given | {"reference": str(ROOT / "README.md")})
     model, tokenizer = load("demo")
     measured = pd.read_csv(tmp_path / "out" / "professions.csv", index_col="profession")["log-odds"]

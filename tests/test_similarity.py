@@ -31,13 +31,8 @@ def test_the_sets_are_read_as_they_are_published_and_a_missing_one_is_left_out(t
     for source in (tmp_path, f"file://{tmp_path}"):
         sets = similarity.read_sets(source)
         assert list(sets) == list(similarity.SETS)
-        firsts = [tuple(pairs.iloc[0]) for pairs in sets.values()]
-        assert firsts == [
-            ("old", "new", 1.58),
-            ("take", "remove", 6.81),
-            ("cord", "smile", 0.02),
-            ("love", "sex", 6.77),
-        ]
+        scores = [tuple(pairs["score"]) for pairs in sets.values()]
+        assert scores == [(1.58, 9.2), (6.81, 1.49), (0.02, 0.04), (6.77, 7.35)]
         assert all(len(pairs) == 2 and pairs["score"].dtype == float for pairs in sets.values())
     (tmp_path / "RG65.csv").unlink()
     assert "RG-65" not in similarity.read_sets(tmp_path)
@@ -54,7 +49,6 @@ OF_RG, OF_WS = [("cord", "smile", 0.02), ("noon", "string", 0.04)], [("love", "s
 ODD = "null;NA;1\nnan;None;2\nyes;1984;3\n"
 AS_PEOPLE_HAVE_THEM = [  # file, what is in it, the pairs that are read, and words of the warning or refusal
     ("RG65.csv", RG + "gem;jewel;n/a\n", OF_RG, "1 of 3 rows .* the first of them: 3"),
-    ("RG65.csv", RG + "gem;jewel;\n", OF_RG, "1 of 3 rows"),
     ("RG65.csv", RG + "gem;jewel\n", OF_RG, "1 of 3 rows"),
     ("RG65.csv", RG + "gem;jewel;inf\n", OF_RG, "1 of 3 rows"),
     ("RG65.csv", " ;gem;3.1\n" + RG, OF_RG, "1 of 3 rows .* the first of them: 1"),
@@ -62,7 +56,6 @@ AS_PEOPLE_HAVE_THEM = [  # file, what is in it, the pairs that are read, and wor
     ("RG65.csv", "\ufeff" + RG.replace("smile", " smile "), OF_RG, None),
     ("RG65.csv", ODD, [("null", "NA", 1), ("nan", "None", 2), ("yes", "1984", 3)], None),
     ("WS353.csv", WS, OF_WS, None),  # without its header
-    ("WS353.csv", "", None, "is not WS-353 as it is published"),
     ("RG65.csv", "cord,smile,0.02\n", None, "is not RG-65 as it is published"),
     ("RG65.csv", "cord;smile;0,02\n", None, "no row with two words and a score"),
     ("unknown.csv", WS, None, "holds none of SimLex-999.txt, SimVerb-3500.txt, RG65.csv, WS353.csv"),
@@ -110,19 +103,10 @@ def test_the_best_of_many_that_know_nothing_scores_nothing_and_one_that_knows_is
         peeked.append(max(spearmanr(values, scores).statistic for values in noise.values()))
         honest.append(spearmanr(similarity.held_out(noise, scores, seed=seed)[0], scores).statistic)
     assert np.mean(peeked) > 0.15 and np.mean(honest) < 0.06
-    true = scores + 0.3 * rng.random(120)
+    true = 1e3 * (scores + 0.3 * rng.random(120))  # of another scale
     predicted, chosen = similarity.held_out({"constant": np.ones(120)} | noise | {"true": true}, scores)
-    assert chosen == ["true"] * 10
+    assert chosen == ["true"] * 10 and 0 <= predicted.min() <= predicted.max() <= 1
     assert spearmanr(predicted, scores).statistic == pytest.approx(spearmanr(true, scores).statistic, abs=0.02)
-
-
-def test_similarities_of_other_scales_are_mixed_fairly():
-    rng = np.random.default_rng(1)
-    scores = rng.random(200)
-    values = {"small": scores + 0.2 * rng.random(200), "large": 1e3 * (scores + 0.2 * rng.random(200))}
-    predicted, _ = similarity.held_out(values, scores)
-    assert 0 <= predicted.min() and predicted.max() <= 1
-    assert spearmanr(predicted, scores).statistic > min(spearmanr(v, scores).statistic for v in values.values()) - 0.02
 
 
 def test_a_paired_difference_is_of_the_same_pairs_and_knows_who_is_ahead():
@@ -136,28 +120,15 @@ def test_a_paired_difference_is_of_the_same_pairs_and_knows_who_is_ahead():
         turned = {word: angles[word] + shifts[word] for word in words}
         return lambda asked: torch.tensor([[[np.cos(turned[word]), np.sin(turned[word])]] for word in asked])
 
-    methods, sets = (
-        {"good": knows(0.05, 1), "as good": knows(0.05, 2), "poor": knows(1.5, 3)},
-        {"one": pairs, "two": pairs},
-    )
+    methods = {"good": knows(0.05, 1), "as good": knows(0.05, 2), "poor": knows(1.5, 3)}
+    sets = {"one": pairs, "two": pairs}
     table = similarity.paired_differences(methods, sets)
     assert list(table.index) == [(name, of) for name in ("as good", "poor") for of in ("one", "two", "mean")]
     assert table.loc[("poor", "mean"), "low"] > 0.1
     assert table.loc[("as good", "mean"), "low"] < 0 < table.loc[("as good", "mean"), "high"]
-    held_out = {
-        name: similarity.held_out_table(vectors, {"one": pairs}).loc["one"] for name, vectors in methods.items()
-    }
+    held_out = {name: similarity.held_out_table(methods[name], {"one": pairs}).loc["one"] for name in methods}
     assert table.loc[("poor", "one"), "difference"] == pytest.approx(held_out["good"]["rho"] - held_out["poor"]["rho"])
     assert held_out["poor"]["low"] < held_out["poor"]["rho"] < held_out["poor"]["high"] < held_out["good"]["low"]
-
-
-def test_input_embeddings_stand_in_as_one_sense(model, tokenizer):
-    vectors, E = (
-        similarity.of_input_embeddings(model, tokenizer)(["nurse", "zebra"]),
-        model.get_input_embeddings().weight,
-    )
-    nurse, zebra = (tokenizer(word)["input_ids"] for word in (" nurse", " zebra"))
-    torch.testing.assert_close(vectors, torch.stack([E[nurse].mean(0), E[zebra].mean(0)])[:, None])
 
 
 # ---------------------------------------------------------------- roles

@@ -1,6 +1,7 @@
 """What is stored or shipped is of the models that are here, and a row of it is what the code gives."""
 
 import runpy
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -12,14 +13,14 @@ from backpack_lib.analysis.knowledge import margins, project, read_facts
 from backpack_lib.analysis.matching import compare_models
 from backpack_lib.lessons import lens as checks_of_lens
 from backpack_lib.lessons.opening import open_lesson
-from backpack_lib.lessons.reading import STORED, stored_table, words_to_compare
-from backpack_lib.lessons.topics import stored_texts
+from backpack_lib.lessons.reading import STORED, words_to_compare
 from backpack_lib.loading import fingerprint, is_planted, load_baseline
 
 
 def test_the_stored_texts_of_topic_control_are_of_the_demo_models_on_all_topics(tmp_path):
     lesson = open_lesson("03_topic_control", "demo", str(tmp_path))
-    stored = stored_texts("demo", lesson)
+    asked = "demo/topic_control/texts.csv.gz", "make topic-control", "model"
+    stored = lesson.stored(*asked)
     assert set(stored.loc[stored["method"] == "PPLM", "model"]) == {fingerprint(load("demo-transformer")[0])}
     sizes = stored.groupby(["method", "strength", "temperature"])["topic"].nunique()
     assert set(sizes) == {17} and set(stored["strength"]) == {0, 1, 2, 3, 0.1, 0.3}
@@ -27,9 +28,10 @@ def test_the_stored_texts_of_topic_control_are_of_the_demo_models_on_all_topics(
     perplexity = np.exp(perplexity["nats"] / perplexity["tokens"]).groupby("method")
     gaps = (perplexity.transform(lambda p: p / p.xs(0.0, level="strength").iloc[0]) - 1).abs()
     assert (gaps.groupby(["method", "strength"]).min() <= 0.05).all()  # each method at equal fluency
-    assert stored_texts("planted", lesson) is None
+    planted = open_lesson("03_topic_control", "planted", str(tmp_path))
+    assert planted.stored(*asked) is None
     with pytest.raises(ValueError, match="run: make topic-control"):
-        stored_texts("demo", open_lesson("03_topic_control", "planted", str(tmp_path)))
+        replace(planted, name="demo").stored(*asked)
 
 
 def test_the_stored_losses_of_debiasing_are_of_the_demo_model():
@@ -70,14 +72,14 @@ def test_the_stored_tables_of_reading_are_of_these_models():
     models = {name: load(STORED / name)[0] for name in ("seed-0", "seed-1")}
     tokenizer = load(STORED / "seed-0")[1]
     pairs, partners = compare_models(models, *words_to_compare(tokenizer))
-    row = stored_table("seeds").query("what == 'senses' and one == 'seed-0' and other == 'seed-1'").iloc[0]
+    row = pd.read_csv(STORED / "seeds.csv").query("what == 'senses' and one == 'seed-0' and other == 'seed-1'").iloc[0]
     assert pairs.loc[0, "matched"] == pytest.approx(row["matched"], abs=2e-3)
     make = runpy.run_path(str(STORED / "make.py"))
     (best,) = make["gender_of"](models, tokenizer, partners).to_dict("records")
-    stored = stored_table("gender").query("one == 'seed-0' and other == 'seed-1'").iloc[0]
+    stored = pd.read_csv(STORED / "gender.csv").query("one == 'seed-0' and other == 'seed-1'").iloc[0]
     assert all(best[name] == stored[name] for name in ("sense", "other sense", "partners"))
     assert best["share"] == pytest.approx(stored["share"], abs=2e-2)
-    assert set(stored_table("senses")["senses"]) == {0, 1, 4, 16}
+    assert set(pd.read_csv(STORED / "senses.csv")["senses"]) == {0, 1, 4, 16}
 
 
 @pytest.mark.parametrize("name", ["demo", "demo-lens", "smollm2-lens"])

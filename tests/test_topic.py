@@ -61,8 +61,7 @@ def test_scores_are_shares_of_the_largest_push_whatever_edits_are_applied():
         torch.testing.assert_close(found.flatten(0, 1), expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("sampled", [2000, 50])
-@pytest.mark.parametrize("strength", [1, 2, 3])
+@pytest.mark.parametrize(("strength", "sampled"), [(1, 2000), (2, 50), (3, 2000)])
 def test_factors_follow_the_quantiles_of_used_tokens(strength, sampled):
     model = tiny_model(vocab_size=V + 50, num_senses=2, used_vocab_size=V)
     control = TopicControl(model, TOKENIZER, "nurse", strength, sampled=sampled)

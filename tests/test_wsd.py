@@ -17,6 +17,8 @@ def model_and_tokenizer():
 
 def test_a_word_is_described_by_what_the_model_makes_of_it(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
+    ids, begin, end = wsd.place_of(tokenizer, ["the", "nurse", "of", "concert"], 1, n=2)
+    assert tokenizer.decode(ids[begin:end]) == " nurse of"
     rows = [wsd.place_of(tokenizer, "At the concert the nurse waits".split(), place) for place in (2, 4)]
     rows.append(wsd.place_of(tokenizer, ["nurse:", "a", "person"], 0))
     described = wsd.describe(model, rows)
@@ -37,12 +39,6 @@ def test_a_word_is_described_by_what_the_model_makes_of_it(model_and_tokenizer):
         truth["last state"] = out.hidden_states[-1][0, begin:].mean(0)
         for way, value in truth.items():
             assert np.allclose(described[way][number], value.numpy(), atol=1e-5), way
-
-
-def test_a_word_of_several_tokens_is_found_where_it_stands(model_and_tokenizer):
-    _, tokenizer = model_and_tokenizer
-    ids, begin, end = wsd.place_of(tokenizer, ["the", "nurse", "of", "concert"], 1, n=2)
-    assert tokenizer.decode(ids[begin:end]) == " nurse of"
 
 
 def test_likeness_finds_the_meaning_that_reads_as_the_sentence_does(model_and_tokenizer):
@@ -76,8 +72,3 @@ def test_the_prior_is_weighed_against_the_standardised_likeness():
     for share in wsd.PRIORS:
         assert said[f"last state, prior {share:g}"] == (share * z > np.log(2))
     assert said["last state"] and not said["first meaning"]
-
-
-def test_a_folder_without_the_two_tables_says_which_is_missing(tmp_path):
-    with pytest.raises(ValueError, match="has no file instances.tsv.xz"):
-        wsd.read_tables(str(tmp_path))

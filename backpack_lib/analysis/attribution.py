@@ -16,29 +16,19 @@ from backpack_lib.model.kinds import require_senses
 
 @dataclass(frozen=True)
 class Reading:
-    """One prediction and all that went into it.
+    """One prediction and all that went into it."""
 
-    weights: alpha of the position, (T, k): how much of each sense of each token goes in; sums to one over tokens.
-    senses: the tokens' sense vectors, (T, k, d).
-    logits: the model's own, (V,).
-    embeddings: the output embedding E, (V, d), in the scale of the logits.
-    residual: of a sense lens, what no sense says of the Transformer's last state, (d,).
-    bias: of the output embedding, (V,), where it has one; it counts with the residual.
-    """
-
-    weights: torch.Tensor
-    senses: torch.Tensor
-    logits: torch.Tensor
-    embeddings: torch.Tensor
-    residual: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
+    weights: torch.Tensor  # alpha, (T, k): how much of each sense of each token goes in; sums to one over tokens
+    senses: torch.Tensor  # of the tokens, (T, k, d)
+    logits: torch.Tensor  # the model's own, (V,)
+    embeddings: torch.Tensor  # the output embedding E, (V, d), in the scale of the logits
+    residual: torch.Tensor | None = None  # of a sense lens, what no sense says of the Transformer's last state, (d,)
+    bias: torch.Tensor | None = None  # of the output embedding, (V,), where it has one; it counts with the residual
 
     def contributions(self, target: int, contrast: int | None = None) -> torch.Tensor:
         """The share of each (token, sense) in the target's logit, or in its log-odds to the contrast, (T, k).
 
         Of a sense lens (T + 1, k): the last row begins with the residual's share and is zero otherwise.
-
-        Raises ValueError if one of the two is no row of the vocabulary.
         """
         direction = self._difference(self.embeddings, target, contrast)
         shares = self.weights.float() * (self.senses.float() @ direction)
@@ -75,8 +65,6 @@ def read(model, input_ids, position: int = -1) -> Reading:
     """Runs the model on one text, up to a position, and keeps all that went into the prediction there.
 
     input_ids: (T,) or (1, T). position: whose next token is predicted; negative ones count from the end.
-
-    Raises ValueError for an empty text or several, a position outside the text, or a model without senses.
     """
     require_senses(model)
     ids = torch.as_tensor(input_ids)
@@ -84,8 +72,6 @@ def read(model, input_ids, position: int = -1) -> Reading:
         ids = ids[0]
     if ids.dim() != 1:
         raise ValueError(f"input_ids has shape {tuple(ids.shape)}; give one text, as (tokens,) or (1, tokens).")
-    if not len(ids):
-        raise ValueError("There is no token to read in an empty text; give at least one.")
     if not -len(ids) <= position < len(ids):
         raise ValueError(f"There is no position {position} in a text of {len(ids)} tokens (0 to {len(ids) - 1}).")
     if ids.device.type == "cpu":
@@ -114,12 +100,9 @@ def attribute(model, input_ids, target: int, contrast: int | None = None, positi
     """The contribution of each sense of each token to a logit, or to log-odds, at a position; (T, k).
 
     Of a sense lens (T + 1, k), with a row for the residual; see `Reading.contributions`.
-
     They sum to the model's own logit of `target`, or to log p(target) - log p(contrast), up to rounding.
     Takes one forward pass and T k products of width d, whatever the size of the vocabulary.
 
     input_ids: (T,) or (1, T); with a position before the last, T counts the tokens up to it.
-
-    Raises ValueError as `read` does, and for a target or contrast outside the vocabulary.
     """
     return read(model, input_ids, position).contributions(target, contrast)

@@ -33,12 +33,7 @@ RESAMPLES, PERMUTATIONS = 2000, 9999
 
 
 def log_odds(model, tokenizer, professions: list[str], templates: list[str], pair=PAIR) -> pd.DataFrame:
-    """log p(first) - log p(second) of the next token in nats: a row for each profession, a column for each template.
-
-    Raises ValueError for no professions or templates, a template without the slot `{profession}`, a profession that
-    the vocabulary lacks or that is spelled with other tokens in a template, and a pair that is not two words of one
-    token each.
-    """
+    """log p(first) - log p(second) of the next token in nats: a row for each profession, a column for each template."""
     first, second = tokens_of_pair(tokenizer, pair)
     log_probs = next_log_probabilities(model, tokenizer, fill(tokenizer, professions, templates))
     odds = (log_probs[:, first] - log_probs[:, second]).cpu().double().view(len(professions), len(templates))
@@ -56,10 +51,7 @@ def excess_removed(before, after) -> float:
 
 
 def fill(tokenizer, professions: list[str], templates: list[str]) -> list[str]:
-    """Each template with each profession in its slot, the templates of the first profession first.
-
-    Raises ValueError as `log_odds` does.
-    """
+    """Each template with each profession in its slot, the templates of the first profession first."""
     for name, entries in (("professions", professions), ("templates", templates)):
         if isinstance(entries, str) or not len(entries):
             raise ValueError(f"{name}={entries!r} should be a list with at least one entry.")
@@ -74,7 +66,8 @@ def fill(tokenizer, professions: list[str], templates: list[str]) -> list[str]:
         ids = known_tokens_of_word(tokenizer, profession)
         for template in templates:
             prompts.append(template.replace(SLOT, profession))
-            if not holds(tokenizer(prompts[-1], add_special_tokens=False)["input_ids"], ids):
+            in_prompt = tokenizer(prompts[-1], add_special_tokens=False)["input_ids"]
+            if not any(in_prompt[start : start + len(ids)] == ids for start in range(len(in_prompt))):
                 raise ValueError(
                     f"In the template {template!r} the profession {profession!r} is spelled with other tokens than "
                     "after a space; put the slot after a space, with nothing attached to it."
@@ -82,13 +75,8 @@ def fill(tokenizer, professions: list[str], templates: list[str]) -> list[str]:
     return prompts
 
 
-def holds(ids: list[int], part: list[int]) -> bool:
-    """Whether a text's ids hold a word's, one after the other."""
-    return any(ids[start : start + len(part)] == part for start in range(len(ids)))
-
-
 def tokens_of_pair(tokenizer, pair) -> tuple[int, int]:
-    """The tokens of the two words. Raises ValueError if they are not two different words of one token."""
+    """The tokens of two different words of one token each."""
     if isinstance(pair, str) or len(pair) != 2:
         raise ValueError(f"pair={pair!r} should be two words, such as {PAIR}.")
     first, second = (token_of_word(tokenizer, word) for word in pair)
@@ -109,10 +97,7 @@ def check_split(fit: list[str], test: list[str]):
 
 
 def separable(tokenizer, professions: list[str], templates: list[str]) -> list[str]:
-    """Those professions that can be edited without touching another's, or the templates', words: no token is shared.
-
-    A profession of several tokens may share one of them. Of two that share one, neither is returned.
-    """
+    """Those professions of which no token is another's or a template's, so that they can be edited apart."""
     words = " ".join(templates).replace(SLOT, " ")
     of_templates = set(tokenizer(" " + words, add_special_tokens=False)["input_ids"])
     tokens = {name: set(known_tokens_of_word(tokenizer, name)) for name in professions}
@@ -125,15 +110,11 @@ def separable(tokenizer, professions: list[str], templates: list[str]) -> list[s
 
 @dataclass(frozen=True)
 class Split:
-    """Log-odds over professions P and templates T, and the exact parts that they are the sum of.
+    """Log-odds over professions P and templates T, and the exact parts that they are the sum of."""
 
-    odds: (P, T). own: (P, T, k), from each sense of the profession's own tokens, wherever they stand in the prompt.
-    rest: (P, T, k), from each sense of all other tokens; of a sense lens (P, T, k + 1), with the residual's part last.
-    """
-
-    odds: np.ndarray
-    own: np.ndarray
-    rest: np.ndarray
+    odds: np.ndarray  # (P, T)
+    own: np.ndarray  # (P, T, k), from each sense of the profession's own tokens, wherever they stand in the prompt
+    rest: np.ndarray  # (P, T, k), from all other tokens; of a sense lens (P, T, k + 1), the residual's part last
 
     def scaled(self, senses: list[int], scale: float) -> np.ndarray:
         """The log-odds once these senses of all professions are multiplied by the scale, (P, T)."""
@@ -141,7 +122,7 @@ class Split:
 
 
 def split_odds(model, tokenizer, professions: list[str], templates: list[str], pair=PAIR) -> Split:
-    """The log-odds of a model with senses, split by sense. Raises ValueError as `log_odds` does, and without senses."""
+    """The log-odds of a model with senses, split by sense."""
     first, second = tokens_of_pair(tokenizer, pair)
     prompts = fill(tokenizer, professions, templates)
     words = [known_tokens_of_word(tokenizer, name) for name in professions for _ in templates]
@@ -164,16 +145,13 @@ class Localization:
     table: a row for each sense. level: the mean of what it adds to the log-odds, in nats. share: its part of the
         differences, with its interval low, high. p: of the test of those in `senses`, corrected for the number of
         senses; the others are not tested.
-    elsewhere: the part of the differences that lies in all other tokens; it and the shares sum to one.
-    senses: the fewest that together carry the wanted share, the largest first; if none can, all that carry any.
-    share: what they carry together. p: of the test of that, corrected for the choice.
     """
 
     table: pd.DataFrame
-    elsewhere: float
-    senses: list[int]
-    share: float
-    p: float
+    elsewhere: float  # the part of the differences that lies in all other tokens; it and the shares sum to one
+    senses: list[int]  # the fewest that carry the wanted share, the largest first; if none can, all that carry any
+    share: float  # what they carry together
+    p: float  # of the test of that, corrected for the choice
 
 
 def localize(split: Split, wanted: float = 0.9, seed: int = 0) -> Localization:
@@ -185,8 +163,6 @@ def localize(split: Split, wanted: float = 0.9, seed: int = 0) -> Localization:
     (less their mean over professions) could be permuted within each profession; y would stay as it is. p is how often
     the greatest share under such permutations is as great, which corrects for the number of senses. For the next
     sense of the set it is asked again among the senses that are left, and so on.
-
-    Raises ValueError for fewer than three professions or none that differ, and if `wanted` is no share.
     """
     if not 0 < wanted <= 1:
         raise ValueError(f"wanted={wanted} should be a share above 0 and up to 1.")
@@ -220,10 +196,7 @@ def fewest(share: np.ndarray, wanted: float) -> list[int]:
 
 
 def permuted_shares(split: Split, senses: Iterable[int], seed: int) -> np.ndarray:
-    """Shares when each profession's contributions are permuted among its senses.
-
-    -> (permutations, senses), each row in falling order
-    """
+    """Shares when each profession's contributions are permuted, (permutations, senses), each row in falling order."""
     y = split.odds.mean(1) - split.odds.mean()
     c = split.own.mean(1)[:, list(senses)]
     c = c - c.mean(0)
@@ -246,11 +219,7 @@ def step_down(split: Split, share: np.ndarray, senses: list[int], seed: int) -> 
 
 
 def debias(model, tokenizer, professions: list[str], senses: Iterable[int], scale: float = 0.0) -> SenseEdits:
-    """Edits that scale senses of professions; 0 removes them.
-
-    All tokens of a profession are scaled, wherever they occur; so pieces of a profession of several tokens are
-    scaled in other words, too. Raises ValueError as `SenseEdits` does.
-    """
+    """Edits that scale senses of all tokens of professions, wherever they occur; 0 removes them."""
     tokens = tokens_of_professions(tokenizer, professions)
     return SenseEdits(model, tokenizer, "professions turned down").scale(tokens, list(senses), scale)
 
@@ -263,7 +232,7 @@ def tokens_of_professions(tokenizer, professions: list[str]) -> list[int]:
 def nullspace(model, tokenizer, professions: list[str], pair=PAIR) -> Iterator:
     """A Transformer whose professions lose what their input embeddings hold of E_second - E_first.
 
-    The baseline of Hewitt et al. (2023); output embeddings stay. Raises ValueError for a wrong pair.
+    The baseline of Hewitt et al. (2023); output embeddings stay.
     """
     first, second = tokens_of_pair(tokenizer, pair)
     E = model.get_output_embeddings().weight.detach()
@@ -274,8 +243,5 @@ def nullspace(model, tokenizer, professions: list[str], pair=PAIR) -> Iterator:
         along = (embeddings @ direction)[..., None] * direction
         return torch.where(torch.isin(inputs[0], edited)[..., None], embeddings - along, embeddings)
 
-    handle = model.get_input_embeddings().register_forward_hook(project)
-    try:
+    with model.get_input_embeddings().register_forward_hook(project):
         yield model
-    finally:
-        handle.remove()

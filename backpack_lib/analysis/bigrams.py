@@ -11,7 +11,6 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from scipy.sparse import coo_array
-from scipy.stats import rankdata
 
 from backpack_lib.analysis.scores import batches
 from backpack_lib.model.kinds import require_senses
@@ -71,27 +70,3 @@ def losses_by_part(model, rows: list[list[int]], bigrams: Bigrams | None = None)
         table["counted bigrams"] = -bigrams.log_probs(table["last"].to_numpy(), table["next"].to_numpy())
         table["counted words"] = -np.log(bigrams.unigram[table["next"]])
     return table
-
-
-@torch.no_grad()
-def bigram_correlations(model, bigrams: Bigrams, tokens: torch.Tensor, among: torch.Tensor) -> pd.DataFrame:
-    """Is a sense the bigram model? Spearman's rho of each sense's pushes and counted log p(y | x) - log p(y).
-
-    tokens: words x; among: words y to rank. -> a row for each sense: the mean over words, and the same with another
-    word's counts in the place of each word's, which says what words have in common.
-    """
-    E = model.get_output_embeddings().weight[among]
-    pushes = (model.sense_vectors(tokens.to(model.device)) @ E.T).cpu().numpy()  # (n, k, m)
-    x, y = np.meshgrid(tokens.cpu().numpy(), among.cpu().numpy(), indexing="ij")
-    counted = bigrams.log_probs(x.ravel(), y.ravel()).reshape(x.shape) - np.log(bigrams.unigram[y])  # (n, m)
-    ranks, ranks_of_counts = _standard_ranks(pushes), _standard_ranks(counted)
-    own = np.einsum("nkm,nm->nk", ranks, ranks_of_counts).mean(0)
-    other = np.einsum("nkm,nm->nk", ranks, np.roll(ranks_of_counts, 1, axis=0)).mean(0)
-    return pd.DataFrame({"own bigrams": own, "another word": other}).rename_axis("sense")
-
-
-def _standard_ranks(table: np.ndarray) -> np.ndarray:
-    """The ranks of each row, of mean zero and length one, so that a product of two is Spearman's rho."""
-    ranks = rankdata(table, axis=-1)
-    ranks = ranks - ranks.mean(-1, keepdims=True)
-    return ranks / np.maximum(np.linalg.norm(ranks, axis=-1, keepdims=True), 1e-12)

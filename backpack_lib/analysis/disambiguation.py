@@ -55,35 +55,27 @@ def english_ambiguities() -> list[Ambiguity]:
 
 
 def first_over_second(tokenizer, values: torch.Tensor, cues: dict[str, list[str]]) -> torch.Tensor:
-    """The mean over the first meaning's cues less the mean over the second's, of logits or pushes, (..., V) -> (...).
-
-    A cue of several tokens counts with their mean.
-    """
-    first, second = (
-        torch.stack([values[..., tokens_of_word(tokenizer, cue)].mean(-1) for cue in words]).mean(0)
-        for words in cues.values()
-    )
-    return first - second
+    """The mean over the first meaning's cues less the mean over the second's, of logits or pushes, (..., V) -> (...)."""
+    means = []
+    for words in cues.values():
+        of_cues = [values[..., tokens_of_word(tokenizer, cue)].mean(-1) for cue in words]
+        means.append(torch.stack(of_cues).mean(0))
+    return means[0] - means[1]
 
 
 @torch.no_grad()
 def leanings(model, tokenizer, ambiguity: Ambiguity) -> torch.Tensor:
-    """How far each sense of the word (of a word of several tokens, the last) pushes the first cues over the second's.
-
-    In nats, (k,).
-    """
+    """How far each sense of the word's last token pushes the first cues over the second's, in nats, (k,)."""
     x = torch.tensor(tokens_of_word(tokenizer, ambiguity.word)[-1:], device=model.device)
     return first_over_second(tokenizer, pushes(model, model.sense_vectors(x)[0]), ambiguity.cues)
 
 
 @torch.no_grad()
 def weights_in_context(model, tokenizer, ambiguity: Ambiguity) -> pd.DataFrame:
-    """What each text does at the word's own position, where the next word is predicted.
+    """What each text, a row, does at the word's own position, where the next word is predicted.
 
-    A row for each text. meaning; total, the log-odds of the cues; own, the word's contribution to them; and the columns
-    0 to k - 1, how much of each sense of the word goes in.
-
-    Raises ValueError for a model without senses.
+    Columns: meaning; total, the log-odds of the cues; own, the word's contribution to them; and 0 to k - 1, how much of
+    each sense of the word goes in.
     """
     meanings = [meaning for meaning, texts in ambiguity.texts.items() for _ in texts]
     texts = [text for texts in ambiguity.texts.values() for text in texts]

@@ -18,7 +18,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from numbers import Real
 from pathlib import Path
 
 import torch
@@ -54,19 +53,14 @@ class Edit:
     write: torch.Tensor | None = None
     plus: torch.Tensor | None = None
 
-    def __post_init__(self):
-        if self.tokens is not None:
-            object.__setattr__(self, "tokens", self.tokens.sort().values)  # once, and not where it is applied
-
     def __call__(self, token_ids: torch.Tensor, senses: torch.Tensor) -> torch.Tensor:
         """Edited sense vectors of tokens. (n,), (n, k, d) -> (n, k, d)"""
         if self.tokens is None:
             return self._of_all(senses)
-        here = _is_among(token_ids, self.tokens)
+        here = (token_ids[:, None] == self.tokens).any(1)
         if senses.device.type != "cpu":  # it would have to be waited for, to know how many there are
             return torch.where(here[:, None, None], self._of_all(senses), senses)
-        rows = here.nonzero()[:, 0]
-        return senses.index_put((rows,), self._of_all(senses[rows])) if len(rows) else senses
+        return senses.index_put((here,), self._of_all(senses[here])) if here.any() else senses
 
     def _of_all(self, senses: torch.Tensor) -> torch.Tensor:
         """The same, as if the edit were for all tokens."""
@@ -84,20 +78,12 @@ class Edit:
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
-def _is_among(token_ids: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Which of some tokens are among others, which are sorted, (n,); unlike `torch.isin`, it never waits for a GPU."""
-    place = torch.searchsorted(tokens, token_ids).clamp(max=len(tokens) - 1)
-    return tokens[place] == token_ids
-
-
 class SenseEdits:
     """A stack of edits to the senses of one model; see the module's example.
 
     `word` is a word of one token, a token id, several of either, or None for all words; `sense` is an index,
-    several, or None for all senses. Each method that edits returns the stack, so calls can be chained.
-
-    Raises ValueError, with nothing added, for words of several tokens, senses out of range, and numbers that
-    are not finite.
+    several, or None for all senses. Each method that edits returns the stack, so calls can be chained; where one is
+    refused, nothing is added.
     """
 
     def __init__(self, model, tokenizer, description: str = ""):
@@ -119,15 +105,16 @@ class SenseEdits:
 
     def scale(self, word: Words, sense: Senses = None, by: float = 0.0) -> "SenseEdits":
         """Multiplies senses by a number; 0 silences them."""
-        _check_number(by)
         return self._push(lambda named: f"scale {named} by {by:g}", word, sense, by=float(by))
 
     def replace(self, word: Words, sense: Senses, vector: torch.Tensor | str | int) -> "SenseEdits":
         """Puts a vector, (d,), or the same senses of another word, in the place of senses."""
         if not _is_one(vector):
             return self._push(lambda named: f"replace {named} by a vector", word, sense, by=0.0, plus=_copy(vector))
-        senses = self._senses_of(vector)[slice(None) if sense is None else self._senses(sense)]
-        other = self._spell(vector)
+        token, other = token_of_word(self.tokenizer, vector), self._spell(vector)
+        with torch.no_grad():
+            senses = self.model.sense_vectors(torch.tensor([token], device=self.model.device))[0]
+        senses = senses if sense is None else senses[self._senses(sense)]
         return self._push(lambda named: f"replace {named} by those of {other}", word, sense, by=0.0, plus=_copy(senses))
 
     def add(self, word: Words, sense: Senses, vector: torch.Tensor) -> "SenseEdits":
@@ -142,10 +129,8 @@ class SenseEdits:
 
         With E_r and E_a the two embeddings and c = C(x)_l . E_r / |E_r|^2, the new sense is
         C(x)_l - c E_r + c E_a |E_r|^2 / |E_a|^2 (Hewitt et al., 2023, on knowledge editing).
-
         remove: a word, or a direction, (d,), such as the difference of two embeddings. by: what is left of c.
         """
-        _check_number(by)
         if _is_one(remove):
             e_r, removed = self._embedding(remove), self._spell(remove)
         else:
@@ -168,7 +153,7 @@ class SenseEdits:
         return self
 
     def undo(self) -> "SenseEdits":
-        """Takes the last edit back. Raises ValueError if there is none."""
+        """Takes the last edit back."""
         if not self._edits:
             raise ValueError("There is no edit to undo.")
         self._edits.pop()
@@ -188,8 +173,6 @@ class SenseEdits:
         model: the one they were made for, or another copy of it, on any device; None: the very one.
         Blocks may nest; edits of an inner block come after those of the outer. A text in a cache that was filled
         outside the block is read with these edits, too.
-
-        Raises ValueError if the edits do not fit the model.
         """
         model = self.model if model is None else model
         if model is not self.model:
@@ -227,11 +210,7 @@ class SenseEdits:
 
     @classmethod
     def load(cls, path: str | Path, model, tokenizer) -> "SenseEdits":
-        """Edits from a file that `save` wrote, for a model that they fit.
-
-        Raises ValueError if the file is missing, damaged or of another kind, or if it was made for another
-        vocabulary or another model.
-        """
+        """Edits from a file that `save` wrote; one made for another vocabulary or model is refused."""
         metadata, tensors = _read_file(path)
         name = f"{str(path)!r} (for the model {metadata['model']!r})"
         if metadata["vocabulary"] != vocabulary_fingerprint(tokenizer):
@@ -247,15 +226,17 @@ class SenseEdits:
 
     def _push(self, note: Callable[[str], str], word: Words, sense: Senses, **parts) -> "SenseEdits":
         """Adds an edit. note: from the names of its words and senses to a line that says what it does."""
-        tokens, senses = self._tokens(word), self._senses(sense)
+        tokens, senses = _numbers(word, "word", lambda w: token_of_word(self.tokenizer, w)), self._senses(sense)
         return self._keep(Edit(note(self._name(tokens, senses)), tokens, senses, **parts))
 
     def _keep(self, edit: Edit) -> "SenseEdits":
-        """Adds an edit that fits the model. Raises ValueError if it does not, or holds numbers that are not finite."""
+        """Adds an edit that fits the model, and whose numbers are finite."""
         config = self.model.config
         for ids, size in ((edit.tokens, len(self.tokenizer)), (edit.senses, config.num_senses)):
             if ids is not None and not 0 <= ids.min() <= ids.max() < size:
                 raise ValueError(f"An edit names the tokens or senses {ids.tolist()}, but there are only {size}.")
+        if not math.isfinite(edit.by):
+            raise ValueError(f"by={edit.by} is not a finite number; give one such as 0 or 0.5.")
         rows = config.num_senses if edit.senses is None else len(edit.senses)
         for vector in (edit.read, edit.write, edit.plus):
             if vector is None:
@@ -267,20 +248,12 @@ class SenseEdits:
         self._edits.append(edit)
         return self
 
-    def _tokens(self, word: Words) -> torch.Tensor | None:
-        return _numbers(word, "word", lambda w: token_of_word(self.tokenizer, w))
-
     def _senses(self, sense: Senses) -> torch.Tensor | None:
         return _numbers(sense, "sense", lambda s: check_sense(self.model, s))
 
     @torch.no_grad()
     def _embedding(self, word: str | int) -> torch.Tensor:
         return self.model.get_output_embeddings().weight[token_of_word(self.tokenizer, word)].float()
-
-    @torch.no_grad()
-    def _senses_of(self, word: str | int) -> torch.Tensor:
-        token = token_of_word(self.tokenizer, word)
-        return self.model.sense_vectors(torch.tensor([token], device=self.model.device))[0].float()
 
     def _spell(self, word: str | int) -> str:
         return f"“{spell(self.tokenizer, [token_of_word(self.tokenizer, word)])[0]}”"
@@ -295,11 +268,6 @@ class SenseEdits:
         words = [self._spell(token) for token in tokens[:3].tolist()]
         more = f" and {len(tokens) - 3} more" if len(tokens) > 3 else ""
         return f"{named} of {', '.join(words)}{more}"
-
-
-def _check_number(by: float):
-    if not isinstance(by, Real) or not math.isfinite(by):
-        raise ValueError(f"by={by!r} is not a finite number; give one such as 0 or 0.5.")
 
 
 def _is_one(word) -> bool:
@@ -323,7 +291,6 @@ def _copy(vector) -> torch.Tensor:
 
 
 def vocabulary_fingerprint(tokenizer) -> str:
-    """A short name for a vocabulary: the same only for the same tokens with the same ids."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
 

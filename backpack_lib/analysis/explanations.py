@@ -70,9 +70,7 @@ class Simulator:
 
     @classmethod
     def fit(cls, model, said: Explanations, tokens: torch.Tensor) -> "Simulator":
-        """Fitted on explanations of tokens, (n,), whose senses are looked up. Raises ValueError for fewer than ten."""
-        if len(tokens) < 10:
-            raise ValueError(f"A simulator needs at least 10 words to be fitted on, and {len(tokens)} were given.")
+        """Fitted on explanations of tokens, (n,), at least ten, whose senses are looked up."""
         E = model.get_output_embeddings().weight.detach().float()
         with torch.no_grad():
             C = model.sense_vectors(tokens).float()  # (n, k, d)

@@ -44,16 +44,12 @@ HALVINGS = 8  # of the interval in which the share is searched that a bound allo
 
 @dataclass(frozen=True)
 class Examples:
-    """Prompts with a token to follow.
+    """Prompts with a token to follow."""
 
-    kind: "say" (the target should be likely: likelier than all of the contrasts), "prefer" (likelier than its
-    contrast), or "balance" (as likely as its contrast). contrasts: tokens for each prompt, (n, m).
-    """
-
-    kind: str
+    kind: str  # "say": the target, likelier than all contrasts; "prefer": likelier than them; "balance": as likely
     prompts: list[str]
-    targets: torch.Tensor
-    contrasts: torch.Tensor
+    targets: torch.Tensor  # (n,)
+    contrasts: torch.Tensor  # (n, m)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -83,7 +79,7 @@ class Examples:
 
 
 def read_examples(file: str | Path = "") -> pd.DataFrame:
-    """A table like `data/canonical.csv`. Raises ValueError for a file that cannot be read or is not like it."""
+    """A table like `data/canonical.csv`."""
     file = as_seen(file) or data_folder() / "canonical.csv"
     table = read_table(file, COLUMNS)
     if unknown := sorted({*table["kind"]} - {*KINDS}):
@@ -121,7 +117,7 @@ def general_loss(model, rows: list[list[int]]) -> float:
 
 
 def rows_of_texts(model, tokenizer, texts: list[str]) -> list[list[int]]:
-    """Texts as rows of token ids, cut to the model's context. Raises ValueError if there is none."""
+    """Texts as rows of token ids, cut to the model's context."""
     rows = [ids_of_text(tokenizer, text)[: model.config.n_positions] for text in texts]
     rows = [row for row in rows if len(row) > 1]
     if not rows:
@@ -130,7 +126,7 @@ def rows_of_texts(model, tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def check_bound(eps: float):
-    """Raises ValueError for an eps that no change can meet, that bounds nothing, or that is no number."""
+    """Refuses an eps that no change can meet, that bounds nothing, or that is no number."""
     if not (isinstance(eps, (int, float)) and 0 < eps < math.inf):
         raise ValueError(f"The bound {eps!r} on the rise of the loss should be a finite number above 0, such as 0.001.")
 
@@ -138,29 +134,22 @@ def check_bound(eps: float):
 def bounded_share(model, applied: Callable, background: list[list[int]], eps: float) -> float:
     """The largest share of a change, 0 to 1, at which the loss on general text rises by a share of at most eps.
 
-    applied: from a share to a context in which the model has that share of the change.
-    """
-
-    def loss_at(share: float) -> float:
-        with applied(share):
-            return general_loss(model, background)
-
-    return walk_back(loss_at, general_loss(model, background), eps)
-
-
-def walk_back(loss_at: Callable[[float], float], start: float, eps: float) -> float:
-    """The largest share, 0 to 1, at which the loss is at most (1 + eps) times its `start` at share 0.
-
-    Found by halving an interval, so to within 2^-`HALVINGS`. Raises ValueError as `check_bound` does.
+    applied: from a share to a context in which the model has that share of the change. Found by halving an interval,
+    so to within 2^-`HALVINGS`.
     """
     check_bound(eps)
-    bound = (1 + eps) * start
-    if loss_at(1.0) <= bound:
+    bound = (1 + eps) * general_loss(model, background)
+
+    def is_within(share: float) -> bool:
+        with applied(share):
+            return general_loss(model, background) <= bound
+
+    if is_within(1.0):
         return 1.0
     low, high = 0.0, 1.0
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        if loss_at(middle) <= bound:
+        if is_within(middle):
             low = middle
         else:
             high = middle
@@ -179,8 +168,6 @@ class SenseTeaching:
     text.
 
     pairs: what was chosen, each (token, sense). added: the vectors, (m, d).
-
-    Raises ValueError for a model without senses.
     """
 
     def __init__(

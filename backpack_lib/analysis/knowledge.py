@@ -1,8 +1,7 @@
 """Facts that a model knows, and edits that change one: the sense projection, and the same on a Transformer's input.
 
     facts = known(model, tokenizer, usable(read_facts(), tokenizer))
-    edits = project(model, tokenizer, facts[:1])
-    with edits.applied():
+    with project(model, tokenizer, facts[:1]).applied():
         margins(model, tokenizer, facts[0], facts[0].test)   # counter-object over object, in nats
 
 The projection is that of Hewitt et al. (2023), who show what a model writes after it. How such an edit is judged
@@ -11,7 +10,7 @@ The projection is that of Hewitt et al. (2023), who show what a model writes aft
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,20 +35,16 @@ STRENGTHS = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, STRONGEST)  # tried where the effect 
 
 @dataclass(frozen=True)
 class Fact:
-    """That an object belongs to a subject, and the counter-object of the same kind that an edit puts in its place.
-
-    edit, test: phrasings that end where the object is expected, to edit with and to test with. about: texts on the
-    subject in which something else is expected. neighbours: the editing phrasings' first with other subjects.
-    """
+    """That an object belongs to a subject, and the counter-object of the same kind that an edit puts in its place."""
 
     relation: str
     subject: str
     object: str
     counter: str
-    edit: tuple[str, ...]
-    test: tuple[str, ...] = ()
-    about: tuple[str, ...] = ()
-    neighbours: tuple[str, ...] = ()
+    edit: tuple[str, ...]  # phrasings that end where the object is expected, to edit with
+    test: tuple[str, ...] = ()  # and others, to test with
+    about: tuple[str, ...] = ()  # texts on the subject in which something else is expected
+    neighbours: tuple[str, ...] = ()  # the first phrasing with other subjects
 
     def __str__(self) -> str:
         return f"{self.subject}: {self.object} → {self.counter}"
@@ -59,13 +54,10 @@ class Fact:
 
 
 def read_facts(facts: str | Path = "", relations: str | Path = "") -> list[Fact]:
-    """The facts of a table like `data/facts.csv`, with the phrasings of a file like `data/relations.yaml`.
-
-    Raises ValueError in one sentence for a file that cannot be read or does not look like these.
-    """
+    """The facts of a table like `data/facts.csv`, with the phrasings of a file like `data/relations.yaml`."""
     table = read_table(as_seen(facts) or data_folder() / "facts.csv", COLUMNS)
     relations = as_seen(relations) or data_folder() / "relations.yaml"
-    phrasings = _read(relations, lambda file: yaml.safe_load(Path(file).read_text(encoding="utf-8-sig")))
+    phrasings = read_file(relations, lambda file: yaml.safe_load(Path(file).read_text(encoding="utf-8-sig")))
     if not isinstance(phrasings, dict):
         kind = "empty" if phrasings is None else f"a {type(phrasings).__name__}"
         raise ValueError(
@@ -75,14 +67,15 @@ def read_facts(facts: str | Path = "", relations: str | Path = "") -> list[Fact]
 
 
 def read_table(file: str | Path, columns: list[str]) -> pd.DataFrame:
-    """A CSV file of texts. Raises ValueError in one sentence if it cannot be read or lacks one of the columns."""
-    table = _read(file, lambda file: pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig"))
+    """A CSV file of texts that should have these columns."""
+    table = read_file(file, lambda file: pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig"))
     if missing := [column for column in columns if column not in table]:
         raise ValueError(f"{str(file)!r} lacks the column {missing[0]!r}; it should have {', '.join(columns)}.")
     return table
 
 
-def _read(file: str | Path, read: Callable):
+def read_file(file: str | Path, read: Callable):
+    """What `read` makes of a user's file; why it cannot be read is said in one sentence."""
     try:
         return read(file)
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -107,10 +100,7 @@ def _fact(row, phrasings: dict) -> Fact:
 
 
 def tokens_of_fact(tokenizer, fact: Fact) -> tuple[int, int, int]:
-    """The tokens of subject, object and counter-object.
-
-    Raises ValueError for words of several tokens, and for a counter-object that is the object.
-    """
+    """The tokens of subject, object and counter-object, which should be one each."""
     subject, object_, counter = (token_of_word(tokenizer, word) for word in (fact.subject, fact.object, fact.counter))
     if object_ == counter:
         raise ValueError(f"The counter-object is the object, {fact.object!r}; name another word of its kind.")
@@ -121,11 +111,9 @@ def usable(facts: list[Fact], tokenizer) -> list[Fact]:
     """Those facts whose three words are one token each."""
     kept = []
     for fact in facts:
-        try:
+        with suppress(ValueError):
             tokens_of_fact(tokenizer, fact)
-        except ValueError:
-            continue
-        kept.append(fact)
+            kept.append(fact)
     return kept
 
 
@@ -137,9 +125,7 @@ def margins(model, tokenizer, fact: Fact, prompts) -> np.ndarray:
 
 
 def known(model, tokenizer, facts: list[Fact]) -> list[Fact]:
-    """Facts on which the model is right: the object is likelier than its counter-object after every editing phrasing,
-    and after most of those to test with.
-    """
+    """Facts whose object a model finds likelier than the counter-object: after all editing phrasings and most others."""
     if not facts:
         return []
     log_probs = next_log_probabilities(model, tokenizer, [text for fact in facts for text in fact.edit + fact.test])
@@ -160,8 +146,6 @@ def project(model, tokenizer, facts: list[Fact], senses=None, strengths=None) ->
     """Edits of the subjects' senses, all of them or some, that put each counter-object in its object's place.
 
     strengths: for each fact, how many times the projection's change is made; None: once, as in the paper.
-
-    Raises ValueError as `tokens_of_fact` does.
     """
     edits = SenseEdits(model, tokenizer, ", ".join(map(str, facts)))
     for fact, strength in zip(facts, [1.0] * len(facts) if strengths is None else strengths, strict=True):
@@ -193,8 +177,7 @@ def sense_effects(model, tokenizer, fact: Fact, prompts) -> np.ndarray:
 def dose(model, tokenizer, fact: Fact) -> float:
     """The least strength at which the projection brings the margin after each editing prompt to `WANTED` nats.
 
-    Known without an edit, since the margin is linear in the strength. Once, as in the paper, where no strength up to
-    `STRONGEST` is enough, as of a subject whose senses do not speak for the object.
+    Known without an edit, since the margin is linear in the strength. 1, as in the paper, if none to `STRONGEST` is.
     """
     before, effect = margins(model, tokenizer, fact, fact.edit), sense_effects(model, tokenizer, fact, fact.edit).sum(1)
     needed = max(np.where(effect > 0, (WANTED - before) / np.maximum(effect, 1e-9), np.inf))
@@ -213,11 +196,8 @@ def projected_input(model, tokenizer, fact: Fact, strength: float = 1.0) -> Iter
     def add(_module, inputs, embeddings):
         return torch.where((inputs[0] == tokens[0])[..., None], embeddings + change, embeddings)
 
-    handle = model.get_input_embeddings().register_forward_hook(add)
-    try:
+    with model.get_input_embeddings().register_forward_hook(add):
         yield model
-    finally:
-        handle.remove()
 
 
 def search_strength(model, tokenizer, fact: Fact) -> float:

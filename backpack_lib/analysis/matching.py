@@ -55,10 +55,10 @@ def match_null(one: np.ndarray, other: np.ndarray, seed: int = 0) -> np.ndarray:
 def compare_models(
     models: dict, tokens: torch.Tensor, among: torch.Tensor, seed: int = 0
 ) -> tuple[pd.DataFrame, dict[tuple[str, str], np.ndarray]]:
-    """Each pair of models: how alike matched senses are, how alike all pairs of senses, and the null.
+    """Of each pair of models, a row, and the senses' partners, (k,).
 
-    -> a row for each pair of models: matched (the mean likeness), random pairs (the mean over all pairs of senses),
-    null (the 95 % quantile of `match_null`) and p, both NaN for models of one sense; and each pair's partners, (k,).
+    Columns: matched (the mean likeness of partners), random pairs (of all pairs of senses), null (the 95 % quantile of
+    `match_null`) and p, both NaN for models of one sense.
     """
     of_models = {name: profiles(model, tokens, among) for name, model in models.items()}
     rows, partners = [], {}

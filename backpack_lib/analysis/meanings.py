@@ -1,10 +1,8 @@
 """Did a word's senses learn the meanings that were planted? Read off the senses alone, and tested by removing them.
 
-An ambiguous word of the planted corpus, such as "bat", belongs to two or three topics. Two questions are asked:
-
-- does some sense of it push the words of each of its topics, and more than those of other topics (`planted_meanings`);
-- does removing the sense that is best for one of its topics hurt predictions of that topic, and not of its other ones
-  (`removal_costs`)?
+An ambiguous word of the planted corpus, such as "bat", belongs to two or three topics. Does some sense of it push the
+words of each of its topics, and more than those of other topics (`planted_meanings`)? Does removing the sense that is
+best for one of them hurt predictions of that topic, and not of the others (`removal_costs`)?
 """
 
 import numpy as np
@@ -22,9 +20,8 @@ TEXTS_OF_A_TOPIC = 20  # for each topic of each word
 def planted_meanings(model, tokenizer) -> tuple[pd.DataFrame, pd.Series]:
     """How well each sense of an ambiguous planted word tells a topic's words from those of all other topics.
 
-    A Transformer has no senses; the word's input embedding stands in as one.
-
-    -> AUCs, (word, topic) x senses; and whether that topic was planted as a meaning of that word.
+    Of a Transformer, the word's input embedding stands in as one sense. -> AUCs, (word, topic) x senses; and whether
+    that topic was planted as a meaning of that word.
     """
     lexicon = planted.lexicon()
     own = {topic: _tokens_of_topic(tokenizer, topic) for topic in lexicon["topics"]}
@@ -35,8 +32,7 @@ def planted_meanings(model, tokenizer) -> tuple[pd.DataFrame, pd.Series]:
             true = np.array([(x, y) for y in own[topic]])
             false = np.array([(x, y) for other in own if other != topic for y in own[other]])
             rows[word, topic] = relation_auc(model, true, false)
-    auc = pd.DataFrame.from_dict(rows, orient="index")
-    auc.index = pd.MultiIndex.from_tuples(auc.index, names=["word", "topic"])
+    auc = pd.DataFrame(rows).T.rename_axis(["word", "topic"])
     is_meaning = pd.Series([topic in lexicon["ambiguous"][word] for word, topic in auc.index], auc.index)
     return auc, is_meaning
 
@@ -78,9 +74,7 @@ def removal_costs(model, tokenizer) -> pd.DataFrame:
         for sense in range(len(pushes)):
             without = logits - weight[:, [sense]] * pushes[sense]
             costs[word, topic].append((before - without.log_softmax(-1).gather(1, target).mean()).item())
-    table = pd.DataFrame.from_dict(costs, orient="index")
-    table.index = pd.MultiIndex.from_tuples(table.index, names=["word", "topic"])
-    return table
+    return pd.DataFrame(costs).T.rename_axis(["word", "topic"])
 
 
 def texts_of_meanings() -> dict[tuple[str, str], list[str]]:

@@ -69,8 +69,6 @@ def relation_auc(model, pairs: np.ndarray, false_pairs: np.ndarray | None = None
     """How well each sense tells true pairs, (n, 2), from false ones: (k,); .5 is chance, 1 is always.
 
     false_pairs: (m, 2); None shuffles the second words of the true ones.
-
-    Raises ValueError if there is no pair.
     """
     if not len(pairs):
         raise ValueError("There are no pairs to tell from false ones; give more text, or other words.")
@@ -101,10 +99,8 @@ def evidence(
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """What is known of the senses' roles: for each relation, and for pronouns of persons, each sense's AUC.
 
-    pairs: from `relations_of_text`, and others of one's own.
-
-    -> AUCs, senses x relations; the same of senses that were not trained, which chance gives; and `consistency`, a row
-    for each relation of text.
+    pairs: from `relations_of_text`, and others of one's own. -> AUCs, senses x relations; the same of senses that were
+    not trained, which chance gives; and `consistency`, a row for each relation of text.
     """
     pairs = {relation: rows for relation, rows in pairs.items() if len(rows)}
     persons, others = persons_and_pronouns(tokenizer, people, seed)
@@ -133,7 +129,6 @@ def consistency(model, pairs: np.ndarray, seed: int = 0) -> dict[str, float]:
     For each word with at least `PAIRS_OF_A_WORD` true pairs: how far each of its senses pushes its partners, above what
     it pushes other words' partners. Of the variance of this number within words, the share that lies between senses: 1
     if sense 3 does the same for every word, near 0 if the numbers of senses mean nothing.
-
     -> share; null, the 95 % quantile of that share when each word's senses are permuted; and words, how many counted.
     """
     rng = np.random.default_rng(seed)

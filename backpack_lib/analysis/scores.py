@@ -1,16 +1,12 @@
-"""How well a model knows a language: bits per byte, and BLiMP's minimal pairs (Warstadt et al., 2020)."""
+"""What a model finds likely: losses of texts, bits per byte, and the next token after many prompts at once."""
 
 import math
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 
 from backpack_lib.analysis.attribution import Reading, reading_of
-from backpack_lib.files import first_line
-from backpack_lib.hub import offline_without_hub
 from backpack_lib.model.kinds import require_senses
 from backpack_lib.text.writing import ids_of_text, pad_rows
 
@@ -57,12 +53,6 @@ def _windows(ids: list[int], size: int) -> Iterator[tuple[list[int], int]]:
         start += size // 2
 
 
-def log_probabilities(model, tokenizer, sentences: list[str]) -> torch.Tensor:
-    """Log-probability of each sentence, the sum over its tokens, (n,)."""
-    nats = token_nats(model, [ids_of_text(tokenizer, sentence) for sentence in sentences])
-    return -torch.stack([losses.sum() for losses in nats])
-
-
 def nats_per_token(model, tokenizer, texts: list[str], prompts: list[str] | None = None) -> float:
     """The mean loss on texts, or on what each says after its prompt, in nats per token; `math.exp` of it is perplexity."""
     nats = token_nats(model, [ids_of_text(tokenizer, text) for text in texts])
@@ -84,10 +74,7 @@ def next_log_probabilities(model, tokenizer, prompts: list[str]) -> torch.Tensor
 
 @torch.inference_mode()
 def readings(model, tokenizer, prompts: list[str]) -> Iterator[tuple[list[int], Reading]]:
-    """The ids of each prompt, and all that went into the prediction of the token that follows it.
-
-    Raises ValueError for a model without senses.
-    """
+    """The ids of each prompt, and all that went into the prediction of the token that follows it."""
     require_senses(model)
     for ids, mask, last in prompt_batches(model, tokenizer, prompts):
         kept, place = last.unique(return_inverse=True)
@@ -98,7 +85,8 @@ def readings(model, tokenizer, prompts: list[str]) -> Iterator[tuple[list[int], 
 
 def prompt_batches(model, tokenizer, prompts: list[str]) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Prompts, `PROMPTS_AT_ONCE` at a time: ids and mask, (B, T), and where each one's last token stands, (B,)."""
-    for part in parts(prompts, PROMPTS_AT_ONCE):
+    for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+        part = prompts[start : start + PROMPTS_AT_ONCE]
         ids, mask = _padded(model, [ids_of_text(tokenizer, prompt) for prompt in part])
         yield ids, mask, mask.sum(1) - 1
 
@@ -123,32 +111,3 @@ def batches(model, rows: list[list[int]]) -> Iterator[tuple[list[int], torch.Ten
 def _padded(model, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     ids, mask = pad_rows(rows, 0)  # what stands after a text is read by nothing before it
     return ids.to(model.device), mask.to(model.device)
-
-
-def blimp_accuracy(model, tokenizer, pairs: pd.DataFrame) -> pd.Series:
-    """The share of each phenomenon's pairs in which the grammatical sentence is the likelier one."""
-    good, bad = (log_probabilities(model, tokenizer, list(pairs[c])) for c in ("sentence_good", "sentence_bad"))
-    return pd.Series((good > bad).cpu().numpy()).groupby(pairs["UID"].to_numpy()).mean()
-
-
-def read_blimp(source: str) -> pd.DataFrame:
-    """BLiMP's pairs, from a folder of its .jsonl files or from the Hugging Face hub."""
-    if Path(source).is_dir():
-        files = sorted(Path(source).glob("*.jsonl"))
-        if not files:
-            raise ValueError(f"The folder {source!r} has no .jsonl file; give one with BLiMP's sets.")
-        return pd.concat([pd.read_json(file, lines=True) for file in files], ignore_index=True)
-    import datasets
-
-    try:
-        with offline_without_hub():
-            names = datasets.get_dataset_config_names(source)
-            return pd.concat([datasets.load_dataset(source, name, split="train").to_pandas() for name in names])
-    except Exception as error:  # the library raises many kinds, from the network's to its own
-        raise ValueError(
-            f"{source!r} is no folder, and BLiMP could not be loaded by that name: {first_line(error)}"
-        ) from error
-
-
-def parts(items: list, size: int) -> Iterator[list]:
-    return (items[start : start + size] for start in range(0, len(items), size))

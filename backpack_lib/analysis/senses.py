@@ -19,8 +19,6 @@ def senses_of_words(model, tokenizer, words: list[str], multi_token: str = "mean
 
     multi_token: what becomes of a word of several tokens: the "mean" of their senses, or those of the
         "first" or of the "last".
-
-    Raises ValueError for no words and for an empty word.
     """
     if not words:
         raise ValueError("There is no word in an empty list; give at least one.")

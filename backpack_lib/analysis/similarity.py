@@ -1,16 +1,11 @@
 """Word similarity: do the senses of two words lie as close as people say that the words are?
 
-    sets = read_sets("lexsim")                         # {"SimLex-999": DataFrame(word1, word2, score), ...}
-    scores = similarity_table(vectors, sets)           # Spearman's rho of each similarity on each set
+    sets = read_sets("lexsim")                  # {"SimLex-999": DataFrame(word1, word2, score), ...}
+    vectors = of_model(model, tokenizer)        # a function from n words to their sense vectors, (n, k, d)
+    scores = similarity_table(vectors, sets)    # Spearman's rho of each similarity on each set
 
-The similarities are those of Hewitt et al. (2023), section 4: the cosine of one matched sense, the
-least and the greatest over matched senses and over all pairs of senses, and the cosine of all senses
-laid end to end. All pairs are kept, also those of words that fall into several tokens.
-
-The best of many similarities on a set flatters the model if it is picked and scored on the same pairs.
-`held_out_table` picks it on some pairs and scores it on others, and gives an interval.
-
-`vectors` is a function from n words to their sense vectors, (n, k, d), such as `of_model(model, tokenizer)`.
+The similarities are those of Hewitt et al. (2023), section 4. The best of many on a set flatters the model if it is
+picked and scored on the same pairs; `held_out_table` picks it on some pairs and scores it on others.
 """
 
 import warnings
@@ -44,8 +39,6 @@ def read_sets(source: str | Path) -> dict[str, pd.DataFrame]:
     """Those of the four sets that lie in a folder or under a URL, as columns word1, word2 and score.
 
     A row that lacks a word, or a score that is a number, is left out with a warning.
-
-    Raises ValueError if none of the sets is there, or if a file does not hold what its name says.
     """
     sets, source = {}, as_seen(source)
     for name, (file, separator, has_header, columns) in SETS.items():
@@ -108,11 +101,10 @@ def similarity_table(vectors, sets: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def held_out(values: dict[str, np.ndarray], scores: np.ndarray, seed: int = 0) -> tuple[np.ndarray, list[str]]:
-    """What the similarity that does best on the other folds says of each pair, and which one that was, for each fold.
+    """What the similarity that does best on the other folds says of each pair, (n,), and which one that was, by fold.
 
-    Different folds may choose similarities of different scale, so a value is given as the share of the values
-    of its similarity, on the folds it was chosen on, that lie below it: (n,) between 0 and 1. An only
-    similarity's values stay as they are.
+    Folds may choose similarities of different scale, so a value is given as the share of the values of its similarity,
+    on the folds it was chosen on, that lie below it. An only similarity's values stay as they are.
     """
     if len(values) == 1:  # nothing to choose
         ((only, of_only),) = values.items()
@@ -130,8 +122,7 @@ def held_out(values: dict[str, np.ndarray], scores: np.ndarray, seed: int = 0) -
 def held_out_table(vectors, sets: dict[str, pd.DataFrame], seed: int = 0) -> pd.DataFrame:
     """How well the best similarity does where it was not picked: one row for each set.
 
-    Columns: rho (Spearman's, of the held-out predictions), low and high (95 % bootstrap interval over pairs),
-    and chosen (the similarity that most folds picked, and how many of them).
+    Columns: rho (Spearman's), low and high (95 % bootstrap interval over pairs), and chosen (by most folds).
     """
     rows = {}
     for name, pairs in sets.items():
@@ -150,7 +141,6 @@ def paired_differences(methods: dict, sets: dict[str, pd.DataFrame], seed: int =
 
     methods: name -> function from words to sense vectors. Pairs are drawn again with replacement, the same ones for all
     methods (their choice of a similarity is not repeated), and the mean over sets is drawn with them.
-
     -> a row for each other method and set, and for their mean over sets: difference, low and high (95 %).
     """
     first, *others = methods

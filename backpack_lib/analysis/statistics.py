@@ -11,8 +11,7 @@ MIDDLE = (0.025, 0.975)  # the 95 % between these quantiles
 def bootstrap(statistic: Callable, *arrays, axes: int = 1, resamples: int = 2000, seed: int = 0) -> np.ndarray:
     """The 95 % interval of a statistic, what stands along the leading axes drawn again with replacement. -> (2, ...)
 
-    arrays: of the same items, which are drawn together, so that what is compared stays paired. axes: how many are
-    drawn: 1, such as topics or texts, or 2, such as professions and templates.
+    arrays: of the same items, which are drawn together, so that what is compared stays paired. axes: how many are drawn.
     """
     rng = np.random.default_rng(seed)
     arrays = [np.asarray(array) for array in arrays]

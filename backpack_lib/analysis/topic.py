@@ -10,7 +10,7 @@ what it pushes (annealing); otherwise it would say so forever.
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 
 import torch
@@ -34,7 +34,6 @@ class TopicControl:
 
     words: the topic, one word or several. strength: 0 (nothing changes) to 3; deltas: other factors for senses above
         the quantiles .95, .80 and .60, and for all the others. annealing: release senses whose words the text has said.
-
     sampled: tokens whose scores say where the quantiles lie, so that a large vocabulary takes no longer than a small
         one. With 2,000 their level is off by about .005, with 400 by .01. Other scores are computed, and kept, when
         their token is first met.
@@ -72,16 +71,18 @@ class TopicControl:
         other._set_topic(words)
         return other
 
-    def at(self, strength: int = 2, deltas: Iterable[float] | None = None) -> "TopicControl":
+    def at(self, strength: int) -> "TopicControl":
         """The same topic at another strength, at once, since the scores stay."""
         other = copy(self)
-        other.deltas = deltas_of(strength, deltas)
+        other.deltas = deltas_of(strength)
         return other
 
+    @torch.no_grad()
     def scores_of(self, ids: torch.Tensor) -> torch.Tensor:
         """How far each sense of tokens pushes the topic, as a share of its largest push. (...) -> (..., k)"""
         for new in ids[self._scores[ids, 0].isnan()].unique().split(TOKENS_AT_ONCE):
-            self._scores[new] = own_senses(self.model, new) @ self.direction / self.largest_pushes(new)
+            senses = self.model.sense_vectors(new, patched=False).float()  # as they are without edits and control
+            self._scores[new] = senses @ self.direction / self.largest_pushes(new)
         return self._scores[ids]
 
     @torch.no_grad()
@@ -89,7 +90,7 @@ class TopicControl:
         """The largest entry of E C(x)_l for each sense of tokens, which is nearly all the work. (n,) -> (n, k)"""
         E = self.model.get_output_embeddings().weight[: len(used_tokens(self.model))]  # a view: no copy at each call
         for new in ids[self._largest[ids, 0].isnan()].unique().split(TOKENS_AT_ONCE):
-            self._largest[new] = (own_senses(self.model, new).to(E) @ E.T).amax(-1).float()
+            self._largest[new] = (self.model.sense_vectors(new, patched=False).to(E) @ E.T).amax(-1).float()
         return self._largest[ids]
 
     def factors_of(self, ids: torch.Tensor) -> torch.Tensor:
@@ -100,29 +101,17 @@ class TopicControl:
             factors[scores > threshold] = delta
         return factors
 
-    def patch(self, token_ids: torch.Tensor, senses: torch.Tensor) -> torch.Tensor:
-        """What control does to the senses of tokens without annealing: (n,), (n, k, d) -> (n, k, d)"""
-        return senses * self.factors_of(token_ids).to(senses)[..., None]
-
-    @contextmanager
-    def applied(self):
+    def applied(self) -> AbstractContextManager:
         """The model under this control, for as long as the `with` lasts. With annealing, for one `generate()` only."""
         if set(self.deltas) == {1.0}:
-            yield self.model
-            return
+            return nullcontext()
         if self.annealing:
             annealing = Annealing(self.model, self.factors_of, max(self.deltas) / GREATEST_RELEASE)
-            hook = hooked(self.model.weight_hooks, annealing)
-        else:
-            hook = hooked(self.model.patches, self.patch)
-        with hook:
-            yield self.model
+            return hooked(self.model.weight_hooks, annealing)
+        return hooked(self.model.patches, lambda ids, senses: senses * self.factors_of(ids).to(senses)[..., None])
 
     def generate(self, prompts: list[str], max_new_tokens: int = 100, seed: int = 0, **settings) -> list[str]:
-        """Each prompt and its continuation under this control, by plain sampling unless settings say otherwise.
-
-        Raises ValueError for no prompts, and for one that leaves no room in the context.
-        """
+        """Each prompt and its continuation under this control, by plain sampling unless settings say otherwise."""
         if self.annealing and settings.get("num_beams", 1) > 1:
             raise ValueError("Annealing follows one text at a time, so it does not go with num_beams; sample instead.")
         with self.applied():
@@ -130,7 +119,7 @@ class TopicControl:
 
 
 def deltas_of(strength: int, deltas: Iterable[float] | None = None) -> tuple[float, ...]:
-    """The factors of a strength, or those given. Raises ValueError for no such strength, or not four numbers."""
+    """The factors of a strength, or those given, which should be four numbers."""
     if deltas is None:
         if strength not in STRENGTHS:
             choices = ", ".join(map(str, STRENGTHS))
@@ -146,10 +135,7 @@ def deltas_of(strength: int, deltas: Iterable[float] | None = None) -> tuple[flo
 
 @torch.no_grad()
 def topic_direction(model, tokenizer, words: list[str]) -> torch.Tensor:
-    """b E: what the logits of a topic's words sum to is the product of this with a sense; (d,).
-
-    Of a word of several tokens, the first counts, as in the paper.
-    """
+    """b E, (d,): its product with a sense is what the first tokens of a topic's words get of it together."""
     if not words:
         raise ValueError("A topic needs at least one word, and none was given.")
     first = [known_tokens_of_word(tokenizer, word)[0] for word in words]
@@ -160,12 +146,6 @@ def sampled_tokens(model, n: int) -> torch.Tensor:
     """At most n token ids, evenly over the vocabulary, in which common tokens stand first."""
     ids = used_tokens(model)
     return ids if len(ids) <= n else ids[torch.linspace(0, len(ids) - 1, n, device=ids.device).long()]
-
-
-@torch.no_grad()
-def own_senses(model, ids: torch.Tensor) -> torch.Tensor:
-    """Sense vectors as the model has them, without what edits and control do to them. (n,) -> (n, k, d)"""
-    return model.sense_vectors(ids, patched=False).float()
 
 
 def released(said: torch.Tensor, factors: torch.Tensor, rate: float, positions: torch.Tensor) -> torch.Tensor:
@@ -182,9 +162,7 @@ class Annealing:
     """Weighs the senses of a text that is being written: (alpha, senses, input_ids, attention_mask) -> alpha.
 
     Follows one `generate()` with or without a cache: the first call brings the prompts, each later one what has been
-    generated since, or, without a cache, the whole text.
-
-    factors_of: the factors of tokens, (...) -> (..., k).
+    generated since, or, without a cache, the whole text. factors_of: of tokens, (...) -> (..., k).
     """
 
     def __init__(self, model, factors_of: Callable, rate: float):

@@ -23,17 +23,9 @@ CHOOSING = "semeval2007"  # the set that a way and a prior are chosen on, and no
 
 
 def read_tables(folder: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Instances (id, lemma, pos, place, gold, words) and candidates (lemma, pos, number, key, gloss), as `.tsv.xz`.
-
-    Raises ValueError if one is missing.
-    """
-    tables = []
-    for name in ("instances", "candidates"):
-        file = Path(folder) / f"{name}.tsv.xz"
-        if not file.is_file():
-            raise ValueError(f"The folder {folder!r} has no file {file.name}; see data/README.md for the two tables.")
-        tables.append(pd.read_csv(file, sep="\t", quoting=3, keep_default_na=False))
-    return tuple(tables)
+    """Instances (id, lemma, pos, place, gold, words) and candidates (lemma, pos, number, key, gloss), as `.tsv.xz`."""
+    files = (Path(folder) / f"{name}.tsv.xz" for name in ("instances", "candidates"))
+    return tuple(pd.read_csv(file, sep="\t", quoting=3, keep_default_na=False) for file in files)
 
 
 def place_of(tokenizer, words: list[str], place: int, n: int = 1) -> tuple[list[int], int, int]:
@@ -46,9 +38,8 @@ def place_of(tokenizer, words: list[str], place: int, n: int = 1) -> tuple[list[
 def describe(model, rows: list[tuple[list[int], int, int]], name: str = "texts") -> dict[str, np.ndarray]:
     """What a model with senses makes of a word in each text, for each of `WAYS`, (n, ...). rows: see `place_of`.
 
-    All are means over the places from the word to the end of its text, since only what follows a word has read it:
-    of the model's last and middle states, of o, the weighted sum of all senses, and of the word's own part of it, as a
-    vector, (d,), and as the weights of its senses, (k,). name: of the texts, for the progress bar.
+    Means over the places from the word to the end of its text, since only what follows a word has read it: of the last
+    and middle states, of o, the weighted sum of all senses, and of the word's own part of it, (d,) or as weights, (k,).
     """
     described = {way: [None] * len(rows) for way in WAYS}
     of_text = defaultdict(list)  # a text is read once, whichever of its words are asked for
@@ -96,14 +87,11 @@ def similarities(model, tokenizer, instances: pd.DataFrame, candidates: pd.DataF
         if here is None:  # no meaning of it is listed, so none can be right
             yield {"right": np.array([False])} | {way: np.zeros(1) for way in WAYS}
             continue
-        found = {"right": meanings["key"].iloc[here].isin(instance.gold.split()).to_numpy()}
+        alike = {"right": meanings["key"].iloc[here].isin(instance.gold.split()).to_numpy()}
         for way in WAYS:
-            found[way] = _cosines(of_instances[way][number], of_meanings[way][here])
-        yield found
-
-
-def _cosines(one: np.ndarray, others: np.ndarray) -> np.ndarray:
-    return others @ one / (np.linalg.norm(others, axis=1) * np.linalg.norm(one) + 1e-9)
+            one, others = of_instances[way][number], of_meanings[way][here]
+            alike[way] = others @ one / (np.linalg.norm(others, axis=1) * np.linalg.norm(one) + 1e-9)
+        yield alike
 
 
 def answers(alike: dict, rng: np.random.Generator) -> dict[str, bool]:

@@ -12,11 +12,10 @@ from backpack_lib.analysis.bias import PAIR, debias, log_odds
 from backpack_lib.analysis.edits import SenseEdits
 from backpack_lib.files import data_folder
 from backpack_lib.lessons.exercises import check_function, check_number
-from backpack_lib.lessons.opening import PLANTED, Lesson, check_stored, read_json
+from backpack_lib.lessons.opening import PLANTED, Lesson, read_json
 from backpack_lib.text import planted
-from backpack_lib.text.corpora import first_characters, open_corpus
+from backpack_lib.text.corpora import first_characters
 from backpack_lib.text.words import spell, tokens_of_word
-from backpack_lib.text.writing import continue_texts
 
 CHARACTERS = 400_000  # of a corpus, for the loss
 WRITTEN = 40  # tokens of a text that the model writes
@@ -24,19 +23,14 @@ WRITTEN = 40  # tokens of a text that the model writes
 
 @dataclass
 class Material:
-    """Professions, templates, and what is known of the professions.
-
-    fit, test: templates. by_definition: for each pronoun, prompts in which it is the right one. other_pairs: pairs of
-    words and prompts for them. truth: what is true of each profession, NaN where nothing is known; what_is_true says
-    what that is.
-    """
+    """Professions, templates, and what is known of the professions."""
 
     professions: list[str]
-    fit: list[str]
+    fit: list[str]  # templates
     test: list[str]
-    by_definition: dict[str, list[str]]
-    other_pairs: list[dict]
-    truth: pd.Series
+    by_definition: dict[str, list[str]]  # for each pronoun, prompts in which it is the right one
+    other_pairs: list[dict]  # pairs of words, and prompts for them
+    truth: pd.Series  # of each profession, NaN where nothing is known
     what_is_true: str
 
     def __str__(self) -> str:
@@ -45,23 +39,11 @@ class Material:
 
 
 def open_material(
-    lesson: Lesson,
-    professions: list[str] = (),
-    prompts: str = "",
-    whole_words: bool = False,
-    pair=PAIR,
-    reference: str = "",
+    lesson: Lesson, professions: list[str] = (), prompts: str = "", whole_words: bool = False, pair=PAIR
 ) -> Material:
-    """What a notebook's parameters ask for. Professions that share a token with another word are left out, and said.
-
-    Raises ValueError, before anything takes long, for what does not fit the model, and for fewer than three
-    professions.
-    """
+    """What a notebook's parameters ask for. Professions that share a token with another word are left out, and said."""
     entry, tokenizer = read_prompts(prompts, lesson.kind), lesson.tokenizer
     templates = entry["fit"] + entry["test"]
-    bias.tokens_of_pair(tokenizer, pair)
-    if reference:
-        open_corpus(reference)  # says if there is none
     what_is_true, truth = known_of_professions(lesson.kind)
     names = list(professions) or list(truth)
     several = {name: parts for name in names if len(parts := spell(tokenizer, tokens_of_word(tokenizer, name))) > 1}
@@ -72,26 +54,25 @@ def open_material(
     apart = bias.separable(tokenizer, names, templates)
     if left_out := [name for name in names if name not in apart]:
         print("left out, since they share a token with another word here:", ", ".join(left_out))
-    if len(apart) < 3:
-        raise ValueError(f"Differences between professions need three of them, and {len(apart)} are left.")
-    for name in set(apart) & set(several):
-        parts = " · ".join(several[name])
-        print(f"“{name}” is {len(several[name])} tokens ({parts}): an edit touches them in other words, too")
-    if list(pair) != list(PAIR):
-        truth = {}
-    truth = pd.Series({name: truth.get(name, np.nan) for name in apart})
-    by_definition = {word: entry.get("by definition", {}).get(word, []) for word in PAIR}
+    for name in apart:
+        if name in several:
+            parts = " · ".join(several[name])
+            print(f"“{name}” is {len(several[name])} tokens ({parts}): an edit touches them in other words, too")
+    is_known = list(pair) == list(PAIR)
     return Material(
-        apart, entry["fit"], entry["test"], by_definition, entry.get("other pairs", []), truth, what_is_true
+        professions=apart,
+        fit=entry["fit"],
+        test=entry["test"],
+        by_definition={word: entry.get("by definition", {}).get(word, []) for word in PAIR},
+        other_pairs=entry.get("other pairs", []),
+        truth=pd.Series({name: truth.get(name, np.nan) if is_known else np.nan for name in apart}),
+        what_is_true=what_is_true,
     )
 
 
 def read_prompts(prompts: str, kind: str) -> dict:
-    """The entry for a kind of model, "english" or "planted", of a file of templates; "" for the suite's own.
-
-    Raises ValueError or OSError in one sentence for a file that is not there or does not look like `data/prompts.json`.
-    """
-    entries = read_json(prompts, "prompts.json", "templates")
+    """The entry for a kind of model, "english" or "planted", of a file of templates; "" for the suite's own."""
+    entries = read_json(prompts, "prompts.json")
     if not isinstance(entries, dict) or not isinstance(entries.get(kind), dict):
         raise ValueError(f"The file of templates {prompts!r} needs an entry {kind!r}, as data/prompts.json has it.")
     for name in ("fit", "test"):
@@ -119,22 +100,10 @@ def rank_correlation(odds: np.ndarray, truth: np.ndarray) -> float:
 
 
 def texts_for_the_loss(lesson: Lesson, material: Material, reference: str, seed: int) -> tuple[list[str], str]:
-    """Texts to measure the loss on, and what they are: people's, planted ones, or the model's own about professions."""
-    if reference:
-        return list(first_characters(open_corpus(reference).read(), CHARACTERS)), "text by people"
-    if lesson.kind == PLANTED:
-        return [text.text for text in planted.generate(400, seed=seed + 1000)], "planted text"
-    beginnings = [f"The {name}" for name in material.professions]
-    return continue_texts(lesson.model, lesson.tokenizer, beginnings, WRITTEN, seed, top_k=0), "texts by the model"
-
-
-def stored_losses(model: str, lesson: Lesson) -> pd.DataFrame | None:
-    """The losses on validation text by people, measured by `make gender-bias`, if they are of this model."""
-    if model != "demo":
-        return None
-    stored = pd.read_csv(data_folder() / "demo" / "gender_bias" / "loss.csv", index_col=0)
-    check_stored(stored["model"], lesson, "make gender-bias TEXT=...")
-    return stored
+    """Texts to measure the loss on, and what they are; those that the model writes are about professions."""
+    generated, beginnings = planted.generate(400, seed + 1000), [f"The {name}" for name in material.professions]
+    texts, source = lesson.texts(reference, generated, beginnings, WRITTEN, seed)
+    return list(first_characters(texts, CHARACTERS)), source
 
 
 # ---------------------------------------------------------------- exercises
@@ -152,12 +121,9 @@ def check_halved(answer, lesson: Lesson, template: str, pair, senses: list[int])
 
 def check_share(answer) -> str:
     """answer: (contributions (P,), log-odds (P,)) -> the share of the differences."""
-
-    def reference(c, y):
-        return float(np.cov(c, y)[0, 1] / y.var(ddof=1))
-
     rng = np.random.default_rng(0)
-    return check_function(answer, reference, [(rng.normal(size=n), rng.normal(size=n)) for n in (5, 12, 40)])
+    cases = [rng.normal(size=(2, n)) for n in (5, 12, 40)]
+    return check_function(answer, lambda c, y: float(np.cov(c, y)[0, 1] / y.var(ddof=1)), cases)
 
 
 def check_permutation(answer) -> str:

@@ -62,13 +62,20 @@ def check_function(answer, reference: Callable, cases: Iterable[tuple], toleranc
         except Exception as error:  # whatever the reader's code does, the notebook goes on
             return f"Not yet: in case {number} it raises {type(error).__name__}: {error}"
         truth = reference(*case)
-        one = isinstance(truth, torch.Tensor)
-        said = (
-            check_tensor(found, truth, tolerance=tolerance) if one else check_number(found, truth, tolerance=tolerance)
-        )
-        if not said.startswith("Right"):
-            return said.replace("Not yet:", f"Not yet: in case {number}", 1)
+        check = check_tensor if isinstance(truth, torch.Tensor) else check_number
+        verdict = check(found, truth, tolerance=tolerance)
+        if not verdict.startswith("Right"):
+            return verdict.replace("Not yet:", f"Not yet: in case {number}", 1)
     return f"Right: it agrees in all {number} cases."
+
+
+def random_cases(shapes: str, **sizes: tuple[int, ...]) -> list[list[torch.Tensor]]:
+    """Cases of random tensors: `random_cases("Tk kd", T=(1, 2), k=(3, 4), d=(5, 6))` makes two, of two tensors each."""
+    draw, cases = torch.Generator().manual_seed(0), []
+    for numbers in zip(*sizes.values()):
+        size_of = dict(zip(sizes, numbers))
+        cases.append([torch.randn([size_of[name] for name in shape], generator=draw) for shape in shapes.split()])
+    return cases
 
 
 def check_strongest_push(answer, lesson, target: str | int) -> str:

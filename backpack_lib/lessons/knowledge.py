@@ -8,9 +8,9 @@ import torch
 from backpack_lib.analysis import finetuning as ft
 from backpack_lib.analysis.knowledge import Fact, known, read_facts, tokens_of_fact, usable
 from backpack_lib.files import data_folder
-from backpack_lib.lessons.exercises import check_function, check_number
+from backpack_lib.lessons.exercises import check_function, check_number, random_cases
 from backpack_lib.lessons.opening import PLANTED, Lesson
-from backpack_lib.studies.teaching_study import check_methods
+from backpack_lib.studies.knowledge_study import SETTINGS
 from backpack_lib.text import planted
 from backpack_lib.text.corpora import first_characters, open_corpus
 from backpack_lib.text.writing import continue_texts
@@ -20,7 +20,7 @@ NEEDED = {"fit": 2, "test": 1}  # examples of a set
 
 
 def check_settings(facts_measured: int, sets_taught: int, methods: list[str], bounds: list[float], share: float):
-    """Raises ValueError for settings that are out of range."""
+    """Refuses settings that are out of range."""
     for name, number in (("facts_measured", facts_measured), ("sets_taught", sets_taught)):
         if number < 0:
             raise ValueError(f"{name}={number} is out of range; give a number above 0, or 0 for all.")
@@ -28,20 +28,15 @@ def check_settings(facts_measured: int, sets_taught: int, methods: list[str], bo
         raise ValueError("bounds=[] holds no bound; give at least one, such as 0.001.")
     for eps in bounds:
         ft.check_bound(eps)
-    check_methods(methods)
+    if unknown := {*methods} - {*SETTINGS}:
+        raise ValueError(f"The method {min(unknown)!r} is unknown; choose from {', '.join(SETTINGS)}.")
     if not 0 < share <= 1:
         raise ValueError(f"share={share} should be above 0 and at most 1.")
 
 
-def open_material(lesson: Lesson, facts="", relations="", examples="", reference="") -> tuple:
-    """What a notebook's parameters ask for: the fact to begin with, all facts, and sets to be taught, a table.
-
-    Without a set that can be taught, the example is one. Raises ValueError, before anything takes long, for files that
-    are not there or do not fit the model.
-    """
+def open_material(lesson: Lesson, facts="", relations="", examples="") -> tuple:
+    """What a notebook's parameters ask for: the fact to begin with, all facts, and sets to be taught, a table."""
     example = example_fact(lesson)
-    if reference:
-        open_corpus(reference)  # says if there is none
     folder = data_folder() / "planted" if lesson.kind == PLANTED else data_folder()
     all_facts = read_facts(facts or folder / "facts.csv", relations or folder / "relations.yaml")
     sets = ft.read_examples(examples or folder / "canonical.csv")
@@ -49,22 +44,15 @@ def open_material(lesson: Lesson, facts="", relations="", examples="", reference
         lambda table: all(len(ft.make_examples(lesson.tokenizer, table, use)) >= n for use, n in NEEDED.items())
     )
     if teachable.empty:
-        if examples:
-            raise ValueError(
-                f"{examples!r} holds no set with two examples to fit and one to test that this vocabulary can say."
-            )
-        words = {"set": str(example), "kind": "prefer", "target": example.counter, "contrast": example.object}
-        uses = {"fit": example.edit * 2, "test": example.test or example.edit}
-        rows = [{"use": use, "prompt": text} | words for use, texts in uses.items() for text in texts]
-        teachable = pd.DataFrame(rows, columns=ft.COLUMNS)
+        raise ValueError(
+            f"{examples or 'canonical.csv'!r} holds no set with two examples to fit and one to test that this "
+            "vocabulary can say; give a file with others by the parameter `examples`."
+        )
     return example, all_facts, teachable
 
 
 def example_fact(lesson: Lesson) -> Fact:
-    """The fact to begin with, from the lesson's examples; prompts of one's own take the place of its phrasings.
-
-    Raises ValueError for words that cannot be edited, and for a prompt without the subject's token.
-    """
+    """The fact to begin with, from the lesson's examples; prompts of one's own take the place of its phrasings."""
     e = lesson.example
     uses = ("edit", "test", "about", "neighbours")
     phrasings = {"edit": e.prompts} if hasattr(e, "prompts") else {use: getattr(e, use) for use in uses}
@@ -110,9 +98,7 @@ def check_projection(answer) -> str:
         c = (C @ e_r / (e_r @ e_r))[:, None]
         return C - c * e_r + c * e_a * (e_r @ e_r) / (e_a @ e_a)
 
-    draw = torch.Generator().manual_seed(0)
-    cases = [tuple(torch.randn(*shape, generator=draw) for shape in ((4, d), (d,), (d,))) for d in (6, 10)]
-    return check_function(answer, reference, cases)
+    return check_function(answer, reference, random_cases("kd d d", k=(4, 4), d=(6, 10)))
 
 
 def check_prediction(answer, before: float, after: float) -> str:
@@ -129,9 +115,8 @@ def check_dose(answer) -> str:
 
 def check_scores(answer) -> str:
     """answer: (here (T, k), general (T, k), weight, n) -> the n places of the highest scores, the highest first."""
-    draw = torch.Generator().manual_seed(0)
-    tables = [(torch.rand(5, 3, generator=draw), torch.rand(5, 3, generator=draw) / 100) for _ in range(2)]
-    cases = [(*tables[0], 10.0, 2), (*tables[1], 1000.0, 4)]
+    first, second = random_cases("Tk Tk", T=(5, 5), k=(3, 3))
+    cases = [(*first, 0.1, 2), (*second, 10.0, 4)]
     return check_function(answer, lambda here, general, w, n: (here - w * general).flatten().topk(n).indices, cases)
 
 

@@ -10,7 +10,7 @@ import torch
 from backpack_lib.analysis.disambiguation import english_ambiguities
 from backpack_lib.display import tables
 from backpack_lib.files import data_folder
-from backpack_lib.lessons.exercises import check_function, check_number
+from backpack_lib.lessons.exercises import check_function, check_number, random_cases
 from backpack_lib.lessons.opening import Lesson, open_lesson
 from backpack_lib.model.lens import SenseLens
 from backpack_lib.text.corpora import first_characters, open_corpus
@@ -88,11 +88,7 @@ def table_of_senses(words: pd.DataFrame, caption: str):
 
 def check_edited_state(answer) -> str:
     """answer: (h (T, d), alpha (k, T, T), C (k, T, d), new (k, T, d)) -> the state under the edit."""
-    draw = torch.Generator().manual_seed(0)
-    cases = []
-    for k, T, d in ((2, 3, 4), (3, 5, 8)):
-        h, C, new = (torch.randn(*shape, generator=draw) for shape in ((T, d), (k, T, d), (k, T, d)))
-        cases.append((h, torch.rand(k, T, T, generator=draw).tril(), C, new))
+    cases = random_cases("Td kTT kTd kTd", k=(2, 3), T=(3, 5), d=(4, 8))
     return check_function(answer, lambda h, alpha, C, new: h + (alpha @ (new - C)).sum(0), cases)
 
 

@@ -5,21 +5,25 @@ What suits a model is data: `data/examples.yaml` has an entry for each notebook 
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import torch
 
 from backpack_lib.analysis.attribution import read
+from backpack_lib.analysis.knowledge import read_file
 from backpack_lib.files import as_seen, data_folder
 from backpack_lib.lessons.results import Results, open_results
 from backpack_lib.loading import fingerprint, is_planted, load
 from backpack_lib.model.kinds import require_senses
 from backpack_lib.text import planted
+from backpack_lib.text.corpora import open_corpus
 from backpack_lib.text.words import readable, spell, tokens_of_word
-from backpack_lib.text.writing import ids_of_text
+from backpack_lib.text.writing import continue_texts, ids_of_text
 
 PLANTED, ENGLISH = "planted", "english"
 COMMON = 6000  # words
@@ -29,10 +33,11 @@ COMMON = 6000  # words
 class Lesson(Results):
     """What a notebook works on.
 
-    example: the words and texts to use, as attributes. embeddings: E, the output embedding, (V, d), in the scale of
-    the logits.
+    name: of the model, as it was asked for. example: the words and texts to use, as attributes. embeddings: E, the
+    output embedding, (V, d), in the scale of the logits.
     """
 
+    name: str
     model: Any
     tokenizer: Any
     kind: str
@@ -66,13 +71,36 @@ class Lesson(Results):
         """The token ids of a word among the examples."""
         return tokens_of_word(self.tokenizer, getattr(self.example, name))
 
+    def texts(
+        self, reference: str, generated: Iterable, beginnings: list[str], tokens: int, seed: int, writer=None
+    ) -> tuple[Iterable[str], str]:
+        """Texts to measure on, and what they are: a reference's, by people; without one, planted or by a model.
+
+        generated: by `planted.generate`, for a planted model. beginnings: what the model, or another writer, continues
+        otherwise, by so many tokens, or as many as fit its context.
+        """
+        if reference:
+            return open_corpus(reference).read(), "text by people"
+        if self.kind == PLANTED:
+            return [text.text for text in generated], "planted text"
+        writer = self.model if writer is None else writer
+        tokens = min(tokens, writer.config.n_positions - 1)
+        return continue_texts(writer, self.tokenizer, beginnings, tokens, seed, top_k=0), "texts by the model"
+
+    def stored(self, file: str, command: str, column: str = "weights") -> pd.DataFrame | None:
+        """A table of `data/` that a command measured of the demo model, by the weights in a column; None of others."""
+        if self.name != "demo":
+            return None
+        table = pd.read_csv(data_folder() / file)
+        if fingerprint(self.model) not in set(table[column]):
+            raise ValueError(f"What is stored is of other weights than the demo model's; run: {command}")
+        return table
+
 
 def open_lesson(name: str, model: str = "demo", out: str = "", device: str = "cpu", **given) -> Lesson:
     """Loads a notebook's model and the examples that suit it; what is given and not empty is used instead.
 
     A text that is given without a next word to ask for gets the likeliest two, `target` and `contrast`.
-
-    Raises ValueError as `load` does, and for a model that is no Backpack.
     """
     backpack, tokenizer = load(model, device=device)
     require_senses(backpack)
@@ -83,6 +111,7 @@ def open_lesson(name: str, model: str = "demo", out: str = "", device: str = "cp
     example = examples(name, kind) | given
     return Lesson(
         folder=open_results(name, out),
+        name=model,
         model=backpack,
         tokenizer=tokenizer,
         kind=kind,
@@ -90,22 +119,10 @@ def open_lesson(name: str, model: str = "demo", out: str = "", device: str = "cp
     )
 
 
-def read_json(file: str, default: str, content: str):
-    """What a JSON file holds; "" for one of `data/`, named by `default`. content: what it should be, for the message.
-
-    Raises ValueError or OSError in one sentence for a file that is not there or that is no JSON.
-    """
-    path = Path(as_seen(file)) if file else data_folder() / default
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"The file of {content} {file!r} is no JSON in UTF-8: {error}.") from error
-
-
-def check_stored(weights, lesson: Lesson, command: str):
-    """Raises ValueError if what is stored was measured on other weights; `command` measures it again."""
-    if set(weights) != {fingerprint(lesson.model)}:
-        raise ValueError(f"What is stored is of other weights than the demo model's; run: {command}")
+def read_json(file: str, default: str):
+    """What a JSON file holds; "" for one of `data/`, named by `default`."""
+    path = as_seen(file) or data_folder() / default
+    return read_file(path, lambda file: json.loads(Path(file).read_text(encoding="utf-8-sig")))
 
 
 def likeliest_words(model, tokenizer, text: str, n: int = 2) -> list[str]:

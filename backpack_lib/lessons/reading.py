@@ -3,25 +3,24 @@
 import re
 
 import numpy as np
-import pandas as pd
 import torch
 from scipy.optimize import linear_sum_assignment
 
 from backpack_lib.analysis.finetuning import rows_of_texts
 from backpack_lib.files import data_folder
-from backpack_lib.lessons.exercises import check_function, check_number
-from backpack_lib.lessons.opening import PLANTED, Lesson, check_stored
+from backpack_lib.lessons.exercises import check_function, check_number, random_cases
+from backpack_lib.lessons.opening import PLANTED, Lesson
 from backpack_lib.text import planted
 from backpack_lib.text.corpora import open_corpus
 from backpack_lib.text.words import token_of_word
-from backpack_lib.text.writing import continue_texts, ids_of_text
+from backpack_lib.text.writing import ids_of_text
 
 STORED = data_folder() / "reading"
 TEXTS, CHARACTERS = 80, 500  # of a corpus: how many, and of each at most
 
 
 def check_settings(lesson: Lesson, numbers: list[int]):
-    """Raises ValueError for numbers of words that are out of range, and for a text without the example's word."""
+    """Refuses numbers of words that are out of range, and a text without the example's word."""
     if not numbers or min(numbers) < 1:
         raise ValueError(f"numbers={numbers} should be numbers of words, each at least 1.")
     word, text = lesson.example.word, lesson.example.text
@@ -41,13 +40,9 @@ def texts_for(lesson: Lesson, transformer=None, reference: str = "", seed: int =
     """Held-out texts as rows of token ids, and what they are: by people, planted, or written by one of the models."""
     if reference:
         return rows_of_corpus(lesson.model, lesson.tokenizer, reference), "text by people"
-    if lesson.kind == PLANTED:
-        texts, source = [text.text for text in planted.generate(TEXTS, seed=seed + 9000)], "planted text"
-    else:
-        writer = lesson.model if transformer is None else transformer
-        length = min(60, writer.config.n_positions - 1)
-        texts = continue_texts(writer, lesson.tokenizer, [""] * 24, length, seed, top_k=0)
-        source = "texts that the model wrote" if transformer is None else "texts that its Transformer wrote"
+    texts, source = lesson.texts("", planted.generate(TEXTS, seed + 9000), [""] * 24, 60, seed, transformer)
+    if lesson.kind != PLANTED and transformer is not None:
+        source = "texts that its Transformer wrote"
     return rows_of_texts(lesson.model, lesson.tokenizer, texts), source
 
 
@@ -58,28 +53,18 @@ def words_to_compare(tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(ids[:300]), torch.tensor(ids[:1000])
 
 
-def stored_table(name: str, lesson: Lesson | None = None) -> pd.DataFrame:
-    """A table that `make reading` wrote. lesson: of the demo model, if the table is of it, which is checked."""
-    table = pd.read_csv(STORED / f"{name}.csv")
-    if lesson is not None:
-        check_stored(table.pop("weights"), lesson, "make reading")
-    return table
-
-
 # ---------------------------------------------------------------- exercises
 
 
 def check_features(answer) -> str:
     """answer: (E (V, d), up (n,), down (n,)) -> the mean embedding of the words up, less that of the words down."""
-    draw = torch.Generator().manual_seed(0)
-    cases = [(torch.randn(20, d, generator=draw), torch.tensor([1, 4, 7]), torch.tensor([0, 2])) for d in (3, 5)]
+    cases = [(E, torch.tensor([1, 4, 7]), torch.tensor([0, 2])) for (E,) in random_cases("Vd", V=(20, 20), d=(3, 5))]
     return check_function(answer, lambda E, up, down: E[up].mean(0) - E[down].mean(0), cases)
 
 
 def check_replaced(answer) -> str:
     """answer: (o (T, d), alpha (T, T), old (T, d), new (T, d)) -> the states with one sense replaced, (T, d)."""
-    draw = torch.Generator().manual_seed(0)
-    cases = [[torch.randn(4, size, generator=draw) for size in (d, 4, d, d)] for d in (3, 5)]
+    cases = random_cases("Td TT Td Td", T=(4, 4), d=(3, 5))
     return check_function(answer, lambda o, alpha, old, new: o + alpha @ (new - old), cases)
 
 

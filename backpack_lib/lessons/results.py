@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,16 +14,6 @@ def open_results(name: str, out: str = "") -> Path:
     folder = Path(out) if out else runs_folder() / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def write_results(folder: Path, headline: str, numbers: Mapping[str, float]):
-    """Writes `results.json`, one line and the numbers behind it, and prints the line.
-
-    NaN and infinity, which JSON does not have, are written as null.
-    """
-    numbers = {name: float(value) if math.isfinite(value) else None for name, value in numbers.items()}
-    write_text(folder / "results.json", json.dumps({"headline": headline, **numbers}, indent=1, allow_nan=False))
-    print(headline)
 
 
 def run_quietly(work: Callable):
@@ -48,5 +38,11 @@ class Results:
         return table
 
     def close(self, headline: str):
-        """Writes `results.json`: the headline and the numbers."""
-        write_results(self.folder, headline, self.numbers)
+        """Writes `results.json`, the headline and the numbers, and prints the headline.
+
+        NaN and infinity, which JSON does not have, are written as null.
+        """
+        numbers = {name: float(value) if math.isfinite(value) else None for name, value in self.numbers.items()}
+        text = json.dumps({"headline": headline, **numbers}, indent=1, allow_nan=False)
+        write_text(self.folder / "results.json", text)
+        print(headline)

@@ -10,11 +10,9 @@ from backpack_lib.analysis.edits import SenseEdits
 from backpack_lib.analysis.roles import PEOPLE
 from backpack_lib.files import data_folder
 from backpack_lib.lessons.bias import known_of_professions
-from backpack_lib.lessons.exercises import check_function, check_number, check_strongest_push  # noqa: F401
-from backpack_lib.lessons.opening import PLANTED, Lesson, check_stored
+from backpack_lib.lessons.exercises import check_function, check_number, check_strongest_push, random_cases  # noqa: F401
+from backpack_lib.lessons.opening import PLANTED, Lesson
 from backpack_lib.text import planted
-from backpack_lib.text.corpora import open_corpus
-from backpack_lib.text.writing import continue_texts
 
 
 def people(kind: str) -> list[str]:
@@ -24,23 +22,18 @@ def people(kind: str) -> list[str]:
 
 def texts_for_roles(lesson: Lesson, corpus: str, seed: int) -> list[str]:
     """The first texts of a corpus; without one, planted texts, or texts that the model writes itself."""
-    if corpus:
-        return list(islice(open_corpus(corpus).read(), 500))
-    if lesson.kind == PLANTED:
-        return [text.text for text in planted.generate(2000, seed)]
-    length = min(160, lesson.model.config.n_positions - 1)
-    return continue_texts(lesson.model, lesson.tokenizer, [""] * 64, length, seed, top_k=0)
+    texts, _ = lesson.texts(corpus, planted.generate(2000, seed), [""] * 64, 160, seed)
+    return list(islice(texts, 500 if corpus else None))
 
 
 # ---------------------------------------------------------------- what `make evaluate` measured
 
 
-def stored_roles(lesson: Lesson) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+def stored_roles() -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Of the demo model, as `roles.evidence` returns it."""
-    stored = _evaluation()["models"]["demo"]
-    check_stored([stored["weights"]], lesson, "make evaluate")
-    auc, untrained = (pd.DataFrame(stored["roles"][name]).rename_axis("sense") for name in ("auc", "auc_untrained"))
-    return auc, untrained, pd.DataFrame(stored["roles"]["consistency"]).T.dropna()
+    stored = _evaluation()["models"]["demo"]["roles"]
+    auc, untrained = (pd.DataFrame(stored[name]).rename_axis("sense") for name in ("auc", "auc_untrained"))
+    return auc, untrained, pd.DataFrame(stored["consistency"]).T.dropna()
 
 
 def stored_similarity() -> tuple[dict[str, pd.DataFrame], pd.DataFrame, pd.DataFrame]:
@@ -62,13 +55,8 @@ def _evaluation() -> dict:
 
 def check_own_effect(answer) -> str:
     """From weights in two meanings, (n, k), (m, k), and leans, (k,): what the change of weights contributes."""
-
-    def reference(first, second, lean):
-        return ((first.mean(0) - second.mean(0)) * lean).sum()
-
-    made = torch.Generator().manual_seed(0)
-    sizes = [((2, 4), (3, 4), (4,)), ((5, 1), (5, 1), (1,))]
-    return check_function(answer, reference, [[torch.rand(size, generator=made) for size in case] for case in sizes])
+    cases = random_cases("nk mk k", n=(2, 5), m=(3, 5), k=(4, 1))
+    return check_function(answer, lambda first, second, lean: (first.mean(0) - second.mean(0)) @ lean, cases)
 
 
 def check_against(answer, contributions: torch.Tensor) -> str:

@@ -1,5 +1,6 @@
 """What 03_topic_control alone needs: topics and beginnings that suit a model, stored texts, checks of its exercises."""
 
+import math
 from collections.abc import Callable
 from itertools import islice
 
@@ -7,13 +8,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from backpack_lib.analysis import pplm
 from backpack_lib.analysis.statistics import p_value
 from backpack_lib.analysis.topic import TopicControl, deltas_of, released
-from backpack_lib.files import data_folder
 from backpack_lib.lessons.exercises import check_function, check_number
-from backpack_lib.lessons.opening import PLANTED, Lesson, check_stored, read_json
-from backpack_lib.studies.topic_study import BACKPACK
+from backpack_lib.lessons.opening import PLANTED, Lesson, read_json
 from backpack_lib.text import planted
 
 
@@ -21,13 +19,11 @@ def read_topics(lesson: Lesson, file: str = "") -> dict[str, dict]:
     """Topics by name, each with its `name`, the words that steer toward it, `steer`, and others of its own, `words`.
 
     file: one like `data/topics.json`; "" for those that suit the model. A planted topic is steered by one of its places.
-
-    Raises ValueError or OSError in one sentence for a file that is not there or that does not look like it.
     """
     if lesson.kind == PLANTED and not file:
         places = {name: entry["places"][:1] for name, entry in planted.lexicon()["topics"].items()}
         return {n: {"name": n, "steer": steer, "words": sorted(planted.topic_words(n))} for n, steer in places.items()}
-    topics = read_json(file, "topics.json", "topics")
+    topics = read_json(file, "topics.json")
     if not isinstance(topics, list) or not topics or not all(isinstance(topic, dict) for topic in topics):
         raise ValueError(f"The file of topics {file!r} should be a list of topics, as data/topics.json is.")
     for topic in topics:
@@ -62,10 +58,7 @@ def beginnings(lesson: Lesson, prompt: str, seed: int) -> Callable[[str, int], l
 
 
 def choose_topics(lesson: Lesson, known: dict[str, dict], topic: str, topics: list[str]) -> tuple[dict, list[dict]]:
-    """The topic of the examples, and those to be measured: ["all"], or those named, or those that suit the model.
-
-    Raises ValueError for a name that is not among the known ones.
-    """
+    """The topic of the examples, and those to be measured: ["all"], or those named, or those that suit the model."""
     suits = [name for name in lesson.example.topics if name in known] or list(known)
     names = list(known) if topics == ["all"] else topics or suits
     if not topic:
@@ -76,28 +69,17 @@ def choose_topics(lesson: Lesson, known: dict[str, dict], topic: str, topics: li
 
 
 def check_settings(strengths: list[int], pplm_steps: list[float], **counts: int):
-    """Raises ValueError, before anything takes long, for a setting that is out of range."""
+    """Refuses, before anything takes long, a setting that is out of range."""
     for strength in strengths:
         deltas_of(strength)
     for step in pplm_steps:
-        pplm.Settings(step=step)
+        if not 0 <= step < math.inf:
+            raise ValueError(f"The step {step} of PPLM is out of range; it should be at least 0.")
     if not any(strengths):
         raise ValueError("Strength 0 alone leaves nothing to compare; measure one above 0 as well.")
     for name, number in counts.items():
         if number < 1:
             raise ValueError(f"{name}={number} should be at least 1.")
-
-
-def stored_texts(model: str, lesson: Lesson) -> pd.DataFrame | None:
-    """The demo model's texts on all topics, stored by `make topic-control`; None for another model.
-
-    Raises ValueError if they were written by other weights.
-    """
-    if model != "demo":
-        return None
-    stored = pd.read_csv(data_folder() / "demo" / "topic_control" / "texts.csv.gz")
-    check_stored(stored.loc[stored["method"] == BACKPACK, "model"], lesson, "make topic-control")
-    return stored
 
 
 # ---------------------------------------------------------------- exercises

@@ -1,8 +1,6 @@
 """The checks of 00_tour's exercises."""
 
-import torch
-
-from backpack_lib.lessons.exercises import check_function, check_number, check_strongest_push  # noqa: F401
+from backpack_lib.lessons.exercises import check_function, check_number, check_strongest_push, random_cases  # noqa: F401
 
 
 def check_sum_of_weights(answer, reading) -> str:
@@ -11,14 +9,8 @@ def check_sum_of_weights(answer, reading) -> str:
 
 def check_contributions(answer) -> str:
     """answer: (weights (T, k), senses (T, k, d), two embeddings (d,)) -> contributions (T, k)."""
-
-    def reference(weights, senses, E_a, E_b):
-        return weights * (senses @ (E_a - E_b))
-
-    made, cases = torch.Generator().manual_seed(0), []
-    for T, k, d in [(1, 2, 3), (4, 3, 5), (6, 1, 2)]:
-        cases.append([torch.randn(size, generator=made) for size in ((T, k), (T, k, d), (d,), (d,))])
-    return check_function(answer, reference, cases)
+    cases = random_cases("Tk Tkd d d", T=(1, 4, 6), k=(2, 3, 1), d=(3, 5, 2))
+    return check_function(answer, lambda weights, senses, E_a, E_b: weights * (senses @ (E_a - E_b)), cases)
 
 
 def check_halved(answer, log_odds: float, contribution: float) -> str:

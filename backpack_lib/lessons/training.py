@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from scipy.stats import entropy
 
-from backpack_lib.lessons.exercises import check_function, check_number, check_tensor
+from backpack_lib.lessons.exercises import check_function, check_number, check_tensor, random_cases
 from backpack_lib.loading import load_model
 from backpack_lib.model.kinds import require_senses
 from backpack_lib.text import planted
@@ -18,10 +18,7 @@ LEAST = {"vocab_size": 1050, "block_size": 16}
 
 
 def settings(parameters: dict) -> dict:
-    """Those of a notebook's parameters that a training run on planted text has.
-
-    Raises ValueError for values that are out of range, and if there is no such corpus or model to start from.
-    """
+    """Those of a notebook's parameters that a training run on planted text has, checked with all others."""
     names = [field.name for field in fields(TrainingConfig) if field.name in parameters]
     chosen = {name: parameters[name] for name in names if name not in ("corpus", "out")}
     TrainingConfig(corpus="planted", out="", **chosen)
@@ -49,16 +46,15 @@ def check_weights(answer) -> str:
         allowed = torch.ones(scores.shape[-2:]).tril().bool()
         return torch.where(allowed, scores, -torch.inf).softmax(-1)
 
-    sizes = [(1, 1, 3, 4), (2, 3, 5, 2), (1, 4, 1, 8)]
-    return check_function(answer, reference, [(torch.randn(size), torch.randn(size)) for size in sizes])
+    cases = random_cases("blid blid", b=(1, 2, 1), l=(1, 3, 4), i=(3, 5, 1), d=(4, 2, 8))
+    return check_function(answer, reference, cases)
 
 
 def check_sum(answer) -> str:
     def reference(alpha, C):
         return sum(alpha[:, l] @ C[:, :, l] for l in range(alpha.shape[1]))
 
-    cases = [(torch.rand(B, k, T, T), torch.randn(B, T, k, d)) for B, k, T, d in [(1, 1, 2, 3), (2, 3, 4, 5)]]
-    return check_function(answer, reference, cases)
+    return check_function(answer, reference, random_cases("BkTT BTkd", B=(1, 2), k=(1, 3), T=(2, 4), d=(3, 5)))
 
 
 def check_count(answer, d: int = 768, k: int = 16) -> str:

@@ -1,13 +1,16 @@
-"""Is a text good text? Repetition, words of a topic, and MAUVE."""
+"""Is a text on its topic, by judges that did not steer it, and is it good text: repetition, and MAUVE."""
 
-import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
+import pandas as pd
 import torch
 
 from backpack_lib.analysis.scores import batches
+from backpack_lib.files import as_seen
+from backpack_lib.hub import offline_without_hub
 from backpack_lib.text.writing import ids_of_text
 
 
@@ -20,12 +23,6 @@ def repeated_runs(text: str, n: int = 4) -> tuple[int, int]:
     words = words_of(text)
     runs = [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
     return len(runs), len(runs) - len(set(runs))
-
-
-def repetition(texts: list[str], n: int = 4) -> float:
-    """The share of runs of n words that the same text has had before; high where a text goes round in circles."""
-    total, repeated = (sum(counts) for counts in zip(*(repeated_runs(text, n) for text in texts)))
-    return repeated / total if total else math.nan
 
 
 def count_among(text: str, words: Iterable[str]) -> int:
@@ -55,3 +52,53 @@ def mauve(model, tokenizer, texts: list[str], human: list[str], seed: int = 0) -
     buckets = max(2, (len(texts) + len(human)) // 40)
     p, q = features(texts), features(human)
     return float(compute_mauve(p_features=p, q_features=q, num_buckets=buckets, seed=seed, verbose=False).mauve)
+
+
+class WordJudge:
+    """Finds a text's topic by lists of words: the topic of which it has most, if there is one such topic.
+
+    topics: dictionaries with a name, the words that steer toward it, `steer`, and other words by which it is known,
+    `words`. Steering words and their plurals or singulars never count, so no method is praised for repeating them.
+    """
+
+    def __init__(self, topics: list[dict]):
+        if not topics:
+            raise ValueError("There is no topic to judge by; give at least one.")
+        self.words = {}
+        for topic in topics:
+            steer = {word.lower() for word in topic["steer"]}
+            known = {word.lower() for word in topic["words"]}
+            self.words[topic["name"]] = {w for w in known if not {w, w + "s", w.removesuffix("s")} & steer}
+
+    def counts(self, texts: list[str]) -> pd.DataFrame:
+        """How many words of each topic each text has: texts x topics."""
+        rows = [Counter(words_of(text)) for text in texts]
+        return pd.DataFrame(
+            {name: [sum(row[word] for word in own) for row in rows] for name, own in self.words.items()}
+        )
+
+    def __call__(self, texts: list[str]) -> pd.DataFrame:
+        """Whether each text is on each topic: texts x topics, at most one topic a text; a tie is none."""
+        counts = self.counts(texts)
+        most = counts.max(axis=1)
+        first = counts.eq(most, axis=0) & most.gt(0).to_numpy()[:, None]
+        return first & first.sum(axis=1).eq(1).to_numpy()[:, None]
+
+
+class ClassifierJudge:
+    """Finds a text's topics by a classifier of several labels: those of a probability above one half.
+
+    name: a folder, or an id of the Hugging Face hub; Hewitt et al. (2023) took cardiffnlp/tweet-topic-21-multi.
+    """
+
+    def __init__(self, name: str):
+        from transformers import pipeline
+
+        settings = {"top_k": None, "function_to_apply": "sigmoid"}
+        with offline_without_hub():
+            self.classify = pipeline("text-classification", model=as_seen(name), **settings)
+
+    def __call__(self, texts: list[str]) -> pd.DataFrame:
+        """Whether each text is on each topic: texts x topics, any number of topics a text."""
+        scores = [{row["label"].replace("_", " "): row["score"] > 0.5 for row in rows} for rows in self.classify(texts)]
+        return pd.DataFrame(scores)

@@ -20,8 +20,7 @@ from backpack_lib.analysis.scores import token_nats
 from backpack_lib.analysis.topic import TopicControl
 from backpack_lib.files import cached_json
 from backpack_lib.loading import fingerprint
-from backpack_lib.studies.judges import WordJudge
-from backpack_lib.studies.text_quality import count_among, repeated_runs, words_of
+from backpack_lib.studies.text_quality import WordJudge, count_among, repeated_runs, words_of
 from backpack_lib.text.writing import continue_texts, ids_of_text
 
 BACKPACK, PPLM = "Backpack", "PPLM"
@@ -31,19 +30,13 @@ USUAL_SLOPE = 6.0  # of log-perplexity over temperature, near temperature 1
 
 @dataclass(kw_only=True)
 class TopicStudy:
-    """What is written, and how it is judged. A text is kept in the folder as soon as it is written.
+    """What is written, and how it is judged. A text is kept in the folder as soon as it is written."""
 
-    control: of the Backpack, or lens, toward any topic. transformer: for PPLM, and to read the Backpack's texts; without
-        one, the Backpack without control reads them.
-    topics: dictionaries with `name`, the words that steer toward it, `steer`, and others by which it is known, `words`.
-    judge: texts -> DataFrame of booleans, texts x topic names. prompts: (topic name, n) -> n beginnings.
-    """
-
-    control: TopicControl
-    transformer: object | None
-    topics: list[dict]
-    judge: Callable[[list[str]], pd.DataFrame]
-    prompts: Callable[[str, int], list[str]]
+    control: TopicControl  # of the Backpack, or lens, toward any topic
+    transformer: object | None  # for PPLM, and to read the Backpack's texts, which it reads itself without one
+    topics: list[dict]  # `name`, the words that steer toward it, `steer`, and others by which it is known, `words`
+    judge: Callable[[list[str]], pd.DataFrame]  # texts -> booleans, texts x topic names
+    prompts: Callable[[str, int], list[str]]  # (topic name, n) -> n beginnings
     folder: Path
     samples: int
     tokens: int

@@ -13,6 +13,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pandas as pd
 import torch
@@ -21,14 +22,14 @@ from cards import ARCHITECTURE_OF, HERE, write_cards
 from backpack_lib import load
 from backpack_lib.analysis import roles, similarity
 from backpack_lib.analysis.bias import fill, ratio, tokens_of_pair
-from backpack_lib.analysis.scores import bits_per_byte, blimp_accuracy, next_log_probabilities, read_blimp
+from backpack_lib.analysis.scores import bits_per_byte, next_log_probabilities, token_nats
 from backpack_lib.analysis.statistics import bootstrap
 from backpack_lib.files import exit_status, write_text
 from backpack_lib.lessons.bias import rank_correlation
 from backpack_lib.loading import fingerprint
 from backpack_lib.text.corpora import first_characters, open_corpus
 from backpack_lib.text.words import tokens_of_word
-from backpack_lib.text.writing import continue_text
+from backpack_lib.text.writing import continue_text, ids_of_text
 from backpack_lib.training.build import keep_freed_memory
 
 RELATED = 7.0  # of ten: from this score on, two words are related
@@ -119,6 +120,24 @@ def training_of(architecture: str) -> dict:
         "bytes_of": (ends["tokens"] * ends["bytes_per_token"]).astype(int).to_dict(),
         "hours": (read / history["tokens_per_second"]).sum() / 3600,
     }
+
+
+def read_blimp(source: str) -> pd.DataFrame:
+    """BLiMP's pairs (Warstadt et al., 2020), from a folder of its .jsonl files or from the Hugging Face hub."""
+    if files := sorted(Path(source).glob("*.jsonl")):
+        return pd.concat([pd.read_json(file, lines=True) for file in files], ignore_index=True)
+    names = datasets.get_dataset_config_names(source)
+    return pd.concat([datasets.load_dataset(source, name, split="train").to_pandas() for name in names])
+
+
+def blimp_accuracy(model, tokenizer, pairs: pd.DataFrame) -> pd.Series:
+    """The share of each phenomenon's pairs in which the grammatical sentence is the likelier one."""
+    nats = {}
+    for column in ("sentence_good", "sentence_bad"):
+        losses = token_nats(model, [ids_of_text(tokenizer, sentence) for sentence in pairs[column]])
+        nats[column] = torch.stack([of_sentence.sum() for of_sentence in losses]).numpy()
+    right = pd.Series(nats["sentence_good"] < nats["sentence_bad"])
+    return right.groupby(pairs["UID"].to_numpy()).mean()
 
 
 def what_it_knows(model, tokenizer, texts: list[str], blimp, sets) -> dict:

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import pearsonr, rankdata
 
 from backpack_lib.analysis import bias, similarity
-from backpack_lib.analysis.bigrams import Bigrams, bigram_correlations, losses_by_part
+from backpack_lib.analysis.bigrams import Bigrams, losses_by_part
 from backpack_lib.analysis.matching import compare_models
 from backpack_lib.analysis.roles import PERSONS, persons_and_pronouns, relation_auc, relations_of_text
 from backpack_lib.analysis.scores import bits_per_byte
@@ -74,6 +75,23 @@ def tables_of_bigrams(corpus: str, valid: str, runs: Path):
     save(pd.DataFrame(over_training), "bigrams_over_training")
     save(by_frequency(losses_by_part(small, rows, bigrams), bigrams), "bigrams_by_frequency")
     save(bigram_correlations(small, bigrams, *words_to_compare(tokenizer)).reset_index(), "bigrams_by_sense")
+
+
+@torch.no_grad()
+def bigram_correlations(model, bigrams: Bigrams, tokens: torch.Tensor, among: torch.Tensor) -> pd.DataFrame:
+    """Is a sense the bigram model? Spearman's rho of each sense's pushes and counted log p(y | x) - log p(y).
+
+    tokens: words x; among: words y to rank. -> a row for each sense: the mean over words, and the same with another
+    word's counts in the place of each word's, which says what words have in common.
+    """
+    E = model.get_output_embeddings().weight[among]
+    pushes = (model.sense_vectors(tokens) @ E.T).numpy()  # (n, k, m)
+    x, y = np.meshgrid(tokens.numpy(), among.numpy(), indexing="ij")
+    counted = bigrams.log_probs(x.ravel(), y.ravel()).reshape(x.shape) - np.log(bigrams.unigram[y])  # (n, m)
+    ranks, ranks_of_counts = rankdata(pushes, axis=-1), rankdata(counted, axis=-1)[:, None]
+    own = pearsonr(ranks, ranks_of_counts, axis=-1).statistic.mean(0)
+    other = pearsonr(ranks, np.roll(ranks_of_counts, 1, axis=0), axis=-1).statistic.mean(0)
+    return pd.DataFrame({"own bigrams": own, "another word": other}).rename_axis("sense")
 
 
 # ---------------------------------------------------------------- seeds
