@@ -12,31 +12,35 @@ from backpack_lib.display import tables
 from backpack_lib.files import data_folder
 from backpack_lib.lessons.exercises import check_function, check_number, random_cases
 from backpack_lib.lessons.opening import Lesson, open_lesson
+from backpack_lib.loading import load_tokenizer_of
 from backpack_lib.model.lens import SenseLens
 from backpack_lib.text.corpora import first_characters, open_corpus
 
-LESSON = "07_lens"
 CHARACTERS = 6_000  # of a reference text that are read
 RUNGS = {"own senses alone": "own senses", "shuffled senses": "dealt senses", "senses": "senses", "base": "Transformer"}
 
 
-def open_lens(model: str, out: str = "", device: str = "cpu", **given) -> tuple[Lesson, str]:
-    """The lesson of a lens, or of the demo's where its Transformer cannot be had, which it says; and the name of it.
-
-    Raises ValueError for a model that is no lens.
-    """
+def available(name: str) -> str:
+    """The name of a lens, or of the demo's where its Transformer cannot be had; says so."""
     try:
-        lesson = open_lesson(LESSON, model, out, device, **given)
+        load_tokenizer_of(name)
     except ValueError as error:
-        if model != "smollm2-lens":
+        if name != "smollm2-lens":
             raise
         print(f"{error} So this page shows the lens on the demo's Transformer (demo-lens).")
-        return open_lens("demo-lens", out, device, **given)
+        return "demo-lens"
+    return name
+
+
+def open_lens(model: str, out: str = "", device: str = "cpu", **given) -> tuple[Lesson, str]:
+    """The lesson of an available lens, and the lens' name. Raises ValueError for a model that is no lens."""
+    name = available(model)
+    lesson = open_lesson("07_lens", name, out, device, **given)
     if not isinstance(lesson.model, SenseLens):
         raise ValueError(
             f"This page takes a sense lens, and {model!r} is a {type(lesson.model).__name__}; see its last section."
         )
-    return lesson, model
+    return lesson, name
 
 
 def read_texts(reference: str) -> list[str]:
