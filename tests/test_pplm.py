@@ -3,9 +3,10 @@
 import pytest
 import torch
 from helpers import random_ids, tiny_tokenizer
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from backpack_lib.analysis import pplm
+from backpack_lib.analysis.scores import bits_per_byte
 
 TOKENIZER = tiny_tokenizer()
 V = len(TOKENIZER)
@@ -112,3 +113,15 @@ def test_steered_text_says_the_word_more_often_and_the_weights_stay(model):
 
     assert count(20.0) > 3 * count(0.0) + 5
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
+
+
+def test_a_transformer_of_another_architecture_is_steered_and_measured():
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=V, max_position_embeddings=32, **sizes)).eval()
+    plain, steered = (
+        pplm.generate(llama, TOKENIZER, ["nurse"], ["The nurse", "At"], 8, settings=pplm.Settings(step=step))
+        for step in (0.0, 5.0)
+    )
+    assert plain != steered
+    assert bits_per_byte(llama, TOKENIZER, [" ".join(plain * 3)]) > 0

@@ -118,7 +118,7 @@ def general_loss(model, rows: list[list[int]]) -> float:
 
 def rows_of_texts(model, tokenizer, texts: list[str]) -> list[list[int]]:
     """Texts as rows of token ids, cut to the model's context."""
-    rows = [ids_of_text(tokenizer, text)[: model.config.n_positions] for text in texts]
+    rows = [ids_of_text(tokenizer, text)[: model.config.max_position_embeddings] for text in texts]
     rows = [row for row in rows if len(row) > 1]
     if not rows:
         raise ValueError("There is no general text to hold the model to; give at least one that is not empty.")

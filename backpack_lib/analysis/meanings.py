@@ -57,7 +57,7 @@ def removal_costs(model, tokenizer) -> pd.DataFrame:
     costs = {}
     for (word, topic), texts in texts_of_meanings().items():
         x = token_of_word(tokenizer, word)
-        rows = [ids_of_text(tokenizer, text)[: model.config.n_positions] for text in texts]
+        rows = [ids_of_text(tokenizer, text)[: model.config.max_position_embeddings] for text in texts]
         ids, mask = (tensor.to(model.device) for tensor in pad_rows(rows, tokenizer.eos_token_id))
         out = model(ids, attention_mask=mask, output_senses=True, use_cache=False)
         is_word = ids == x

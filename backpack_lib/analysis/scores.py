@@ -36,7 +36,7 @@ def bits_per_byte(model, tokenizer, texts: Iterable[str]) -> float:
     n_bytes, windows = 0, []
     for text in texts:
         n_bytes += len(text.encode())
-        windows += _windows(ids_of_text(tokenizer, text), model.config.n_positions)
+        windows += _windows(ids_of_text(tokenizer, text), model.config.max_position_embeddings)
     if not n_bytes:
         raise ValueError("There is no text to measure; give at least one that is not empty.")
     nats = token_nats(model, [ids for ids, _ in windows])

@@ -84,7 +84,7 @@ class Lesson(Results):
         if self.kind == PLANTED:
             return [text.text for text in generated], "planted text"
         writer = self.model if writer is None else writer
-        tokens = min(tokens, writer.config.n_positions - 1)
+        tokens = min(tokens, writer.config.max_position_embeddings - 1)
         return continue_texts(writer, self.tokenizer, beginnings, tokens, seed, top_k=0), "texts by the model"
 
     def stored(self, file: str, command: str, column: str = "weights") -> pd.DataFrame | None:

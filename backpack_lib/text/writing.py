@@ -26,11 +26,11 @@ def prompts_of_texts(model, tokenizer, prompts: list[str], max_new_tokens: int) 
     Raises ValueError if there is no room for the new tokens in the model's context.
     """
     ids, mask = pad_rows([ids_of_text(tokenizer, prompt) for prompt in prompts], tokenizer.eos_token_id, left=True)
-    room = model.config.n_positions - ids.shape[1]
+    room = model.config.max_position_embeddings - ids.shape[1]
     if max_new_tokens > room:
         raise ValueError(
             f"The prompt has {ids.shape[1]} tokens, which leaves room for {max(room, 0)} of the model's "
-            f"{model.config.n_positions}, but max_new_tokens={max_new_tokens}; shorten the prompt or ask for fewer."
+            f"{model.config.max_position_embeddings}, but max_new_tokens={max_new_tokens}; shorten the prompt or ask for fewer."
         )
     return ids.to(model.device), mask.to(model.device)
 
