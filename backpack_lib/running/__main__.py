@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from backpack_lib.files import notebooks_folder, runs_folder
-from backpack_lib.running.notebook import run_notebook
+from backpack_lib.running.notebook import Outcome, run_notebook, share_of_cores, side_by_side
 from backpack_lib.running.parameters import ordered_notebooks, read_parameters, source_of
 
 
@@ -60,13 +60,15 @@ def _run_in_order(options) -> int:
     plans = {name: read_parameters(source, options.f, options.p) for name, source in sources.items()}
     if len(plans) > 1 and any("out" in given for given in plans.values()):
         raise ValueError("These notebooks would all write to one `out`; run them one by one.")
-    if options.processes > 1 and len(plans) > 1:
-        outcomes = _run_side_by_side(plans, options.processes)
-    else:
-        outcomes = []
-        for number, (name, given) in enumerate(plans.items(), start=1):
-            print(f"[{number}/{len(plans)}] {sources[name].stem}", file=sys.stderr, flush=True)
-            outcomes.append(run_notebook(name, given))
+    at_once = max(1, min(options.processes, len(plans)))
+
+    def run(number: int, name: str) -> tuple[int, Outcome]:
+        print(f"[{number}/{len(plans)}] {sources[name].stem}", file=sys.stderr, flush=True)
+        environment = share_of_cores(at_once) if at_once > 1 else None
+        return number, run_notebook(name, plans[name], progress_bar=at_once == 1, environment=environment)
+
+    ending = side_by_side(lambda numbered: run(*numbered), enumerate(plans, start=1), at_once)
+    outcomes = [outcome for _, outcome in sorted(ending)]
     for outcome in outcomes:
         print(f"{outcome.notebook}, {outcome.minutes:.1f} minutes: {outcome.result}\n    {outcome.copy}")
     if not options.names:
@@ -74,24 +76,6 @@ def _run_in_order(options) -> int:
 
         print(f"All of them as pages: {write_index(outcomes, runs_folder())}")
     return int(any(outcome.failed for outcome in outcomes))
-
-
-def _run_side_by_side(plans: dict[str, dict], processes: int) -> list:
-    """Runs notebooks several at a time, which do not depend on each other. -> their outcomes, in the order of the plans"""
-    from backpack_lib.running.grid import as_they_end, processes_here
-
-    def run(name: str):
-        return run_notebook(name, plans[name], progress_bar=False)
-
-    outcomes = {}
-    with processes_here(processes) as client:
-        for name, outcome in as_they_end(client, run, list(plans), processes):
-            if isinstance(outcome, Exception):
-                raise outcome
-            outcomes[name] = outcome
-            done = f"[{len(outcomes)}/{len(plans)}] {outcome.notebook}, {outcome.minutes:.1f} minutes"
-            print(done, file=sys.stderr, flush=True)
-    return [outcomes[name] for name in plans]
 
 
 def _run_grid(options) -> int:
