@@ -22,8 +22,8 @@ import pytest
 # Checkpoints and word lists that some tests compare with; they are not part of the project.
 SHARED = Path(os.environ.get("BACKPACK_SHARED", Path(__file__).resolve().parent.parent / "shared"))
 
-# The same examples each time, so that a change alone can break a test; `make test-slow` draws others.
-hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+# The same examples each time, so that a change alone can break a test; `make test-slow` draws others, and more.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None, max_examples=25)
 hypothesis.settings.register_profile("drawn", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("same")
 
@@ -33,6 +33,14 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip(f"reference files are not on this machine ({SHARED})")
     return SHARED
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first. Processes share the tests by file, but those of test_notebooks.py one by one."""
+    items.sort(key=lambda item: (item.path.suffix != ".ipynb", item.path.name != "test_notebooks.py"))
+    for item in items:
+        if item.path.name != "test_notebooks.py":
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 def pytest_runtest_setup(item):

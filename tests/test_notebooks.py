@@ -13,7 +13,7 @@ import torch
 from executing import CHECK, NOTEBOOKS, execute, folded_solutions, results_of
 from helpers import ROOT, tiny_classifier, tiny_model, tokenizer_with_words
 
-from backpack_lib import SenseEdits, load
+from backpack_lib import SenseEdits, load, loading
 from backpack_lib.analysis import bias
 from backpack_lib.lessons import bias as lessons_of_bias
 from backpack_lib.loading import is_planted
@@ -35,10 +35,13 @@ def test_empty_exercises_say_what_is_missing(name):
     assert all("Not yet" in cell.outputs[0]["data"]["text/plain"] for cell in cells)
 
 
-def test_the_tour_and_its_exercises(tmp_path):
+def test_the_tour_and_its_exercises_where_smollm2_cannot_be_had(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loading, "SMOLLM2_PACKAGE", "not_installed")
+    monkeypatch.setenv("BACKPACK_CACHE", str(tmp_path / "cache"))
     assert_solved(execute("00_tour", {"model": "planted", "out": str(tmp_path)}, solved=True).answers, 4)
     results = results_of(tmp_path)
     assert results["rounding"] < 1e-3 and results["p after the edit"] != results["p"]
+    assert "So this page shows the lens on the demo's Transformer (demo-lens)." in capsys.readouterr().out
 
 
 def test_training_and_its_exercises(tmp_path, monkeypatch):

@@ -121,7 +121,7 @@ def view(x):
 display(ipywidgets.interactive(view, x=3))
 """
     suite("03_widget", widget, WRITE)
-    outcome = run_notebook("03_widget")
+    outcome = run_notebook("03_widget", {})
     assert outcome.failed and "in a widget: KeyError" in outcome.result
 
 
@@ -130,13 +130,13 @@ def test_old_results_are_not_taken_for_new_ones(suite, tmp_path):
     folder.mkdir(parents=True)
     (folder / "results.json").write_text('{"headline": "old"}')
     suite("03_silent", "pass")
-    assert "it wrote no results.json" in run_notebook("03_silent").result
+    assert "it wrote no results.json" in run_notebook("03_silent", {}).result
 
 
 def test_two_runs_do_not_write_to_one_folder(suite, tmp_path, capfd):
     with locked_folder(tmp_path / "runs" / "01_first"):
         with pytest.raises(ValueError, match="Another run is writing to"):
-            run_notebook("01_first")
+            run_notebook("01_first", {})
     assert main(["01_first", "02_second", "-p", "out", str(tmp_path / "one")]) == 2
     assert "would all write to one `out`" in capfd.readouterr().err
 

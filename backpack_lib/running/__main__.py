@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from backpack_lib.files import notebooks_folder, runs_folder
-from backpack_lib.running.notebook import Outcome, run_notebook, share_of_cores, side_by_side
+from backpack_lib.running.notebook import Outcome, as_they_end, environments_of, run_notebook
 from backpack_lib.running.parameters import ordered_notebooks, read_parameters, source_of
 
 
@@ -20,12 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
     add("-f", metavar="FILE", help="parameters from a YAML file")
     add("--grid", action="append", default=[], metavar="NAME=V1,V2", help="a run for each value, or each combination")
-    add(
-        "--processes",
-        type=int,
-        default=0,
-        help="notebooks, or runs of a grid, at a time (of a grid, 0: one a GPU, or one a core)",
-    )
+    add("--processes", type=int, default=0, help="runs at a time; 0: of a grid one a GPU or one a core, else 1")
     add("--scheduler", default="", help="of a dask cluster to run a grid on: tcp://..., or its file")
     add("--notebooks", nargs="?", const="notebooks", metavar="FOLDER", help="only copy the notebooks to a folder")
     options = parser.parse_args(arguments)
@@ -60,15 +55,14 @@ def _run_in_order(options) -> int:
     plans = {name: read_parameters(source, options.f, options.p) for name, source in sources.items()}
     if len(plans) > 1 and any("out" in given for given in plans.values()):
         raise ValueError("These notebooks would all write to one `out`; run them one by one.")
-    at_once = max(1, min(options.processes, len(plans)))
+    at_once, order = max(1, min(options.processes, len(plans))), list(plans)
 
-    def run(number: int, name: str) -> tuple[int, Outcome]:
-        print(f"[{number}/{len(plans)}] {sources[name].stem}", file=sys.stderr, flush=True)
-        environment = share_of_cores(at_once) if at_once > 1 else None
-        return number, run_notebook(name, plans[name], progress_bar=at_once == 1, environment=environment)
+    def run(name: str, environment: dict) -> tuple[int, Outcome]:
+        place = order.index(name)
+        print(f"[{place + 1}/{len(order)}] {sources[name].stem}", file=sys.stderr, flush=True)
+        return place, run_notebook(name, plans[name], progress_bar=at_once == 1, environment=environment)
 
-    ending = side_by_side(lambda numbered: run(*numbered), enumerate(plans, start=1), at_once)
-    outcomes = [outcome for _, outcome in sorted(ending)]
+    outcomes = [outcome for _, outcome in sorted(as_they_end(run, order, environments_of(at_once)))]
     for outcome in outcomes:
         print(f"{outcome.notebook}, {outcome.minutes:.1f} minutes: {outcome.result}\n    {outcome.copy}")
     if not options.names:

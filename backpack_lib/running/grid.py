@@ -11,13 +11,12 @@ import sys
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from queue import SimpleQueue
 
 import pandas as pd
 from tqdm import tqdm
 
 from backpack_lib.files import digest, locked_folder, runs_folder, write_text
-from backpack_lib.running.notebook import RESULTS, run_notebook, share_of_cores, side_by_side
+from backpack_lib.running.notebook import RESULTS, as_they_end, environments_of, run_notebook
 from backpack_lib.running.parameters import code_of, default_parameters, read_grid, source_of
 
 MOST = 8  # runs at a time, unless more are asked for: each is a kernel with a model
@@ -72,19 +71,7 @@ class Grid:
         on_gpu = any(parameters.get("device", "cpu") != "cpu" for parameters in self.runs.values())
         gpus = gpus_here() if on_gpu else []
         at_once = min(len(left), processes or len(gpus) or min(MOST, os.cpu_count()))
-        environments = SimpleQueue()
-        for number in range(at_once):
-            gpu = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {}
-            environments.put(share_of_cores(at_once) | gpu)
-
-        def run_one(run: str):
-            environment = environments.get()
-            try:
-                return self.run_one(run, environment)
-            finally:
-                environments.put(environment)
-
-        return side_by_side(run_one, left, at_once)
+        return as_they_end(self.run_one, left, environments_of(max(1, at_once), gpus))
 
     def _on_cluster(self, left: list[str], scheduler: str) -> Iterator[tuple]:
         """Each run as it ends, with what went wrong or None. dask gives what was on a lost machine to another one."""

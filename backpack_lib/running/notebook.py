@@ -9,6 +9,7 @@ from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from queue import SimpleQueue
 
 from backpack_lib.files import locked_folder, runs_folder, write_text
 from backpack_lib.running.parameters import check_parameters, default_parameters, source_of
@@ -17,19 +18,15 @@ RESULTS = "results.json"  # written by each notebook beside its executed copy; `
 Outcome = namedtuple("Outcome", "notebook minutes result copy failed")  # what became of one notebook
 
 
-def run_notebook(
-    name: str, given: dict | None = None, progress_bar: bool = True, environment: dict | None = None
-) -> Outcome:
+def run_notebook(name: str, given: dict, progress_bar: bool = True, environment: dict | None = None) -> Outcome:
     """Executes one notebook, by name or path; its copy and results go to its parameter `out`, or to `runs/<name>`.
 
-    environment: further variables for its kernel.
-
-    Raises ValueError, before anything starts, for an unknown notebook, parameter name or type, or if another run
-    is writing to the same folder; OSError if the folder cannot be written.
+    environment: further variables for its kernel. Raises ValueError, before anything starts, for an unknown notebook,
+    parameter name or type, or if another run is writing to the same folder.
     """
     source = source_of(name)
     defaults = default_parameters(source)
-    parameters = check_parameters(source.stem, defaults, given or {})
+    parameters = check_parameters(source.stem, defaults, given)
     folder = Path(parameters.get("out") or runs_folder() / source.stem).absolute()
     # A notebook that is told its folder writes there, whatever its file is called.
     told = parameters | {"out": str(folder)} if "out" in defaults else parameters
@@ -37,7 +34,7 @@ def run_notebook(
     with locked_folder(folder):
         results.unlink(missing_ok=True)
         began = time.monotonic()
-        failure = _execute(source, copy, told, progress_bar, environment) or _widget_failure(copy)
+        failure = _execute(source, copy, told, progress_bar, environment or {}) or _widget_failure(copy)
         minutes = (time.monotonic() - began) / 60
         if failure is None and not results.is_file():
             failure = f"it wrote no {RESULTS}"
@@ -45,20 +42,18 @@ def run_notebook(
         return Outcome(source.stem, minutes, result, copy, failed=failure is not None)
 
 
-def _execute(source: Path, copy: Path, parameters: dict, progress_bar: bool, environment: dict | None) -> str | None:
+def _execute(source: Path, copy: Path, parameters: dict, progress_bar: bool, environment: dict) -> str | None:
     """Runs a notebook into `copy`. Returns what went wrong in one line, or None."""
     import papermill
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # its warnings are of parameters, which are checked here
     # It takes paths as templates, in which braces stand for parameters.
     paths = [str(path).replace("{", "{{").replace("}", "}}") for path in (source, copy)]
-    flags = ["--IPKernelApp.log_level=CRITICAL"]  # what goes wrong in a cell comes as a message
-    if environment:
-        flags.append(f"--IPKernelApp.exec_lines=import os; os.environ.update({environment})")
+    settings = {"log_level": "CRITICAL", "exec_lines": f"import os; os.environ.update({environment})"}
+    flags = [f"--IPKernelApp.{name}={value}" for name, value in settings.items()]
+    kernel = {"kernel_name": "python3", "extra_arguments": flags}
     try:
-        papermill.execute_notebook(
-            *paths, parameters, kernel_name="python3", progress_bar=progress_bar, extra_arguments=flags
-        )
+        papermill.execute_notebook(*paths, parameters, progress_bar=progress_bar, **kernel)
     except papermill.PapermillExecutionError as error:
         return f"cell {error.exec_count}: {error.ename}: {error.evalue}".splitlines()[0]
     except Exception as error:  # the kernel died, or could not start
@@ -87,23 +82,35 @@ def _sign(file: Path, parameters: dict, minutes: float) -> str:
     return results.get("headline", "")
 
 
-def side_by_side(function: Callable, arguments: Iterable, at_once: int) -> Iterator:
-    """Calls a function with each argument, so many at a time. -> what comes back, as the calls end
+def as_they_end(run: Callable, names: Iterable[str], environments: list[dict]) -> Iterator:
+    """Calls `run(name, environment)` for each name, in each environment one at a time. -> what comes back, as runs end
 
-    Threads are enough, since a kernel is a process. Ctrl-C ends the waiting at once, and kernels end with this process.
+    Threads are enough, since a kernel is a process. Ctrl-C ends the waiting, and kernels end with this process.
     """
-    with ThreadPool(max(1, at_once)) as pool:
-        results = pool.imap_unordered(function, arguments)
+    free = SimpleQueue()
+    for environment in environments:
+        free.put(environment)
+
+    def run_in_free(name: str):
+        environment = free.get()
+        try:
+            return run(name, environment)
+        finally:
+            free.put(environment)
+
+    with ThreadPool(len(environments)) as pool:
+        ending = pool.imap_unordered(run_in_free, names)
         while True:
             try:
-                yield results.next(timeout=1)  # without a timeout, Windows would not see Ctrl-C
+                yield ending.next(timeout=1)  # without a timeout, Windows would not see Ctrl-C
             except multiprocessing.TimeoutError:
                 continue
             except StopIteration:
                 return
 
 
-def share_of_cores(at_once: int) -> dict[str, str]:
-    """For the kernels of so many runs at a time: as many threads each as there are cores for."""
+def environments_of(at_once: int, gpus: list[str] = ()) -> list[dict]:
+    """What the kernels of so many runs at a time need: a share of the cores, and a GPU each where there are some."""
     threads = str(max(1, os.cpu_count() // at_once))
-    return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    cores = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} if at_once > 1 else {}
+    return [cores | ({"CUDA_VISIBLE_DEVICES": gpus[n % len(gpus)]} if gpus else {}) for n in range(at_once)]
