@@ -4,12 +4,12 @@ import json
 import logging
 import multiprocessing
 import os
+import threading
 import time
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from queue import SimpleQueue
 
 from backpack_lib.files import locked_folder, runs_folder, write_text
 from backpack_lib.running.parameters import check_parameters, default_parameters, source_of
@@ -83,23 +83,17 @@ def _sign(file: Path, parameters: dict, minutes: float) -> str:
 
 
 def as_they_end(run: Callable, names: Iterable[str], environments: list[dict]) -> Iterator:
-    """Calls `run(name, environment)` for each name, in each environment one at a time. -> what comes back, as runs end
+    """Calls `run(name, environment)` for each name, one at a time in each environment. -> what comes back, as runs end
 
     Threads are enough, since a kernel is a process. Ctrl-C ends the waiting, and kernels end with this process.
     """
-    free = SimpleQueue()
-    for environment in environments:
-        free.put(environment)
+    own, not_taken = threading.local(), iter(environments)
 
-    def run_in_free(name: str):
-        environment = free.get()
-        try:
-            return run(name, environment)
-        finally:
-            free.put(environment)
+    def begin():
+        own.environment = next(not_taken)
 
-    with ThreadPool(len(environments)) as pool:
-        ending = pool.imap_unordered(run_in_free, names)
+    with ThreadPool(len(environments), begin) as pool:
+        ending = pool.imap_unordered(lambda name: run(name, own.environment), names)
         while True:
             try:
                 yield ending.next(timeout=1)  # without a timeout, Windows would not see Ctrl-C
