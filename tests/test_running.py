@@ -241,7 +241,6 @@ def test_runs_at_the_same_time_have_a_gpu_each(suite, tmp_path, monkeypatch):
     assert grid.run() == [] and set(grid.table()["gpu"]) == {"3", "5"}
 
 
-@pytest.mark.slow
 def test_a_cluster_runs_a_grid_and_a_failure_is_told(suite, tmp_path):
     suite("01_first", "assert steps != 2, 'two is not allowed'", WRITE)
     with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
