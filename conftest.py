@@ -36,11 +36,8 @@ def shared():
 
 
 def pytest_collection_modifyitems(items):
-    """The longest first. Processes share the tests by file, but those of test_notebooks.py one by one."""
+    """The longest first."""
     items.sort(key=lambda item: (item.path.suffix != ".ipynb", item.path.name != "test_notebooks.py"))
-    for item in items:
-        if item.path.name != "test_notebooks.py":
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 def pytest_runtest_setup(item):
