@@ -40,6 +40,18 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: (item.path.suffix != ".ipynb", item.path.name != "test_notebooks.py"))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Processes share the tests by file, but those of test_notebooks.py, each a whole notebook, one by one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneByOne(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if "test_notebooks.py" in nodeid else super()._split_scope(nodeid)
+
+    return OneByOne(config, log)
+
+
 def pytest_runtest_setup(item):
     """To tests, "planted" is the shipped model; to notebooks, the one that 01_training trained."""
     kind = "notebooks" if item.path.suffix == ".ipynb" else "tests"
