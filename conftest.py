@@ -22,8 +22,8 @@ import pytest
 # Checkpoints and word lists that some tests compare with; they are not part of the project.
 SHARED = Path(os.environ.get("BACKPACK_SHARED", Path(__file__).resolve().parent.parent / "shared"))
 
-# The same examples each time, so that a change alone can break a test; `make test-slow` draws others.
-hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+# The same examples each time, so that a change alone can break a test; `make test-slow` draws others, and more.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None, max_examples=25)
 hypothesis.settings.register_profile("drawn", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("same")
 
@@ -33,6 +33,23 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip(f"reference files are not on this machine ({SHARED})")
     return SHARED
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first."""
+    items.sort(key=lambda item: (item.path.suffix != ".ipynb", item.path.name != "test_notebooks.py"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Processes share the tests by file, but those of test_notebooks.py, each a whole notebook, one by one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneByOne(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if "test_notebooks.py" in nodeid else super()._split_scope(nodeid)
+
+    return OneByOne(config, log)
 
 
 def pytest_runtest_setup(item):

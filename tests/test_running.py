@@ -6,15 +6,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
 import pytest
+from dask.distributed import LocalCluster
 from helpers import ROOT, Interruptible
 
 from backpack_lib.files import locked_folder
-from backpack_lib.running import grid as grids
 from backpack_lib.running.__main__ import main
 from backpack_lib.running.grid import Grid
 from backpack_lib.running.notebook import run_notebook
@@ -76,11 +75,22 @@ def test_all_notebooks_run_in_order_and_a_failure_does_not_stop_the_others(suite
     assert (tmp_path / "runs" / "index.html").is_file()
 
 
+MEET = """
+import pathlib, time
+place, since = pathlib.Path(out).parent, time.monotonic()
+(place / f'here-{steps}').touch()
+while len(list(place.glob('here-*'))) < 2:
+    assert time.monotonic() < since + 60, 'the other does not run at the same time'
+    time.sleep(0.05)
+"""
+
+
 def test_notebooks_run_side_by_side_and_are_listed_in_their_order(suite, tmp_path, capfd):
-    suite("01_first", "import time; time.sleep(2)", WRITE)
+    suite("01_first", MEET, WRITE)
+    suite("02_second", "steps += 1", MEET, WRITE)
     assert main(["--processes", "2"]) == 0
     out, err = capfd.readouterr()
-    assert "[1/2] 02_second" in err and "[2/2] 01_first" in err
+    assert "[1/2] 01_first" in err and "[2/2] 02_second" in err
     assert out.index("01_first, ") < out.index("02_second, ") and (tmp_path / "runs" / "index.html").is_file()
 
 
@@ -111,7 +121,7 @@ def view(x):
 display(ipywidgets.interactive(view, x=3))
 """
     suite("03_widget", widget, WRITE)
-    outcome = run_notebook("03_widget")
+    outcome = run_notebook("03_widget", {})
     assert outcome.failed and "in a widget: KeyError" in outcome.result
 
 
@@ -120,13 +130,13 @@ def test_old_results_are_not_taken_for_new_ones(suite, tmp_path):
     folder.mkdir(parents=True)
     (folder / "results.json").write_text('{"headline": "old"}')
     suite("03_silent", "pass")
-    assert "it wrote no results.json" in run_notebook("03_silent").result
+    assert "it wrote no results.json" in run_notebook("03_silent", {}).result
 
 
 def test_two_runs_do_not_write_to_one_folder(suite, tmp_path, capfd):
     with locked_folder(tmp_path / "runs" / "01_first"):
         with pytest.raises(ValueError, match="Another run is writing to"):
-            run_notebook("01_first")
+            run_notebook("01_first", {})
     assert main(["01_first", "02_second", "-p", "out", str(tmp_path / "one")]) == 2
     assert "would all write to one `out`" in capfd.readouterr().err
 
@@ -183,9 +193,10 @@ def test_wrong_names_and_types_are_refused_before_anything_starts(
 # ---------------------------------------------------------------- grids
 
 
-def test_a_grid_runs_what_is_not_finished_and_gathers_a_table(suite, tmp_path, capfd):
-    suite("01_first", "assert steps != 2, 'two is not allowed'", WRITE)
-    axes = ["steps=1,2,3", "name=b {c}"]
+def test_a_grid_runs_what_is_not_finished_and_a_kernel_that_dies_costs_its_run_only(suite, tmp_path, capfd):
+    fail = "import os\nassert steps != 2, 'two is not allowed'\nif steps == 3: os.kill(os.getpid(), 9)"
+    suite("01_first", fail, WRITE)
+    axes = ["steps=1,2,3,4", "name=b {c}"]
     grid = Grid("01_first", {"rate": 0.25}, axes)
     first = next(iter(grid.runs))
     finished = {"headline": "done before", "double": -1, "minutes": 1.0, "parameters": grid.runs[first]}
@@ -194,9 +205,9 @@ def test_a_grid_runs_what_is_not_finished_and_gathers_a_table(suite, tmp_path, c
     line = ["01_first", "-p", "rate", "0.25", "--processes", "1", "--grid", axes[0], "--grid", axes[1]]
     assert main(line) == 1
     out, err = capfd.readouterr()
-    assert "two is not allowed" in err and "3/3" in err and str(grid.file) in out
+    assert "two is not allowed" in err and "DeadKernelError" in err and "4/4" in err and str(grid.file) in out
     table = pd.read_csv(tmp_path / "runs" / "01_first-grid" / "table.csv")
-    assert table[["steps", "name", "double"]].values.tolist() == [[1, "b {c}", -1], [3, "b {c}", 6]]
+    assert table[["steps", "name", "double"]].values.tolist() == [[1, "b {c}", -1], [4, "b {c}", 8]]
 
 
 def test_a_run_is_finished_if_its_results_have_its_parameters(suite):
@@ -222,22 +233,20 @@ def test_a_run_is_finished_if_its_results_have_its_parameters(suite):
     assert not set(Grid("01_first", {"rate": 0.25}, ["steps=1,2"]).runs) & set(grid.runs)
 
 
-def test_each_process_has_a_gpu_to_itself(suite, monkeypatch):
-    suite("03_gpu", WRITE, parameters=f"{PARAMETERS}device = 'auto'")
+def test_runs_at_the_same_time_have_a_gpu_each(suite, tmp_path, monkeypatch):
+    write = WRITE.replace("'nothing'", "'gpu': os.environ['CUDA_VISIBLE_DEVICES'], 'nothing'")
+    suite("03_gpu", MEET, f"import os; {write}", parameters=f"{PARAMETERS}device = 'auto'")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert grids.gpus_here() == ["3", "5"]
-    seen = []
+    grid = Grid("03_gpu", {}, ["steps=1,2"])
+    assert grid.run() == [] and set(grid.table()["gpu"]) == {"3", "5"}
 
-    def run_nothing(*run, **settings):
-        seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
-        return SimpleNamespace(failed=False)
 
-    monkeypatch.setattr(grids, "run_notebook", run_nothing)
-    grid = Grid("03_gpu", {}, ["steps=1"])
-    for worker in (0, 1, 2):
-        monkeypatch.setattr(grids, "get_worker", lambda worker=worker: SimpleNamespace(name=worker))
-        grid.run_one(*grid.runs, gpus=["3", "5"])
-    assert seen == ["3", "5", "3"]
+def test_a_cluster_runs_a_grid_and_a_failure_is_told(suite, tmp_path):
+    suite("01_first", "assert steps != 2, 'two is not allowed'", WRITE)
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
+        grid = Grid("01_first", {}, ["steps=1,2"])
+        (failed,) = grid.run(scheduler=cluster.scheduler_address)
+    assert failed.startswith("steps=2") and list(grid.table()["steps"]) == [1]
 
 
 @pytest.mark.slow
@@ -259,25 +268,6 @@ def test_a_grid_that_is_interrupted_resumes_and_keeps_another_out(suite, tmp_pat
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "2/4" in done.stderr, done.stderr
     assert list(pd.read_csv(grid.file)["steps"]) == [1, 2, 3, 4]
-
-
-KILL_THE_WORKER = """
-import os, pathlib, signal, time
-killed = pathlib.Path(out).parent / f'killed-{steps}'
-if steps == 2 or (steps == 1 and not killed.exists()):
-    killed.touch()
-    os.kill(os.getppid(), signal.SIGKILL)
-    time.sleep(60)
-"""
-
-
-@pytest.mark.slow
-def test_a_worker_that_is_killed_costs_its_run_only_which_is_tried_again(suite, tmp_path, capfd):
-    suite("01_first", KILL_THE_WORKER, WRITE)
-    assert main(["01_first", "--grid", "steps=1,2,3,4", "--processes", "2"]) == 1
-    err = capfd.readouterr().err
-    assert "steps=2" in err and "all those workers died" in err and "Traceback" not in err
-    assert list(pd.read_csv(tmp_path / "runs" / "01_first-grid" / "table.csv")["steps"]) == [1, 3, 4]
 
 
 # ---------------------------------------------------------------- notebooks of one's own

@@ -34,26 +34,27 @@ def test_the_stored_texts_of_topic_control_are_of_the_demo_models_on_all_topics(
         replace(planted, name="demo").stored(*asked)
 
 
-def test_the_stored_losses_of_debiasing_are_of_the_demo_model():
-    loss = pd.read_csv(ROOT / "data" / "demo" / "gender_bias" / "loss.csv", index_col="edit")
-    assert set(loss["model"]) == {fingerprint(load("demo")[0])}, "run: make gender-bias"
-    assert loss.loc["as it is", "rise, %"] == 0 and list(loss.index) == ["as it is", "removed"]
+MEASURED = [
+    ("demo/gender_bias/loss.csv", "model", "demo", "gender-bias"),
+    ("demo/knowledge/facts.csv.gz", "weights", "demo", "knowledge"),
+    ("demo/knowledge/taught.csv.gz", "weights", "demo", "knowledge"),
+    ("planted/new_facts.csv", "weights", "planted", "knowledge"),
+    ("reading/explanations.csv", "weights", "demo", "reading"),
+    ("reading/bigrams_of_demo.csv", "weights", "demo", "reading"),
+]
 
 
-@pytest.mark.parametrize("name", ["facts", "taught"])
-def test_the_stored_tables_of_knowledge_are_of_the_demo_model(name):
-    stored = pd.read_csv(ROOT / "data" / "demo" / "knowledge" / f"{name}.csv.gz")
-    assert set(stored["weights"]) == {fingerprint(load("demo")[0])}, "run: make knowledge"
-    if name == "facts":
-        assert stored.groupby(["model", "method"]).size().nunique() == 1  # all methods on the same facts
-    else:
-        assert {*stored["method"]} == {"as it is", "senses", "all weights", "LoRA"} and stored["set"].nunique() == 3
+@pytest.mark.parametrize("file, column, model, target", MEASURED)
+def test_a_stored_table_is_of_the_model_that_is_shipped(file, column, model, target):
+    assert set(pd.read_csv(ROOT / "data" / file)[column]) == {fingerprint(load(model)[0])}, f"run: make {target}"
 
 
-def test_what_planted_models_learn_of_moved_places_is_of_the_shipped_ones():
-    stored = pd.read_csv(ROOT / "data" / "planted" / "new_facts.csv")
-    assert {*stored["weights"]} == {fingerprint(load("planted")[0])}, "run: make knowledge"
-    assert len(stored) == stored["place"].nunique() * 3 * 3  # numbers of examples, and methods
+def test_stored_tables_compare_all_methods_on_the_same():
+    loss, facts, taught, new_facts = (pd.read_csv(ROOT / "data" / file) for file, *_ in MEASURED[:4])
+    assert list(loss["edit"]) == ["as it is", "removed"] and loss.loc[0, "rise, %"] == 0
+    assert facts.groupby(["model", "method"]).size().nunique() == 1
+    assert {*taught["method"]} == {"as it is", "senses", "all weights", "LoRA"} and taught["set"].nunique() == 3
+    assert len(new_facts) == new_facts["place"].nunique() * 3 * 3  # numbers of examples, and methods
 
 
 def test_a_stored_row_of_knowledge_is_what_the_code_gives():
@@ -66,9 +67,6 @@ def test_a_stored_row_of_knowledge_is_what_the_code_gives():
 
 
 def test_the_stored_tables_of_reading_are_of_these_models():
-    demo = load("demo")[0]
-    for name in ("explanations", "bigrams_of_demo"):
-        assert set(pd.read_csv(STORED / f"{name}.csv")["weights"]) == {fingerprint(demo)}, "run: make reading"
     models = {name: load(STORED / name)[0] for name in ("seed-0", "seed-1")}
     tokenizer = load(STORED / "seed-0")[1]
     pairs, partners = compare_models(models, *words_to_compare(tokenizer))

@@ -195,18 +195,13 @@ def _frame(axes, marked, color: str):
 
 
 def grouped_bars(values, title: str, xlabel: str):
-    """Horizontal bars of a DataFrame: a group for each row, a bar for each column."""
+    """Horizontal bars of a DataFrame: a group for each row, from the top, a bar for each column."""
     figure, axes = new_figure(title, height=1.2 + 0.34 * len(values))
-    _bars(axes, values.rename_axis(None), xlabel)
-    return figure
-
-
-def _bars(axes, values, xlabel: str):
-    """A group of bars for each row, from the top, with a legend below the axes, where it hides none."""
-    values.plot.barh(ax=axes, width=0.8, color=QUIET, legend=False, xlabel=xlabel)
+    values.rename_axis(None).plot.barh(ax=axes, width=0.8, color=QUIET, legend=False, xlabel=xlabel)
     axes.grid(axis="x")
     axes.invert_yaxis()
-    axes.figure.legend(loc="outside lower center", ncols=len(values.columns))
+    figure.legend(loc="outside lower center", ncols=len(values.columns))  # where it hides no bar
+    return figure
 
 
 def intervals(tables, title: str, xlabel: str, at: float = 0.0, log: bool = False):

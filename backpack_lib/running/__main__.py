@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from backpack_lib.files import notebooks_folder, runs_folder
-from backpack_lib.running.notebook import run_notebook
+from backpack_lib.running.notebook import Outcome, as_they_end, environments_of, run_notebook
 from backpack_lib.running.parameters import ordered_notebooks, read_parameters, source_of
 
 
@@ -20,12 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
     add("-f", metavar="FILE", help="parameters from a YAML file")
     add("--grid", action="append", default=[], metavar="NAME=V1,V2", help="a run for each value, or each combination")
-    add(
-        "--processes",
-        type=int,
-        default=0,
-        help="notebooks, or runs of a grid, at a time (of a grid, 0: one a GPU, or one a core)",
-    )
+    add("--processes", type=int, default=0, help="runs at a time; 0: of a grid one a GPU or one a core, else 1")
     add("--scheduler", default="", help="of a dask cluster to run a grid on: tcp://..., or its file")
     add("--notebooks", nargs="?", const="notebooks", metavar="FOLDER", help="only copy the notebooks to a folder")
     options = parser.parse_args(arguments)
@@ -60,13 +55,14 @@ def _run_in_order(options) -> int:
     plans = {name: read_parameters(source, options.f, options.p) for name, source in sources.items()}
     if len(plans) > 1 and any("out" in given for given in plans.values()):
         raise ValueError("These notebooks would all write to one `out`; run them one by one.")
-    if options.processes > 1 and len(plans) > 1:
-        outcomes = _run_side_by_side(plans, options.processes)
-    else:
-        outcomes = []
-        for number, (name, given) in enumerate(plans.items(), start=1):
-            print(f"[{number}/{len(plans)}] {sources[name].stem}", file=sys.stderr, flush=True)
-            outcomes.append(run_notebook(name, given))
+    at_once, order = max(1, min(options.processes, len(plans))), list(plans)
+
+    def run(name: str, environment: dict) -> tuple[int, Outcome]:
+        place = order.index(name)
+        print(f"[{place + 1}/{len(order)}] {sources[name].stem}", file=sys.stderr, flush=True)
+        return place, run_notebook(name, plans[name], progress_bar=at_once == 1, environment=environment)
+
+    outcomes = [outcome for _, outcome in sorted(as_they_end(run, order, environments_of(at_once)))]
     for outcome in outcomes:
         print(f"{outcome.notebook}, {outcome.minutes:.1f} minutes: {outcome.result}\n    {outcome.copy}")
     if not options.names:
@@ -74,24 +70,6 @@ def _run_in_order(options) -> int:
 
         print(f"All of them as pages: {write_index(outcomes, runs_folder())}")
     return int(any(outcome.failed for outcome in outcomes))
-
-
-def _run_side_by_side(plans: dict[str, dict], processes: int) -> list:
-    """Runs notebooks several at a time, which do not depend on each other. -> their outcomes, in the order of the plans"""
-    from backpack_lib.running.grid import as_they_end, processes_here
-
-    def run(name: str):
-        return run_notebook(name, plans[name], progress_bar=False)
-
-    outcomes = {}
-    with processes_here(processes) as client:
-        for name, outcome in as_they_end(client, run, list(plans), processes):
-            if isinstance(outcome, Exception):
-                raise outcome
-            outcomes[name] = outcome
-            done = f"[{len(outcomes)}/{len(plans)}] {outcome.notebook}, {outcome.minutes:.1f} minutes"
-            print(done, file=sys.stderr, flush=True)
-    return [outcomes[name] for name in plans]
 
 
 def _run_grid(options) -> int:

@@ -2,8 +2,13 @@
 
 import json
 import logging
+import multiprocessing
+import os
+import threading
 import time
 from collections import namedtuple
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from backpack_lib.files import locked_folder, runs_folder, write_text
@@ -13,15 +18,15 @@ RESULTS = "results.json"  # written by each notebook beside its executed copy; `
 Outcome = namedtuple("Outcome", "notebook minutes result copy failed")  # what became of one notebook
 
 
-def run_notebook(name: str, given: dict | None = None, progress_bar: bool = True) -> Outcome:
+def run_notebook(name: str, given: dict, progress_bar: bool = True, environment: dict | None = None) -> Outcome:
     """Executes one notebook, by name or path; its copy and results go to its parameter `out`, or to `runs/<name>`.
 
-    Raises ValueError, before anything starts, for an unknown notebook, parameter name or type, or if another run
-    is writing to the same folder; OSError if the folder cannot be written.
+    environment: further variables for its kernel. Raises ValueError, before anything starts, for an unknown notebook,
+    parameter name or type, or if another run is writing to the same folder.
     """
     source = source_of(name)
     defaults = default_parameters(source)
-    parameters = check_parameters(source.stem, defaults, given or {})
+    parameters = check_parameters(source.stem, defaults, given)
     folder = Path(parameters.get("out") or runs_folder() / source.stem).absolute()
     # A notebook that is told its folder writes there, whatever its file is called.
     told = parameters | {"out": str(folder)} if "out" in defaults else parameters
@@ -29,7 +34,7 @@ def run_notebook(name: str, given: dict | None = None, progress_bar: bool = True
     with locked_folder(folder):
         results.unlink(missing_ok=True)
         began = time.monotonic()
-        failure = _execute(source, copy, told, progress_bar) or _widget_failure(copy)
+        failure = _execute(source, copy, told, progress_bar, environment or {}) or _widget_failure(copy)
         minutes = (time.monotonic() - began) / 60
         if failure is None and not results.is_file():
             failure = f"it wrote no {RESULTS}"
@@ -37,18 +42,18 @@ def run_notebook(name: str, given: dict | None = None, progress_bar: bool = True
         return Outcome(source.stem, minutes, result, copy, failed=failure is not None)
 
 
-def _execute(source: Path, copy: Path, parameters: dict, progress_bar: bool) -> str | None:
+def _execute(source: Path, copy: Path, parameters: dict, progress_bar: bool, environment: dict) -> str | None:
     """Runs a notebook into `copy`. Returns what went wrong in one line, or None."""
     import papermill
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # its warnings are of parameters, which are checked here
     # It takes paths as templates, in which braces stand for parameters.
     paths = [str(path).replace("{", "{{").replace("}", "}}") for path in (source, copy)]
-    quiet = ["--IPKernelApp.log_level=CRITICAL"]  # what goes wrong in a cell comes as a message
+    settings = {"log_level": "CRITICAL", "exec_lines": f"import os; os.environ.update({environment})"}
+    flags = [f"--IPKernelApp.{name}={value}" for name, value in settings.items()]
+    kernel = {"kernel_name": "python3", "extra_arguments": flags}
     try:
-        papermill.execute_notebook(
-            *paths, parameters, kernel_name="python3", progress_bar=progress_bar, extra_arguments=quiet
-        )
+        papermill.execute_notebook(*paths, parameters, progress_bar=progress_bar, **kernel)
     except papermill.PapermillExecutionError as error:
         return f"cell {error.exec_count}: {error.ename}: {error.evalue}".splitlines()[0]
     except Exception as error:  # the kernel died, or could not start
@@ -75,3 +80,31 @@ def _sign(file: Path, parameters: dict, minutes: float) -> str:
     results |= {"minutes": round(minutes, 2), "parameters": parameters | {"out": ""}}
     write_text(file, json.dumps(results, indent=1, allow_nan=False) + "\n")
     return results.get("headline", "")
+
+
+def as_they_end(run: Callable, names: Iterable[str], environments: list[dict]) -> Iterator:
+    """Calls `run(name, environment)` for each name, one at a time in each environment. -> what comes back, as runs end
+
+    Threads are enough, since a kernel is a process. Ctrl-C ends the waiting, and kernels end with this process.
+    """
+    own, not_taken = threading.local(), iter(environments)
+
+    def begin():
+        own.environment = next(not_taken)
+
+    with ThreadPool(len(environments), begin) as pool:
+        ending = pool.imap_unordered(lambda name: run(name, own.environment), names)
+        while True:
+            try:
+                yield ending.next(timeout=1)  # without a timeout, Windows would not see Ctrl-C
+            except multiprocessing.TimeoutError:
+                continue
+            except StopIteration:
+                return
+
+
+def environments_of(at_once: int, gpus: list[str] = ()) -> list[dict]:
+    """What the kernels of so many runs at a time need: a share of the cores, and a GPU each where there are some."""
+    threads = str(max(1, os.cpu_count() // at_once))
+    cores = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} if at_once > 1 else {}
+    return [cores | ({"CUDA_VISIBLE_DEVICES": gpus[n % len(gpus)]} if gpus else {}) for n in range(at_once)]

@@ -83,7 +83,7 @@ def write_index(outcomes: list, folder: Path) -> Path:
         html = page(nbformat.read(outcome.copy, as_version=4), outcome.notebook)
         target = outcome.copy.with_suffix(".html")
         write_text(target, re.sub(r'href="(\d\d_\w+)\.ipynb(#\w+)?"', r'href="../\1/\1.html\2"', html))
-        address = quote(target.relative_to(folder).as_posix()) if target.is_relative_to(folder) else target.as_uri()
+        address = quote(target.relative_to(folder).as_posix())
         link = f'<a href="{address}">{escape(outcome.notebook)}</a>'
         rows.append({"notebook": link, "minutes": round(outcome.minutes, 1), "result": escape(outcome.result)})
     table = pd.DataFrame(rows).to_html(index=False, escape=False, border=0)
