@@ -22,16 +22,13 @@ Shapes are those of `backpack.py`.
 """
 
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
-from transformers.utils import can_return_tuple
 
 from backpack_lib.model.backpack import (
-    BackpackLMOutput,
     SenseNetwork,
     SenseWeightNetwork,
     allowed_positions,
@@ -39,7 +36,7 @@ from backpack_lib.model.backpack import (
     distinct_tokens,
     packed_texts,
 )
-from backpack_lib.model.cache import CACHE, SenseTable, sense_layer
+from backpack_lib.model.cache import CACHE, SenseTable, remember, sense_table
 from backpack_lib.model.mixing import at_positions, contextualize, mix_senses, weighted_sum
 
 EMBEDDINGS_KEPT = 100  # rows of the base's input embedding, by which a base is recognised
@@ -53,8 +50,6 @@ class SenseLensConfig(PreTrainedConfig):
     base: folder or hub id of the Transformer. n_embd: d, the width of its states and of its input embedding.
     vocab_size: its rows. n_positions: the longest text it reads. middle_layer: whose states the sense weights read
     beside the last. num_senses: k. sense_intermediate_scale: hidden width of the last sense MLP, in multiples of d.
-
-    Raises ValueError if the sizes do not fit each other.
     """
 
     model_type = "sense_lens"
@@ -91,16 +86,6 @@ class SenseLensConfig(PreTrainedConfig):
         )
 
 
-@dataclass
-class SenseLensOutput(BackpackLMOutput):
-    """What a lens returns: the base's output, and with `output_senses=True` what a Backpack returns, and
-
-    residual: (B, T, d), what no sense says of each position's last state.
-    """
-
-    residual: torch.Tensor | None = None
-
-
 class SenseLens(PreTrainedModel, GenerationMixin):
     """A Transformer with the senses of a Backpack; see the module's text."""
 
@@ -134,27 +119,13 @@ class SenseLens(PreTrainedModel, GenerationMixin):
     def attach(self, base) -> "SenseLens":
         """Puts the lens on its base, in evaluation mode and frozen.
 
-        Raises ValueError for a model that is no decoder, another one than the lens was trained on, or one whose
-        logits are not linear in its last state.
+        Raises ValueError for another model than the lens was trained on, or logits that are not linear in its state.
         """
-        name = name_of(base)
-        inputs, outputs = base.get_input_embeddings(), base.get_output_embeddings()
-        if outputs is None or base.config.is_encoder_decoder:
-            raise ValueError(
-                f"{name!r} is not a decoder with an output embedding; a lens needs a causal language model."
-            )
-        expected = (self.config.vocab_size, self.config.n_embd)
-        for embedding in (inputs, outputs):
-            if tuple(embedding.weight.shape) != expected:
-                raise ValueError(
-                    f"{name!r} has embeddings of {tuple(embedding.weight.shape)} (tokens, width), "
-                    f"but this lens takes {expected}; load the base it belongs to, {self.config.base!r}."
-                )
         cosine = torch.cosine_similarity(self._rows_of(base).to(self.embedding_rows), self.embedding_rows).mean().item()
         if not cosine >= LEAST_COSINE:
             raise ValueError(
-                f"{name!r} is another model than this lens was trained on: its embeddings differ (mean cosine "
-                f"{cosine:.2f}); load {self.config.base!r}."
+                f"{name_of(base)!r} is another model than this lens was trained on: its embeddings differ "
+                f"(mean cosine {cosine:.2f}); load {self.config.base!r}."
             )
         base = base.to(self.device).eval().requires_grad_(False)
         self._keep_base(base, logit_scale(base))
@@ -196,7 +167,10 @@ class SenseLens(PreTrainedModel, GenerationMixin):
         """Sense vectors of each token, without any context. (n,) -> (n, k, d)"""
         embeddings = self.get_input_embeddings()(token_ids).to(self.dtype) / self.embedding_std
         senses = self.sense_network(embeddings) * self.sense_scale()
-        for patch in self.patches if patched else []:
+        return self._patched(token_ids, senses) if patched else senses
+
+    def _patched(self, token_ids, senses):
+        for patch in self.patches:
             senses = patch(token_ids, senses)
         return senses
 
@@ -230,16 +204,17 @@ class SenseLens(PreTrainedModel, GenerationMixin):
 
     # ------------------------------------------------------------ the base with edits
 
-    @can_return_tuple
-    def forward(self, input_ids=None, attention_mask=None, output_senses=False, **kwargs) -> SenseLensOutput:
-        """The base's own forward pass, under the active edits; it takes the base's arguments.
+    def forward(self, input_ids=None, attention_mask=None, output_senses=False, **kwargs):
+        """The base's own forward pass, under the active edits; it takes and returns what the base does.
 
-        output_senses: also return the contextualisation weights, the sense vectors and the residual.
+        output_senses: also return what a Backpack does, and `residual`, (B, T, d): what no sense says of each
+            position's last state.
         """
         with self._watched(output_senses) as seen:
             outputs = self.base(input_ids, attention_mask=attention_mask, **kwargs)
-        names = {field.name for field in fields(SenseLensOutput)}
-        return SenseLensOutput(**{name: value for name, value in outputs.items() if name in names}, **seen)
+        for name, tensor in seen.items():
+            outputs[name] = tensor
+        return outputs
 
     def generate(self, *args, **kwargs):
         """The base's `generate()`, under the active edits."""
@@ -259,21 +234,15 @@ class SenseLens(PreTrainedModel, GenerationMixin):
 
         def after(body, args, kwargs, outputs):
             named = {"input_ids": args[0]} | kwargs if args else kwargs
-            if named.get("input_ids") is None:
-                raise ValueError("Edits of senses need token ids; give `input_ids` instead of `inputs_embeds`.")
             outputs.last_hidden_state = self._edited(named, outputs, output_senses, seen)
             return outputs
 
         body = self.base.get_decoder()
-        hooks = [
+        with (
             body.register_forward_pre_hook(before, with_kwargs=True),
             body.register_forward_hook(after, with_kwargs=True),
-        ]
-        try:
+        ):
             yield seen
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _edited(self, inputs, outputs, output_senses, seen):
         """The base's last state, less what senses say without edits, plus what they say with them.
@@ -284,47 +253,38 @@ class SenseLens(PreTrainedModel, GenerationMixin):
         input_ids, attention_mask = inputs["input_ids"], inputs.get("attention_mask")
         texts = packed_texts(inputs.get("position_ids"), attention_mask, cache, len(input_ids))
         queries, keys = self.queries_and_keys(torch.cat([h, outputs.hidden_states[self.config.middle_layer]], -1))
-        ids = input_ids
-        if cache is not None:
-            keys, ids = self._remember(cache, keys, input_ids)
-        tokens, inverse = ids.unique(return_inverse=True)
-        old = self._known(cache, tokens)
-        new = old
-        for patch in self.patches:
-            new = patch(tokens, new)
+        if cache is None:
+            ids, table = input_ids, SenseTable(self.config.vocab_size, input_ids.device)
+        else:
+            keys, ids, table = self._remember(cache, keys, input_ids)
+        old, inverse = table.look_up(ids, partial(self.sense_vectors, patched=False))
+        tokens = ids.new_zeros(len(old)).scatter_(0, inverse.flatten(), ids.flatten())
+        new = self._patched(tokens, old)
         n_new, n_all = input_ids.shape[1], keys.shape[2]
         allowed = allowed_positions(attention_mask, n_new, n_all, n_all - n_new, ids.device, texts)
         if not (output_senses or self.weight_hooks):
             return h + mix_senses(queries, keys, new - old, inverse, allowed).to(h)
-        alpha = contextualize(queries, keys, allowed)
-        before, senses = weighted_sum(alpha, at_positions(old, inverse)), at_positions(new, inverse)
+        alpha, senses = contextualize(queries, keys, allowed), at_positions(new, inverse)
+        said = weighted_sum(alpha, at_positions(old, inverse))
         for hook in self.weight_hooks:
             alpha = hook(alpha, senses, input_ids, attention_mask)
         if output_senses:
-            seen.update(contextualization=alpha, senses=senses, residual=h - before.to(h))
-        if not (self.patches or self.weight_hooks):
-            return h
-        return h + (weighted_sum(alpha, senses) - before).to(h)
+            seen.update(contextualization=alpha, senses=senses, residual=h - said.to(h))
+        if self.patches or self.weight_hooks:
+            h = h + (weighted_sum(alpha, senses) - said).to(h)
+        return h
 
     def _remember(self, cache, keys, input_ids):
-        """Keys and token ids of the text so far, which a layer of the base's cache keeps beside the base's own.
+        """Adds new positions to the base's cache; of all so far: keys, token ids, and the table of their unedited senses.
 
         Raises ValueError for a cache that was filled without edits, since it holds no keys of senses.
         """
         n_layer = self.base.config.get_text_config().num_hidden_layers
-        if sense_layer(cache, n_layer).get_seq_length() == 0:
-            cache.senses = SenseTable(self.config.vocab_size, keys.device)
-        keys, ids = cache.update(keys, input_ids[:, None, :, None], n_layer)
+        table = sense_table(cache, n_layer, self.config.vocab_size, keys.device)
+        keys, ids = remember(cache, n_layer, keys, input_ids)
         if keys.shape[2] != cache.get_seq_length():
             raise ValueError("This cache was filled while no edit was active; read the text anew under the edit.")
-        return keys, ids[:, 0, :, 0]
-
-    def _known(self, cache, tokens):
-        """Unedited senses of tokens, which are computed once for a cache. (n,) -> (n, k, d)"""
-        if cache is None:
-            return self.sense_vectors(tokens, patched=False)
-        rows, row_of = cache.senses.look_up(tokens[None], partial(self.sense_vectors, patched=False))
-        return rows[row_of[0]]
+        return keys, ids, table
 
 
 def name_of(base) -> str:
@@ -345,11 +305,8 @@ def logit_scale(base) -> float:
         outputs.last_hidden_state = state
         return outputs
 
-    hook = base.get_decoder().register_forward_hook(give)
-    try:
+    with base.get_decoder().register_forward_hook(give):
         logits = base(torch.zeros(1, 1, dtype=torch.long, device=base.device), use_cache=False, return_dict=True).logits
-    finally:
-        hook.remove()
     logits, plain = logits.double().flatten(), head(state).double().flatten()
     scale = (logits @ plain / (plain @ plain)).item()
     if not (logits - scale * plain).norm() <= LINEAR * logits.norm():
