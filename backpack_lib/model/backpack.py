@@ -37,7 +37,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import find_packed_sequence_indices
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import can_return_tuple
@@ -228,14 +228,6 @@ def each_token(input_ids):
 
 
 @dataclass
-class BackpackModelOutput(BaseModelOutputWithPast):
-    """`last_hidden_state` is the weighted sum of senses, (B, T, d), that the output embedding reads."""
-
-    contextualization: torch.Tensor | None = None
-    senses: torch.Tensor | None = None
-
-
-@dataclass
 class BackpackLMOutput(CausalLMOutputWithPast):
     """loss: mean cross-entropy in nats, when labels are given.
     logits: (B, T, V).
@@ -314,8 +306,9 @@ class BackpackModel(BackpackPreTrainedModel):
         output_senses=False,
         distinct=None,
         **kwargs,
-    ) -> BackpackModelOutput:
-        """(B, T) -> (B, T, d); see `BackpackLMHeadModel.forward` for the other arguments.
+    ):
+        """The trunk's output, whose last state is the weighted sum of senses, (B, T, d); see
+        `BackpackLMHeadModel.forward`.
 
         distinct: what `distinct_tokens(input_ids)` returned, if it has been asked.
         """
@@ -338,7 +331,7 @@ class BackpackModel(BackpackPreTrainedModel):
             # Senses do not depend on the place. With a cache, its table knows of which tokens they are to be computed.
             tokens, inverse = each_token(input_ids) if cache is not None else distinct or distinct_tokens(input_ids)
             embeddings = self.embed(tokens)
-        trunk = self.gpt2_model(
+        outputs = self.gpt2_model(
             inputs_embeds=F.embedding(inverse, embeddings),
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -346,7 +339,7 @@ class BackpackModel(BackpackPreTrainedModel):
             **{CACHE: cache},
             **kwargs,
         )
-        queries, keys = self.sense_weight_net(trunk.last_hidden_state)
+        queries, keys = self.sense_weight_net(outputs.last_hidden_state)
         n_total, n_past = n_new, 0
         if cache is None:
             table = self.sense_vectors(tokens, embeddings)
@@ -357,22 +350,16 @@ class BackpackModel(BackpackPreTrainedModel):
         table, inverse = table.to(keys.device), inverse.to(keys.device)  # if layers are spread over devices
         allowed = allowed_positions(attention_mask, n_new, n_total, n_past, keys.device, texts)
 
-        seen = {}
-        if output_senses or self.weight_hooks:
-            alpha, senses = contextualize(queries, keys, allowed), at_positions(table, inverse)
-            for hook in self.weight_hooks:
-                alpha = hook(alpha, senses, input_ids, attention_mask)
-            mixed = weighted_sum(alpha, senses)
-            seen = {"contextualization": alpha, "senses": senses} if output_senses else {}
-        else:
-            mixed = mix_senses(queries, keys, table, inverse, allowed)
-        return BackpackModelOutput(
-            last_hidden_state=mixed,
-            hidden_states=trunk.hidden_states,
-            attentions=trunk.attentions,
-            **seen,
-            **{CACHE: cache if use_cache else None},
-        )
+        if not (output_senses or self.weight_hooks):
+            outputs.last_hidden_state = mix_senses(queries, keys, table, inverse, allowed)
+            return outputs
+        alpha, senses = contextualize(queries, keys, allowed), at_positions(table, inverse)
+        for hook in self.weight_hooks:
+            alpha = hook(alpha, senses, input_ids, attention_mask)
+        outputs.last_hidden_state = weighted_sum(alpha, senses)
+        if output_senses:
+            outputs["contextualization"], outputs["senses"] = alpha, senses
+        return outputs
 
     def _remember(self, cache, keys, input_ids, embeddings):
         """Adds new positions to a cache; of all so far: keys (B, k, S, d_s), table (n, k, d) and inverse (B, S)."""
@@ -413,16 +400,9 @@ class BackpackLMHeadModel(BackpackPreTrainedModel, GenerationMixin):
         self.backpack = BackpackModel(config)
         self.lm_head = OutputEmbedding(config.n_embd, config.vocab_size, bias=False)
         self.loss_type = "ForCausalLM"
+        self.patches, self.weight_hooks = self.backpack.patches, self.backpack.weight_hooks
         self.post_init()
         suppress_unused_rows(self)
-
-    @property
-    def patches(self) -> list:
-        return self.backpack.patches
-
-    @property
-    def weight_hooks(self) -> list:
-        return self.backpack.weight_hooks
 
     def sense_vectors(self, token_ids, patched=True):
         """Sense vectors of each token, without any context. (n,) -> (n, k, d). patched: under the active edits."""
