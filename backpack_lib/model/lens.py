@@ -9,14 +9,10 @@ that o = mean state + sum over j, l of alpha_lij C(x_j)_l comes as near as it ca
 is kept. So without an edit the logits are the base's own, bit for bit, and every logit is a sum of (word, sense)
 contributions and one residual; an edit C -> C' moves the logits by exactly E sum alpha (C' - C).
 
-What is notable:
-
 - The base is any model of `AutoModelForCausalLM` whose logits are linear in its last state, which is measured when
-  the lens is put on it (`attach`); there is no list of architectures.
-- The base stays outside of the lens' weights: it is neither trained nor saved with them.
+  the lens is put on it (`attach`). It is neither trained nor saved with the lens.
 - Edits and `weight_hooks` change the last state on its way from the base's body to its output embedding, so that
-  `generate()`, caches, labels and whatever else the base does are the base's own. Where nothing is active, no sense
-  is computed.
+  `generate()`, caches, labels and whatever else the base does are the base's own.
 
 Shapes are those of `backpack.py`.
 """
@@ -104,9 +100,8 @@ class SenseLens(PreTrainedModel, GenerationMixin):
         self.register_buffer("constant", torch.zeros(d))  # what o says in every context
         self.register_buffer("embedding_std", torch.ones(()))
         self.register_buffer("embedding_rows", torch.zeros(EMBEDDINGS_KEPT, d))
-        # As a Backpack's: (token_ids, senses) -> senses, and (alpha, senses, input_ids, attention_mask) -> alpha.
-        self.patches, self.weight_hooks = [], []
-        self._keep_base(None)
+        self.patches, self.weight_hooks = [], []  # as a Backpack's
+        self.base, self.logit_scale = None, 1.0
         self.post_init()
         if base is not None:
             with torch.no_grad():
@@ -128,14 +123,9 @@ class SenseLens(PreTrainedModel, GenerationMixin):
                 f"(mean cosine {cosine:.2f}); load {self.config.base!r}."
             )
         base = base.to(self.device).eval().requires_grad_(False)
-        self._keep_base(base, logit_scale(base))
-        self.generation_config = base.generation_config
+        self.__dict__["base"] = base  # not as a submodule, whose weights would be saved and trained with the lens' own
+        self.logit_scale, self.generation_config = logit_scale(base), base.generation_config
         return self
-
-    def _keep_base(self, base, scale: float = 1.0):
-        # Not as a submodule, whose weights would be saved and trained with the lens' own.
-        object.__setattr__(self, "base", base)
-        self.logit_scale = scale
 
     def _rows_of(self, base):
         rows = base.get_input_embeddings().weight
@@ -175,7 +165,7 @@ class SenseLens(PreTrainedModel, GenerationMixin):
         return senses
 
     def sense_scale(self):
-        """What the sense network's numbers are multiplied by: the deviations of the last state, shared by k senses. (d,)"""
+        """The deviations of the last state, shared by k senses. (d,)"""
         return self.state_std[: self.config.n_embd] / self.config.num_senses**0.5
 
     def states(self, input_ids):
@@ -223,7 +213,7 @@ class SenseLens(PreTrainedModel, GenerationMixin):
 
     @contextmanager
     def _watched(self, output_senses=False):
-        """While it lasts, edits change the last state of the base's body. Yields a dict for what it sees of senses."""
+        """While it lasts, edits change the last state of the base's body. Yields what `output_senses` asks for."""
         seen = {}
         if not (self.patches or self.weight_hooks or output_senses):
             yield seen
@@ -245,10 +235,7 @@ class SenseLens(PreTrainedModel, GenerationMixin):
             yield seen
 
     def _edited(self, inputs, outputs, output_senses, seen):
-        """The base's last state, less what senses say without edits, plus what they say with them.
-
-        inputs, outputs: of the base's body. seen: takes what `output_senses` asks for.
-        """
+        """The last state of the base's body, less what senses say without edits, plus what they say with them."""
         h, cache = outputs.last_hidden_state, outputs.get(CACHE)
         input_ids, attention_mask = inputs["input_ids"], inputs.get("attention_mask")
         texts = packed_texts(inputs.get("position_ids"), attention_mask, cache, len(input_ids))
@@ -275,10 +262,7 @@ class SenseLens(PreTrainedModel, GenerationMixin):
         return h
 
     def _remember(self, cache, keys, input_ids):
-        """Adds new positions to the base's cache; of all so far: keys, token ids, and the table of their unedited senses.
-
-        Raises ValueError for a cache that was filled without edits, since it holds no keys of senses.
-        """
+        """Adds new positions to the base's cache; of all so far: keys, token ids, and the table of unedited senses."""
         n_layer = self.base.config.get_text_config().num_hidden_layers
         table = sense_table(cache, n_layer, self.config.vocab_size, keys.device)
         keys, ids = remember(cache, n_layer, keys, input_ids)
@@ -293,10 +277,7 @@ def name_of(base) -> str:
 
 @torch.no_grad()
 def logit_scale(base) -> float:
-    """The factor s in logits = s head(state), where head is a base's output embedding.
-
-    Raises ValueError if the logits are not of this form, as with a soft cap.
-    """
+    """The factor s in logits = s head(state), where head is a base's output embedding."""
     head = base.get_output_embeddings()
     state = torch.randn(1, 1, head.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(head.weight)
     state *= 100 / head(state).float().std()  # far beyond the size of any logit, where a soft cap would bend it

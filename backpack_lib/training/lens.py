@@ -24,10 +24,7 @@ FREQUENT, RARE = 6_000, 2_000  # tokens whose probabilities are taught at a step
 
 
 class KeptStates:
-    """The base's states of blocks, computed once: a file a block in a folder, in half precision.
-
-    most_bytes: blocks beyond it are computed whenever they are needed.
-    """
+    """The base's states of blocks, computed once: a file a block, in half precision; beyond `most_bytes`, at each need."""
 
     def __init__(self, lens: SenseLens, folder: Path, most_bytes: float):
         self.lens, self.folder, self.most_bytes = lens, folder, most_bytes
@@ -81,7 +78,7 @@ class LensLoss(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), input_ids[:, 1:].flatten())
 
     def distance(self, h, o):
-        """From the base's states to what the senses say. (n, d), (n, d) -> scalar"""
+        """Of what senses say from the base's states: (n, d), (n, d) -> scalar"""
         head, by_frequency = self.model.get_output_embeddings(), self.counts.argsort(descending=True)
         rare = torch.randperm(max(0, len(by_frequency) - FREQUENT))[:RARE].to(h.device) + FREQUENT
         taught = torch.cat([by_frequency[:FREQUENT], by_frequency[rare]])
@@ -93,7 +90,7 @@ class LensLoss(nn.Module):
         return kl + self.energy(h - o) / self.energy(h - h.mean(0))
 
     def energy(self, states):
-        """The squared logits of states, less their mean over the vocabulary: (n, d) -> mean over both."""
+        """Mean of the squared logits of states, less their mean over the vocabulary. (n, d) -> scalar"""
         return ((states @ self.gram) * states).sum(-1).mean()
 
     @torch.no_grad()
