@@ -109,7 +109,7 @@ def test_outputs_are_the_parts_of_the_sum():
 
 
 class Sizes(TorchDispatchMode):
-    """Notes how many numbers each new tensor holds."""
+    """Notes how many numbers each tensor holds that an operation returns, unless it is a view."""
 
     def __init__(self):
         super().__init__()
@@ -117,8 +117,7 @@ class Sizes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        inputs = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
-        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in inputs:
+        if isinstance(out, torch.Tensor) and not func.is_view:
             self.seen.append(out.numel())
         return out
 
@@ -135,29 +134,18 @@ def test_mixing_makes_neither_all_weights_nor_all_senses(monkeypatch):
     assert max(sizes.seen) < B * k * T * min(T, d) / 4
 
 
-def mixing_input(dtype):
-    B, k, T, d, n = 2, 3, 7, 6, 4
-    shapes = (B, k, T, 2), (B, k, T, 2), (n, k, d)
-    leaves = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
-    return leaves, torch.randint(n, (B, T)), torch.ones(T, T, dtype=torch.bool).tril()
-
-
-def test_gradients_of_mixing_are_the_differences_of_its_values(monkeypatch):
-    monkeypatch.setattr(mixing, "SMALL", 0)
-    leaves, place, allowed = mixing_input(torch.float64)
-    assert torch.autograd.gradcheck(lambda *x: mixing.mix_senses(*x, place, allowed), leaves, fast_mode=True)
-
-
 def test_mixing_in_bf16_loses_no_more_than_its_rounding(monkeypatch):
-    leaves, place, allowed = mixing_input(torch.float32)
+    B, k, T, d, n = 2, 3, 7, 6, 4
+    queries, keys, table = torch.randn(B, k, T, 2), torch.randn(B, k, T, 2), torch.randn(n, k, d)
+    place, allowed = torch.randint(n, (B, T)), torch.ones(T, T, dtype=torch.bool).tril()
     results = []
     for dtype, small in ((torch.float32, 2**22), (torch.bfloat16, 0)):
         monkeypatch.setattr(mixing, "SMALL", small)
-        cast = [tensor.detach().to(dtype).requires_grad_() for tensor in leaves]
-        mixed = mixing.mix_senses(*cast, place, allowed)
+        leaves = [tensor.to(dtype, copy=True).requires_grad_() for tensor in (queries, keys, table)]
+        mixed = mixing.mix_senses(*leaves, place, allowed)
         assert mixed.dtype == dtype
         mixed.sum().backward()
-        results.append([mixed.float(), *(leaf.grad.float() for leaf in cast)])
+        results.append([mixed.float(), *(leaf.grad.float() for leaf in leaves)])
     torch.testing.assert_close(*results, atol=0.05, rtol=0.02)
 
 
@@ -239,21 +227,6 @@ def test_a_cache_keeps_tokens_and_no_senses():
     torch.testing.assert_close(
         model(ids[:, :2], cache=cache).logits, model(torch.cat([ids, ids[:, :2]], 1)).logits[:, 10:]
     )
-
-
-@torch.no_grad()
-def test_a_cache_that_was_shortened_or_reordered_goes_on_from_there():
-    model, ids = tiny_model(), random_ids(2, 9)
-    cache = DynamicCache(config=model.config)
-    model(ids, cache=cache)
-    cache.crop(-4)
-    again = model(ids[:, 5:].flip(1), cache=cache).logits
-    text = torch.cat([ids[:, :5], ids[:, 5:].flip(1)], 1)
-    torch.testing.assert_close(again, model(text, use_cache=False).logits[:, 5:], atol=1e-5, rtol=1e-4)
-    cache.reorder_cache(torch.tensor([1, 1]))
-    last = model(ids[:, :1], cache=cache).logits
-    expected = model(torch.cat([text[[1, 1]], ids[:, :1]], 1), use_cache=False).logits[:, -1:]
-    torch.testing.assert_close(last, expected, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
