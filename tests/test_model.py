@@ -106,6 +106,9 @@ def test_outputs_are_the_parts_of_the_sum():
     # The senses at a position are the token's own, whatever stands around it.
     torch.testing.assert_close(out.senses[1, :, 4], model.sense_vectors(ids[1, 4:5])[0])
     assert model(ids).senses is None and model(ids).contextualization is None
+    model.set_attn_implementation("eager")
+    trunk = model(ids, output_attentions=True, output_hidden_states=True)
+    assert [len(trunk.attentions), len(trunk.hidden_states)] == [2, 3]
 
 
 class Sizes(TorchDispatchMode):

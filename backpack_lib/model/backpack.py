@@ -37,7 +37,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import find_packed_sequence_indices
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import can_return_tuple
@@ -228,7 +228,7 @@ def each_token(input_ids):
 
 
 @dataclass
-class BackpackLMOutput(CausalLMOutputWithPast):
+class BackpackLMOutput(CausalLMOutputWithCrossAttentions):
     """loss: mean cross-entropy in nats, when labels are given.
     logits: (B, T, V).
     contextualization: alpha, (B, k, T, S), and senses: (B, k, S, d), with `output_senses=True`;
