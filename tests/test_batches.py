@@ -15,17 +15,11 @@ from backpack_lib.text.corpora import open_corpus, prepare
 from backpack_lib.training.batches import make_batch, make_batches
 
 
-class Rows:
+class Rows(list):
     """A data set whose row i is filled with the number i."""
 
     def __init__(self, n):
-        self.n = n
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, number):
-        return {"input_ids": torch.full((4,), number)}
+        super().__init__({"input_ids": torch.full((4,), number)} for number in range(n))
 
 
 def loader(rows, batch_size, process=0, processes=1, step=0, position=None, **settings):
@@ -57,13 +51,12 @@ def test_processes_share_the_rows_of_a_step():
         assert sorted(rows) == sorted(sum((part for own in shared for part in own[2 * step : 2 * step + 2]), []))
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_a_batch_says_which_distinct_tokens_stand_where(padded):
+def test_a_batch_says_which_distinct_tokens_stand_where():
     ids = random_ids(3, 8, vocab_size=12)
-    batch = make_batch([{"input_ids": row} for row in ids], padded)
-    assert batch.tokens[batch.inverse].equal(ids) and batch.input_ids.equal(ids)
-    assert set(batch.tokens.tolist()) == set(ids.flatten().tolist())
-    assert len(batch.tokens) == (12 if padded else len(ids.unique()))
+    for padded, n in ((False, len(ids.unique())), (True, 12)):
+        batch = make_batch([{"input_ids": row} for row in ids], padded)
+        assert batch.tokens[batch.inverse].equal(ids) and batch.input_ids.equal(ids)
+        assert set(batch.tokens.tolist()) == set(ids.flatten().tolist()) and len(batch.tokens) == n
 
 
 # ---------------------------------------------------------------- streams
@@ -79,18 +72,18 @@ def stream(tmp_path_factory):
     return prepare(open_corpus(str(folder), streaming=True), 32, 400, valid_fraction=0.1).train, folder
 
 
-@pytest.mark.parametrize("process, processes", [(0, 1), (1, 2), (2, 3)])
+@pytest.mark.parametrize("process, processes", [(0, 1), (2, 3)])
 def test_a_stream_resumed_within_any_pass_is_the_unbroken_one_in_all_later_passes(stream, process, processes):
-    def taken(loader, n):
+    def batches(loader, n):
         return [batch.input_ids.tolist() for batch in islice(loader, n)]
 
     n_batches = 4 * sum(1 for _ in stream[0]) // (2 * processes)  # of four passes
-    whole = taken(loader(stream[0], 2, process, processes), n_batches)
+    whole = batches(loader(stream[0], 2, process, processes), n_batches)
     for stop in (3, 30):
         broken = loader(stream[0], 2, process, processes)
-        assert taken(broken, stop) == whole[:stop]
+        assert batches(broken, stop) == whole[:stop]
         position = json.loads(json.dumps(broken.state_dict()))
-        assert taken(loader(stream[0], 2, process, processes, position=position), n_batches - stop) == whole[stop:]
+        assert batches(loader(stream[0], 2, process, processes, position=position), n_batches - stop) == whole[stop:]
 
 
 def test_a_run_on_a_stream_that_breaks_off_within_a_pass_ends_with_the_same_weights(stream, tiny, monkeypatch):

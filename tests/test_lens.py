@@ -16,8 +16,6 @@ from transformers import (
     OPTConfig,
     PhiConfig,
     Qwen3Config,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from backpack_lib import SenseEdits, attribute, load, train
@@ -109,8 +107,7 @@ def test_without_edits_it_is_its_base_and_an_edit_makes_exactly_the_predicted_di
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
-@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("name, beams", [("gpt2", 3), ("llama", 1), ("gemma2", 1)])
 def test_edited_generation_is_the_same_cached_batched_and_padded(name, beams):
     lens = make_lens(name)
     ids, mask = padded_ids()
@@ -142,7 +139,7 @@ def test_a_cache_filled_without_the_edit_is_refused(lens):
         lens(ids[:, :1], **{CACHE: cache})
 
 
-@pytest.mark.parametrize("name", ["llama", "granite, a logit scale", "phi, a bias"])
+@pytest.mark.parametrize("name", ["granite, a logit scale", "phi, a bias"])
 def test_contributions_and_the_residual_sum_to_the_logit_and_to_log_odds(name):
     lens, ids = make_lens(name), random_ids(12, vocab_size=500)
     reading = read(lens, ids)
@@ -194,20 +191,14 @@ def test_it_is_saved_without_its_base_and_goes_onto_no_other(lens, tmp_path):
     rounded = make_base()
     rounded.model.embed_tokens.weight.data.add_(torch.randn(500, 32) * 0.02)  # as quantisation does
     SenseLens.from_pretrained(tmp_path / "lens", base=rounded)
-    larger = AutoModelForCausalLM.from_config(LlamaConfig(**GROUPED | {"vocab_size": 501}))
-    for other, message in ((make_base(seed=3), "mean cosine"), (larger, r"\(501, 32\)")):
-        with pytest.raises(ValueError, match=message):
-            SenseLens.from_pretrained(tmp_path / "lens", base=other)
+    with pytest.raises(ValueError, match="mean cosine"):
+        SenseLens.from_pretrained(tmp_path / "lens", base=make_base(seed=3))
 
 
 def test_what_cannot_be_a_base_is_refused():
     capped = AutoModelForCausalLM.from_config(Gemma2Config(**GROUPED, head_dim=8))
     with pytest.raises(ValueError, match="not linear in its last state"):
         SenseLens(SenseLensConfig.of_base(capped, num_senses=4), capped)
-    small = dict(vocab_size=500, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    translator = T5ForConditionalGeneration(T5Config(**small))
-    with pytest.raises(ValueError, match="not a decoder"):
-        SenseLens(SenseLensConfig(n_embd=32, vocab_size=500, num_senses=4), translator)
     with pytest.raises(ValueError, match="num_senses=33 is out of range"):
         SenseLensConfig.of_base(make_base(), num_senses=33)
 

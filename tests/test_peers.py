@@ -3,15 +3,10 @@
 import pytest
 import torch
 from helpers import random_ids, tiny_model
-from transformers import (
-    AutoModel,
-    DataCollatorWithFlattening,
-    DynamicCache,
-    Trainer,
-    TrainingArguments,
-    pipeline,
-)
+from transformers import AutoModel, DataCollatorWithFlattening, DynamicCache, Trainer, TrainingArguments, pipeline
 from transformers.integrations.executorch import register_dynamic_cache_export_support
+
+from backpack_lib.text.tokenizers import train_tokenizer
 
 TEXTS = [[5, 9, 2, 7], [7, 3, 11], [20, 4, 1, 1, 8]]
 SETTINGS = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
@@ -22,22 +17,16 @@ def model():
     return tiny_model()
 
 
-def packed():
-    return DataCollatorWithFlattening(return_tensors="pt")([{"input_ids": text} for text in TEXTS])
-
-
-@pytest.mark.parametrize("output_senses", [False, True])
-def test_texts_packed_in_a_row_are_read_alone(model, output_senses):
-    batch = packed()
-    logits = model(batch["input_ids"], position_ids=batch["position_ids"], output_senses=output_senses).logits[0]
-    alone = torch.cat([model(torch.tensor([text])).logits[0] for text in TEXTS])
-    torch.testing.assert_close(logits, alone, atol=1e-5, rtol=1e-4)
-
-
-def test_packed_texts_have_the_loss_of_each_alone(model):
-    nats = [model(torch.tensor([text]), labels=torch.tensor([text])).loss * (len(text) - 1) for text in TEXTS]
-    expected = sum(nats) / sum(len(text) - 1 for text in TEXTS)
-    torch.testing.assert_close(model(**packed()).loss, expected)
+def test_texts_packed_in_a_row_are_read_alone(model):
+    batch = DataCollatorWithFlattening(return_tensors="pt")([{"input_ids": text} for text in TEXTS])
+    alone = [model(torch.tensor([text]), labels=torch.tensor([text])) for text in TEXTS]
+    expected = torch.cat([out.logits[0] for out in alone])
+    for output_senses in (False, True):
+        out = model(**batch, output_senses=output_senses)
+        torch.testing.assert_close(out.logits[0], expected, atol=1e-5, rtol=1e-4)
+    n_labels = [len(text) - 1 for text in TEXTS]
+    nats = sum(out.loss * n for out, n in zip(alone, n_labels))
+    torch.testing.assert_close(out.loss, nats / sum(n_labels))
 
 
 @torch.no_grad()
@@ -47,8 +36,8 @@ def test_embeddings_are_read_as_their_tokens(model):
     torch.testing.assert_close(model(inputs_embeds=embeddings).logits, model(ids).logits)
     written = model.generate(inputs_embeds=embeddings, **SETTINGS)
     assert torch.equal(written, model.generate(ids, **SETTINGS)[:, 9:])
-    assert torch.equal(model.generate(inputs_embeds=embeddings, num_beams=2, use_cache=False, **SETTINGS),
-                       model.generate(inputs_embeds=embeddings, num_beams=2, **SETTINGS))  # fmt: skip
+    beams = dict(inputs_embeds=embeddings, num_beams=2, **SETTINGS)
+    assert torch.equal(model.generate(**beams, use_cache=False), model.generate(**beams))
 
 
 def test_embeddings_and_ids_at_once_are_refused(model):
@@ -57,8 +46,14 @@ def test_embeddings_and_ids_at_once_are_refused(model):
         model(ids, inputs_embeds=model.get_input_embeddings()(ids))
 
 
-@pytest.mark.parametrize("settings", [{}, {"neftune_noise_alpha": 5.0}, {"label_smoothing_factor": 0.1},
-                                      {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"neftune_noise_alpha": 5.0, "label_smoothing_factor": 0.1},
+        {"gradient_accumulation_steps": 2, "gradient_checkpointing": True},
+    ],
+    ids=str,
+)
 def test_transformers_own_trainer_trains_it(model, settings, tmp_path):
     rows = [{"input_ids": ids, "labels": ids} for ids in random_ids(8, 12)]
     before = model.lm_head.weight.clone()
@@ -113,9 +108,7 @@ def test_more_tokens_and_a_helper_that_writes_ahead(model):
     torch.testing.assert_close(out.logits[..., :61], before)
 
 
-def test_features_by_the_names_that_others_use(model, tmp_path):
-    from backpack_lib.text.tokenizers import train_tokenizer
-
+def test_pipelines_read_and_write_by_the_names_that_others_use(tmp_path):
     tokenizer = train_tokenizer(["one two three four"] * 10, 270)
     tokenizer.save_pretrained(tmp_path)
     model = tiny_model(vocab_size=len(tokenizer))
@@ -125,3 +118,6 @@ def test_features_by_the_names_that_others_use(model, tmp_path):
     assert torch.equal(AutoModel.from_pretrained(tmp_path)(ids).last_hidden_state, features)
     extracted = pipeline("feature-extraction", str(tmp_path), device="cpu")("one two", return_tensors=True)
     torch.testing.assert_close(extracted, features.detach())
+    write = pipeline("text-generation", str(tmp_path))
+    text = write("one two", max_new_tokens=5, do_sample=False)[0]["generated_text"]
+    assert text.startswith("one two") and len(text) > len("one two")

@@ -40,8 +40,6 @@ def test_training_learns_and_leaves_model_tokenizer_and_history(tiny, architectu
 
 
 class FakeTokenizer:
-    """All that a new model needs to know of its tokenizer."""
-
     eos_token_id = 0
 
     def __len__(self):
@@ -55,25 +53,24 @@ def test_the_baseline_has_the_trunk_of_the_backpack(tiny):
     assert shapes == {name: p.shape for name, p in backpack.backpack.gpt2_model.named_parameters()}
 
 
-@pytest.mark.parametrize("architecture", ["backpack", "transformer"])
-def test_only_matrices_decay_and_muon_takes_the_hidden_ones(tiny, architecture):
-    model = make_model(replace(tiny, architecture=architecture), FakeTokenizer())
+def test_only_matrices_decay_and_muon_takes_the_hidden_ones(tiny):
+    model = make_model(tiny, FakeTokenizer())
     names = {id(p): name for name, p in model.named_parameters()}
 
-    def taken(group):
+    def names_in(group):
         return {names[id(p)] for p in group["params"]}
 
     (adamw,) = make_optimizers(model, tiny, torch.device("cpu"))
     decayed, free = adamw.param_groups
     assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0.0
-    assert taken(decayed) | taken(free) == set(names.values())
-    assert all("bias" in name or re.search(r"\bln", name) for name in taken(free))
+    assert names_in(decayed) | names_in(free) == set(names.values())
+    assert all("bias" in name or re.search(r"\bln", name) for name in names_in(free))
 
     adamw, muon = make_optimizers(model, replace(tiny, optimizer="muon"), torch.device("cpu"))
-    (hidden,), rest = map(taken, muon.param_groups), taken(adamw.param_groups[0])
-    assert hidden | rest == taken(decayed) and not hidden & rest
+    (hidden,), rest = map(names_in, muon.param_groups), names_in(adamw.param_groups[0])
+    assert hidden | rest == names_in(decayed) and not hidden & rest
     trunk = {f"h.0.{part}.weight" for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
-    assert {name.partition("_model.")[2] or name.removeprefix("transformer.") for name in hidden} >= trunk
+    assert {name.partition("_model.")[2] for name in hidden} >= trunk
     assert not any("wte" in name or "wpe" in name for name in hidden)
 
 
@@ -87,8 +84,7 @@ def test_a_run_with_muon_learns_and_resumes_bit_for_bit(tiny, architecture, monk
     assert_same_weights(config.out, config.out + "-whole")
 
 
-@pytest.mark.parametrize("architecture", ["backpack", "transformer"])
-@pytest.mark.parametrize("logits_at_once", [400 * 7, 2**24])
+@pytest.mark.parametrize("architecture, logits_at_once", [("backpack", 400 * 7), ("transformer", 2**24)])
 def test_the_loss_in_parts_is_the_models_own_with_its_gradients(tiny, architecture, logits_at_once, monkeypatch):
     monkeypatch.setattr("backpack_lib.model.output.LOGITS_AT_ONCE", {"cpu": logits_at_once})
     model = make_model(replace(tiny, architecture=architecture, dropout=0.0), FakeTokenizer())
@@ -103,18 +99,16 @@ def test_the_loss_in_parts_is_the_models_own_with_its_gradients(tiny, architectu
     assert low.dtype == torch.float32 and abs(low - own) < 0.01
 
 
-@pytest.mark.parametrize(
-    "schedule, middle, end", [("linear", 0.5, 0), ("cosine", 0.5, 0), ("constant", 1, 1), ("wsd", 1, 0)]
-)
-def test_the_learning_rate_rises_then_falls(tiny, schedule, middle, end):
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = make_scheduler(optimizer, replace(tiny, schedule=schedule, warmup=4, steps=12))
-    rates = []
-    for _ in range(12):
-        optimizer.step()
-        scheduler.step()
-        rates += scheduler.get_last_lr()
-    assert [rates[0], rates[3], rates[7], rates[11]] == pytest.approx([0.25, 1, middle, end])
+def test_the_learning_rate_rises_then_falls(tiny):
+    for schedule, middle, end in (("linear", 0.5, 0), ("cosine", 0.5, 0), ("constant", 1, 1), ("wsd", 1, 0)):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        scheduler = make_scheduler(optimizer, replace(tiny, schedule=schedule, warmup=4, steps=12))
+        rates = []
+        for _ in range(12):
+            optimizer.step()
+            scheduler.step()
+            rates += scheduler.get_last_lr()
+        assert [rates[0], rates[3], rates[7], rates[11]] == pytest.approx([0.25, 1, middle, end])
 
 
 def test_accumulation_equals_a_larger_batch(tiny):
@@ -185,35 +179,30 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_checkpoint(
     assert_same_weights(config.out, whole.out)
 
 
-@pytest.mark.parametrize("step, kept", [(12, ["checkpoint-00000010"]), (2, [])])
-def test_weights_that_are_not_finite_are_never_saved_over_finite_ones(tiny, monkeypatch, step, kept):
+def test_weights_that_are_not_finite_are_never_saved_over_finite_ones(tiny, monkeypatch):
     one_step = Run.train_one_step
 
     def diverge(self):
         one_step(self)
-        if self.step == step:
+        if self.step == 12:
             next(self.loss.parameters()).data[0] = float("nan")
 
     monkeypatch.setattr(Run, "train_one_step", diverge)
-    with pytest.raises(FloatingPointError, match=f"After step {step} a weight.*{kept[0] if kept else 'not there yet'}"):
+    with pytest.raises(FloatingPointError, match="After step 12 a weight is not finite.*checkpoint-00000010"):
         train(tiny)
-    assert [name for name in os.listdir(tiny.out) if name.startswith("checkpoint-")] == kept
+    assert [name for name in os.listdir(tiny.out) if name.startswith("checkpoint-")] == ["checkpoint-00000010"]
     assert not os.path.exists(f"{tiny.out}/model")
-    if os.path.exists(f"{tiny.out}/history.csv"):
-        assert pd.read_csv(f"{tiny.out}/history.csv").notna().all(axis=None)
+    assert pd.read_csv(f"{tiny.out}/history.csv").notna().all(axis=None)
 
 
 @pytest.mark.parametrize(
     "changes, words",
     [
         (dict(n_head=3), "n_embd=16 does not divide into n_head=3"),
-        (dict(num_senses=17), "num_senses=17"),
         (dict(architecture="lstm"), "architecture='lstm' is unknown; choose one of backpack, transformer"),
         (dict(architecture="lens"), "name it by lens_of"),
-        (dict(block_size=1), "block_size=1 is out of range; it must be at least 2"),
         (dict(learning_rate=float("nan")), "learning_rate=nan is out of range"),
         (dict(dropout=1.0), "dropout=1.0 is out of range"),
-        (dict(warmup=13), "warmup=13 is out of range"),
         (dict(schedule="wsd", warmup=11, decay=0.5), "warmup=11 is out of range; of steps=12, 6 decay"),
         (dict(optimizer="muon", precision="fp16"), "optimizer='muon' does not go with precision='fp16'"),
         (dict(lens_of="demo-transformer", streaming=True), "A lens takes all from its base"),

@@ -10,10 +10,9 @@ What is notable:
 - Senses are computed for distinct tokens only, as the rows of a table; `mixing.py` sums them.
 - `patches` may change senses as they are computed, and `weight_hooks` the weights, which is how `SenseEdits` and
   topic control work.
-- While a text is written, the keys and tokens of the sense layer are in transformers' cache, as layer number
-  `n_layer`, and the table is beside it (`cache.py`); so `generate()` works unchanged.
-- Parameter names are those of the released checkpoint (stanfordnlp/backpack-gpt2), which
-  therefore loads without remote code.
+- While a text is written, the sense layer is one more layer of transformers' cache (`cache.py`).
+- Parameter names are those of the released checkpoint (stanfordnlp/backpack-gpt2), which therefore loads without
+  remote code.
 
 Shapes: batch B, new tokens T, all tokens so far S (= T without a cache), width d, senses k, distinct tokens n,
 vocabulary V, and d_s = floor(d / k), the width of a sense's queries and keys.
@@ -35,16 +34,16 @@ from transformers import (
     GPT2PreTrainedModel,
     initialization,
 )
-from transformers.activations import ACT2FN, NewGELUActivation
+from transformers.activations import ACT2FN
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import find_packed_sequence_indices
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 
-from backpack_lib.model.cache import CACHE, SenseTable, sense_layer
+from backpack_lib.model.cache import CACHE, remember, sense_layer, sense_table
 from backpack_lib.model.kinds import suppress_unused_rows
 from backpack_lib.model.mixing import at_positions, contextualize, mix_senses, weighted_sum
 from backpack_lib.model.output import IGNORED, OutputEmbedding
@@ -60,8 +59,6 @@ class BackpackConfig(GPT2Config):
     sense_intermediate_scale: hidden width of the last sense MLP, in multiples of `n_embd`.
     used_vocab_size: how many rows of the vocabulary stand for a token. The rows above are
         padding and are never generated. None: all of them are used.
-
-    Raises ValueError if the sizes do not fit each other.
     """
 
     model_type = "backpack"
@@ -73,31 +70,21 @@ class BackpackConfig(GPT2Config):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         check_sizes(self.n_embd, self.n_head, self.num_senses)
+        if self.activation_function == "gelu_new":
+            self.activation_function = "gelu_pytorch_tanh"  # the same function, in one kernel instead of eight
 
     def to_dict(self):
-        register_with_peft(self.model_type)
+        # By default, peft adapts the layers that it adapts in a GPT-2. It looks a model's type up in tables of its own,
+        # after it asked for the configuration as a dictionary.
+        for table in vars(sys.modules.get("peft.utils.constants", sys)).values():
+            if isinstance(table, dict) and "gpt2" in table:
+                table.setdefault(self.model_type, table["gpt2"])
         return super().to_dict()
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        config = from_released_format(config)
-        if config.get("model_type", cls.model_type) != cls.model_type:
-            raise ValueError(
-                f"{str(pretrained_model_name_or_path)!r} holds a model of type {config['model_type']!r}, "
-                "not a Backpack."
-            )
-        return config, kwargs
-
-
-def register_with_peft(model_type: str):
-    """Has peft, if it is loaded, adapt by default the layers that it adapts in a GPT-2.
-
-    It looks a model's type up in tables of its own, after it asked for the model's configuration as a dictionary.
-    """
-    for table in vars(sys.modules.get("peft.utils.constants", sys)).values():
-        if isinstance(table, dict) and "gpt2" in table:
-            table.setdefault(model_type, table["gpt2"])
+        return from_released_format(config), kwargs
 
 
 def check_sizes(n_embd: int, n_head: int, num_senses: int = 1):
@@ -159,11 +146,7 @@ class SenseBlock(nn.Module):
 
 
 class SenseNetwork(nn.Module):
-    """Sense vectors of tokens from their embeddings alone. (n, d) -> (n, k, d)
-
-    The first norm and the second residual add little, but they are part of what the released
-    checkpoint computes.
-    """
+    """Sense vectors of tokens from their embeddings alone. (n, d) -> (n, k, d)"""
 
     def __init__(self, config: BackpackConfig):
         super().__init__()
@@ -212,13 +195,12 @@ def allowed_positions(attention_mask, n_new, n_total, n_past, device, texts=None
 
 def packed_texts(position_ids, attention_mask, cache, batch):
     """The number of the text that each position belongs to, (B, T), where positions say that several stand in a row."""
-    if position_ids is None or attention_mask is not None or cache is not None:
-        return None
-    return find_packed_sequence_indices(position_ids.expand(batch, -1))
+    if position_ids is not None and attention_mask is None and cache is None:
+        return find_packed_sequence_indices(position_ids.expand(batch, -1))
 
 
 def check_ids(input_ids: torch.Tensor, vocab_size: int):
-    """Raises ValueError if one of some token ids is no row of the vocabulary, which on a GPU would end the process."""
+    """Raises ValueError for an id that is no row of the vocabulary."""
     if not 0 <= input_ids.min() <= input_ids.max() < vocab_size:
         raise ValueError(
             f"Token ids run from {input_ids.min()} to {input_ids.max()}, but the vocabulary has "
@@ -246,18 +228,8 @@ def each_token(input_ids):
 
 
 @dataclass
-class BackpackModelOutput(BaseModelOutputWithPast):
-    """`last_hidden_state` is the weighted sum of senses, (B, T, d), that the output embedding reads."""
-
-    contextualization: torch.Tensor | None = None
-    senses: torch.Tensor | None = None
-
-
-@dataclass
-class BackpackLMOutput(CausalLMOutputWithPast):
-    """What `BackpackLMHeadModel` returns.
-
-    loss: mean cross-entropy in nats, when labels are given.
+class BackpackLMOutput(CausalLMOutputWithCrossAttentions):
+    """loss: mean cross-entropy in nats, when labels are given.
     logits: (B, T, V).
     contextualization: alpha, (B, k, T, S), and senses: (B, k, S, d), with `output_senses=True`;
         logits = sum over positions j and senses l of alpha[:, l, :, j] * (senses[:, l, j] . E).
@@ -273,12 +245,7 @@ class BackpackPreTrainedModel(GPT2PreTrainedModel):
     base_model_prefix = "backpack"
     _no_split_modules = ["GPT2Block", "SenseNetwork"]
     # Aliases and buffers that checkpoints of the released model's age carry.
-    _keys_to_ignore_on_load_unexpected = [
-        r"\.attn\.bias$",
-        r"\.attn\.masked_bias$",
-        r"(^|\.)word_embeddings\.weight$",
-        r"(^|\.)position_embeddings\.weight$",
-    ]
+    _keys_to_ignore_on_load_unexpected = [r"\.attn\.(masked_)?bias$", r"(^|\.)(word|position)_embeddings\.weight$"]
 
 
 class BackpackModel(BackpackPreTrainedModel):
@@ -293,14 +260,7 @@ class BackpackModel(BackpackPreTrainedModel):
         self.patches = []
         # Functions of (alpha, senses, input_ids, attention_mask) -> alpha, called in order; see `topic.py`.
         self.weight_hooks = []
-        self._fuse_activations()
         self.post_init()
-
-    def _fuse_activations(self):
-        """Takes GPT-2's activation in one kernel: transformers computes the same function in eight."""
-        for module in self.modules():
-            if isinstance(getattr(module, "act", None), NewGELUActivation):
-                module.act = ACT2FN["gelu_pytorch_tanh"]
 
     def _init_weights(self, module):
         """Starts the sense network by fan-in (the trunk starts itself).
@@ -319,7 +279,7 @@ class BackpackModel(BackpackPreTrainedModel):
         self.gpt2_model.wte = embeddings
 
     def embed(self, token_ids):
-        """The input embeddings of tokens. (n,) -> (n, d)"""
+        """(n,) -> (n, d)"""
         return self.gpt2_model.wte(token_ids[None])[0]  # as a batch, which hooks on embeddings (NEFTune's) expect
 
     def sense_vectors(self, token_ids, embeddings=None, patched=True):
@@ -346,8 +306,9 @@ class BackpackModel(BackpackPreTrainedModel):
         output_senses=False,
         distinct=None,
         **kwargs,
-    ) -> BackpackModelOutput:
-        """(B, T) -> (B, T, d); see `BackpackLMHeadModel.forward` for the other arguments.
+    ):
+        """The trunk's output, whose last state is the weighted sum of senses, (B, T, d); see
+        `BackpackLMHeadModel.forward`.
 
         distinct: what `distinct_tokens(input_ids)` returned, if it has been asked.
         """
@@ -370,7 +331,7 @@ class BackpackModel(BackpackPreTrainedModel):
             # Senses do not depend on the place. With a cache, its table knows of which tokens they are to be computed.
             tokens, inverse = each_token(input_ids) if cache is not None else distinct or distinct_tokens(input_ids)
             embeddings = self.embed(tokens)
-        trunk = self.gpt2_model(
+        outputs = self.gpt2_model(
             inputs_embeds=F.embedding(inverse, embeddings),
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -378,7 +339,7 @@ class BackpackModel(BackpackPreTrainedModel):
             **{CACHE: cache},
             **kwargs,
         )
-        queries, keys = self.sense_weight_net(trunk.last_hidden_state)
+        queries, keys = self.sense_weight_net(outputs.last_hidden_state)
         n_total, n_past = n_new, 0
         if cache is None:
             table = self.sense_vectors(tokens, embeddings)
@@ -389,50 +350,36 @@ class BackpackModel(BackpackPreTrainedModel):
         table, inverse = table.to(keys.device), inverse.to(keys.device)  # if layers are spread over devices
         allowed = allowed_positions(attention_mask, n_new, n_total, n_past, keys.device, texts)
 
-        seen = {}
-        if output_senses or self.weight_hooks:
-            alpha, senses = contextualize(queries, keys, allowed), at_positions(table, inverse)
-            for hook in self.weight_hooks:
-                alpha = hook(alpha, senses, input_ids, attention_mask)
-            mixed = weighted_sum(alpha, senses)
-            seen = {"contextualization": alpha, "senses": senses} if output_senses else {}
-        else:
-            mixed = mix_senses(queries, keys, table, inverse, allowed)
-        return BackpackModelOutput(
-            last_hidden_state=mixed,
-            hidden_states=trunk.hidden_states,
-            attentions=trunk.attentions,
-            **seen,
-            **{CACHE: cache if use_cache else None},
-        )
+        if not (output_senses or self.weight_hooks):
+            outputs.last_hidden_state = mix_senses(queries, keys, table, inverse, allowed)
+            return outputs
+        alpha, senses = contextualize(queries, keys, allowed), at_positions(table, inverse)
+        for hook in self.weight_hooks:
+            alpha = hook(alpha, senses, input_ids, attention_mask)
+        outputs.last_hidden_state = weighted_sum(alpha, senses)
+        if output_senses:
+            outputs["contextualization"], outputs["senses"] = alpha, senses
+        return outputs
 
     def _remember(self, cache, keys, input_ids, embeddings):
         """Adds new positions to a cache; of all so far: keys (B, k, S, d_s), table (n, k, d) and inverse (B, S)."""
-        number, vocab_size = self.config.n_layer, self.config.vocab_size
-        compiling = torch.compiler.is_compiling()  # no graph can have a table that grows by need
-        if not compiling and (not hasattr(cache, "senses") or cache.layers[number].get_seq_length() == 0):
-            cache.senses = SenseTable(vocab_size, keys.device)
-        if input_ids is None:
-            rows = cache.senses.append(self.sense_network(embeddings))
-            input_ids = (vocab_size + rows).view(len(keys), -1)
-        values = input_ids[:, None, :, None].expand(-1, keys.shape[1], -1, -1)  # a static cache has them for each head
-        keys, values = cache.update(keys, values, number)
-        ids = values[:, 0, :, 0]
-        if compiling:
+        if torch.compiler.is_compiling():  # no graph can have a table that grows by need
+            keys, ids = remember(cache, self.config.n_layer, keys, input_ids)
             tokens, inverse = each_token(ids)
             return keys, self.sense_vectors(tokens), inverse
-        cache.senses.hold_under(self.patches)
-        return keys, *cache.senses.look_up(ids, self.sense_vectors)
+        known = sense_table(cache, self.config.n_layer, self.config.vocab_size, keys.device)
+        if input_ids is None:
+            input_ids = known.append(self.sense_network(embeddings)).view(len(keys), -1) + self.config.vocab_size
+        keys, ids = remember(cache, self.config.n_layer, keys, input_ids)
+        return keys, *known.look_up(ids, self.sense_vectors, self.patches)
 
     def _check_input(self, input_ids, inputs_embeds, n_past):
         if torch.compiler.is_compiling():
             return
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
-        shape = (input_ids if inputs_embeds is None else inputs_embeds[..., 0]).shape
-        if len(shape) != 2 or 0 in shape:
-            raise ValueError(f"input_ids has shape {tuple(shape)}; give at least one token as (batch, tokens).")
-        length, limit = int(n_past) + shape[1], self.config.n_positions
+        new = input_ids if inputs_embeds is None else inputs_embeds
+        length, limit = int(n_past) + new.shape[1], self.config.n_positions
         if length > limit:
             raise ValueError(
                 f"The text has {length} tokens, but this model reads at most n_positions={limit}; "
@@ -453,16 +400,9 @@ class BackpackLMHeadModel(BackpackPreTrainedModel, GenerationMixin):
         self.backpack = BackpackModel(config)
         self.lm_head = OutputEmbedding(config.n_embd, config.vocab_size, bias=False)
         self.loss_type = "ForCausalLM"
+        self.patches, self.weight_hooks = self.backpack.patches, self.backpack.weight_hooks
         self.post_init()
         suppress_unused_rows(self)
-
-    @property
-    def patches(self) -> list:
-        return self.backpack.patches
-
-    @property
-    def weight_hooks(self) -> list:
-        return self.backpack.weight_hooks
 
     def sense_vectors(self, token_ids, patched=True):
         """Sense vectors of each token, without any context. (n,) -> (n, k, d). patched: under the active edits."""
@@ -493,8 +433,6 @@ class BackpackLMHeadModel(BackpackPreTrainedModel, GenerationMixin):
         labels: (B, T), usually `input_ids` itself (the shift happens inside); -100 is ignored.
         output_senses: also return the contextualisation weights and the sense vectors.
         logits_to_keep: the last so many positions only; 0 keeps all.
-
-        Raises ValueError for a text longer than `n_positions` or for ids outside the vocabulary.
         """
         outputs = self.backpack(
             input_ids,
@@ -506,7 +444,8 @@ class BackpackLMHeadModel(BackpackPreTrainedModel, GenerationMixin):
             output_senses=output_senses,
             **kwargs,
         )
-        loss, hidden = None, outputs.last_hidden_state
+        outputs = dict(outputs)
+        loss, hidden = None, outputs.pop("last_hidden_state")
         if labels is not None and self._has_own_loss and logits_to_keep == 0:
             following = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
             loss, logits = self.lm_head(hidden, kwargs.get("shift_labels", following), kwargs.get("num_items_in_batch"))
@@ -515,15 +454,7 @@ class BackpackLMHeadModel(BackpackPreTrainedModel, GenerationMixin):
             logits = self.lm_head(hidden[:, positions])
             if labels is not None:
                 loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        return BackpackLMOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            contextualization=outputs.contextualization,
-            senses=outputs.senses,
-            **{CACHE: outputs.get(CACHE)},
-        )
+        return BackpackLMOutput(loss=loss, logits=logits, **outputs)
 
     @property
     def _has_own_loss(self) -> bool:

@@ -22,6 +22,20 @@ def sense_layer(cache: Cache, n_layer: int):
     return cache.layers[n_layer]
 
 
+def remember(cache: Cache, n_layer: int, keys: torch.Tensor, ids: torch.Tensor):
+    """Adds new positions to the sense layer; of all so far: keys (B, k, S, d_s) and token ids (B, S)."""
+    values = ids[:, None, :, None].expand(-1, keys.shape[1], -1, -1)  # a static cache has them for each head
+    keys, values = cache.update(keys, values, n_layer)
+    return keys, values[:, 0, :, 0]
+
+
+def sense_table(cache: Cache, n_layer: int, vocab_size: int, device) -> "SenseTable":
+    """The table beside a cache; a new one if the cache is empty or went through a file."""
+    if sense_layer(cache, n_layer).get_seq_length() == 0 or not hasattr(cache, "senses"):
+        cache.senses = SenseTable(vocab_size, device)
+    return cache.senses
+
+
 class SenseTable:
     """The senses of the tokens in a cache: a row, (k, d), for each distinct token and for each embedding without one.
 
@@ -30,36 +44,30 @@ class SenseTable:
 
     def __init__(self, vocab_size: int, device):
         self.row_of = torch.full((vocab_size,), -1, device=device)  # -1: the token has no row yet
-        self.rows, self.size = None, 0
-        self.patches = ()
-
-    def hold_under(self, patches: list):
-        """Forgets the tokens' senses if other patches apply than before."""
-        patches = tuple(map(id, patches))
-        if self.patches != patches:
-            self.row_of.fill_(-1)
-            self.patches = patches
+        self.rows, self.size = torch.empty(0), 0
+        self.patches = []
 
     def append(self, senses: torch.Tensor) -> torch.Tensor:
         """Adds rows and returns their numbers. (n, k, d) -> (n,)"""
         start, self.size = self.size, self.size + len(senses)
-        if self.rows is None:
-            self.rows = senses
-        elif senses.requires_grad or self.rows.requires_grad:
-            self.rows = torch.cat([self.rows[:start], senses])
+        if senses.requires_grad or self.size > len(self.rows):
+            room = senses.new_empty(start, *senses.shape[1:])  # so that few rows are copied often
+            self.rows = torch.cat([self.rows[:start].to(senses), senses, room])
         else:
-            if self.size > len(self.rows):  # twice the room, so that few rows are copied often
-                room = self.rows.new_empty(2 * self.size, *senses.shape[1:])
-                room[:start] = self.rows[:start]
-                self.rows = room
             self.rows[start : self.size] = senses
         return torch.arange(start, self.size, device=self.row_of.device)
 
-    def look_up(self, ids: torch.Tensor, senses_of) -> tuple[torch.Tensor, torch.Tensor]:
-        """The senses of all tokens and the row of each; `senses_of` computes those not known. (B, S) -> (n, k, d), (B, S)"""
-        vocab_size = len(self.row_of)
-        tokens = ids.clamp(max=vocab_size - 1)
-        unknown = ids[(self.row_of[tokens] < 0) & (ids < vocab_size)].unique()
+    def look_up(self, ids: torch.Tensor, senses_of, patches=()) -> tuple[torch.Tensor, torch.Tensor]:
+        """The senses of all tokens and the row of each. (B, S) -> (n, k, d), (B, S)
+
+        senses_of: computes the senses of tokens that are not known under these patches.
+        """
+        if list(map(id, patches)) != list(map(id, self.patches)):
+            self.row_of.fill_(-1)
+            self.patches = list(patches)
+        is_token = ids < len(self.row_of)
+        tokens = ids.where(is_token, 0)
+        unknown = ids[is_token & (self.row_of[tokens] < 0)].unique()
         if len(unknown):
             self.row_of[unknown] = self.append(senses_of(unknown))
-        return self.rows[: self.size], torch.where(ids < vocab_size, self.row_of[tokens], ids - vocab_size)
+        return self.rows[: self.size], self.row_of[tokens].where(is_token, ids - len(self.row_of))

@@ -9,29 +9,22 @@ that o = mean state + sum over j, l of alpha_lij C(x_j)_l comes as near as it ca
 is kept. So without an edit the logits are the base's own, bit for bit, and every logit is a sum of (word, sense)
 contributions and one residual; an edit C -> C' moves the logits by exactly E sum alpha (C' - C).
 
-What is notable:
-
 - The base is any model of `AutoModelForCausalLM` whose logits are linear in its last state, which is measured when
-  the lens is put on it (`attach`); there is no list of architectures.
-- The base stays outside of the lens' weights: it is neither trained nor saved with them.
+  the lens is put on it (`attach`). It is neither trained nor saved with the lens.
 - Edits and `weight_hooks` change the last state on its way from the base's body to its output embedding, so that
-  `generate()`, caches, labels and whatever else the base does are the base's own. Where nothing is active, no sense
-  is computed.
+  `generate()`, caches, labels and whatever else the base does are the base's own.
 
 Shapes are those of `backpack.py`.
 """
 
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMixin
-from transformers.utils import can_return_tuple
 
 from backpack_lib.model.backpack import (
-    BackpackLMOutput,
     SenseNetwork,
     SenseWeightNetwork,
     allowed_positions,
@@ -39,7 +32,7 @@ from backpack_lib.model.backpack import (
     distinct_tokens,
     packed_texts,
 )
-from backpack_lib.model.cache import CACHE, SenseTable, sense_layer
+from backpack_lib.model.cache import CACHE, SenseTable, remember, sense_table
 from backpack_lib.model.mixing import at_positions, contextualize, mix_senses, weighted_sum
 
 EMBEDDINGS_KEPT = 100  # rows of the base's input embedding, by which a base is recognised
@@ -53,8 +46,6 @@ class SenseLensConfig(PreTrainedConfig):
     base: folder or hub id of the Transformer. n_embd: d, the width of its states and of its input embedding.
     vocab_size: its rows. n_positions: the longest text it reads. middle_layer: whose states the sense weights read
     beside the last. num_senses: k. sense_intermediate_scale: hidden width of the last sense MLP, in multiples of d.
-
-    Raises ValueError if the sizes do not fit each other.
     """
 
     model_type = "sense_lens"
@@ -91,16 +82,6 @@ class SenseLensConfig(PreTrainedConfig):
         )
 
 
-@dataclass
-class SenseLensOutput(BackpackLMOutput):
-    """What a lens returns: the base's output, and with `output_senses=True` what a Backpack returns, and
-
-    residual: (B, T, d), what no sense says of each position's last state.
-    """
-
-    residual: torch.Tensor | None = None
-
-
 class SenseLens(PreTrainedModel, GenerationMixin):
     """A Transformer with the senses of a Backpack; see the module's text."""
 
@@ -119,9 +100,8 @@ class SenseLens(PreTrainedModel, GenerationMixin):
         self.register_buffer("constant", torch.zeros(d))  # what o says in every context
         self.register_buffer("embedding_std", torch.ones(()))
         self.register_buffer("embedding_rows", torch.zeros(EMBEDDINGS_KEPT, d))
-        # As a Backpack's: (token_ids, senses) -> senses, and (alpha, senses, input_ids, attention_mask) -> alpha.
-        self.patches, self.weight_hooks = [], []
-        self._keep_base(None)
+        self.patches, self.weight_hooks = [], []  # as a Backpack's
+        self.base, self.logit_scale = None, 1.0
         self.post_init()
         if base is not None:
             with torch.no_grad():
@@ -134,37 +114,18 @@ class SenseLens(PreTrainedModel, GenerationMixin):
     def attach(self, base) -> "SenseLens":
         """Puts the lens on its base, in evaluation mode and frozen.
 
-        Raises ValueError for a model that is no decoder, another one than the lens was trained on, or one whose
-        logits are not linear in its last state.
+        Raises ValueError for another model than the lens was trained on, or logits that are not linear in its state.
         """
-        name = name_of(base)
-        inputs, outputs = base.get_input_embeddings(), base.get_output_embeddings()
-        if outputs is None or base.config.is_encoder_decoder:
-            raise ValueError(
-                f"{name!r} is not a decoder with an output embedding; a lens needs a causal language model."
-            )
-        expected = (self.config.vocab_size, self.config.n_embd)
-        for embedding in (inputs, outputs):
-            if tuple(embedding.weight.shape) != expected:
-                raise ValueError(
-                    f"{name!r} has embeddings of {tuple(embedding.weight.shape)} (tokens, width), "
-                    f"but this lens takes {expected}; load the base it belongs to, {self.config.base!r}."
-                )
         cosine = torch.cosine_similarity(self._rows_of(base).to(self.embedding_rows), self.embedding_rows).mean().item()
         if not cosine >= LEAST_COSINE:
             raise ValueError(
-                f"{name!r} is another model than this lens was trained on: its embeddings differ (mean cosine "
-                f"{cosine:.2f}); load {self.config.base!r}."
+                f"{name_of(base)!r} is another model than this lens was trained on: its embeddings differ "
+                f"(mean cosine {cosine:.2f}); load {self.config.base!r}."
             )
         base = base.to(self.device).eval().requires_grad_(False)
-        self._keep_base(base, logit_scale(base))
-        self.generation_config = base.generation_config
+        self.__dict__["base"] = base  # not as a submodule, whose weights would be saved and trained with the lens' own
+        self.logit_scale, self.generation_config = logit_scale(base), base.generation_config
         return self
-
-    def _keep_base(self, base, scale: float = 1.0):
-        # Not as a submodule, whose weights would be saved and trained with the lens' own.
-        object.__setattr__(self, "base", base)
-        self.logit_scale = scale
 
     def _rows_of(self, base):
         rows = base.get_input_embeddings().weight
@@ -196,12 +157,15 @@ class SenseLens(PreTrainedModel, GenerationMixin):
         """Sense vectors of each token, without any context. (n,) -> (n, k, d)"""
         embeddings = self.get_input_embeddings()(token_ids).to(self.dtype) / self.embedding_std
         senses = self.sense_network(embeddings) * self.sense_scale()
-        for patch in self.patches if patched else []:
+        return self._patched(token_ids, senses) if patched else senses
+
+    def _patched(self, token_ids, senses):
+        for patch in self.patches:
             senses = patch(token_ids, senses)
         return senses
 
     def sense_scale(self):
-        """What the sense network's numbers are multiplied by: the deviations of the last state, shared by k senses. (d,)"""
+        """The deviations of the last state, shared by k senses. (d,)"""
         return self.state_std[: self.config.n_embd] / self.config.num_senses**0.5
 
     def states(self, input_ids):
@@ -213,12 +177,9 @@ class SenseLens(PreTrainedModel, GenerationMixin):
         """(B, T, 2 d) -> queries and keys, each (B, k, T, d_s)"""
         return self.sense_weight_net((states.to(self.dtype) - self.state_mean) / self.state_std)
 
-    def explain(self, input_ids, states, distinct=None):
-        """o, what senses alone make of the last state. (B, T), (B, T, 2 d) -> (B, T, d)
-
-        distinct: what `distinct_tokens(input_ids)` returned, if it has been asked.
-        """
-        tokens, inverse = distinct_tokens(input_ids) if distinct is None else distinct
+    def explain(self, input_ids, states):
+        """o, what senses alone make of the last state. (B, T), (B, T, 2 d) -> (B, T, d)"""
+        tokens, inverse = distinct_tokens(input_ids)
         queries, keys = self.queries_and_keys(states)
         n = input_ids.shape[1]
         allowed = allowed_positions(None, n, n, 0, input_ids.device)
@@ -230,16 +191,17 @@ class SenseLens(PreTrainedModel, GenerationMixin):
 
     # ------------------------------------------------------------ the base with edits
 
-    @can_return_tuple
-    def forward(self, input_ids=None, attention_mask=None, output_senses=False, **kwargs) -> SenseLensOutput:
-        """The base's own forward pass, under the active edits; it takes the base's arguments.
+    def forward(self, input_ids=None, attention_mask=None, output_senses=False, **kwargs):
+        """The base's own forward pass, under the active edits; it takes and returns what the base does.
 
-        output_senses: also return the contextualisation weights, the sense vectors and the residual.
+        output_senses: also return what a Backpack does, and `residual`, (B, T, d): what no sense says of each
+            position's last state.
         """
         with self._watched(output_senses) as seen:
             outputs = self.base(input_ids, attention_mask=attention_mask, **kwargs)
-        names = {field.name for field in fields(SenseLensOutput)}
-        return SenseLensOutput(**{name: value for name, value in outputs.items() if name in names}, **seen)
+        for name, tensor in seen.items():
+            outputs[name] = tensor
+        return outputs
 
     def generate(self, *args, **kwargs):
         """The base's `generate()`, under the active edits."""
@@ -248,7 +210,7 @@ class SenseLens(PreTrainedModel, GenerationMixin):
 
     @contextmanager
     def _watched(self, output_senses=False):
-        """While it lasts, edits change the last state of the base's body. Yields a dict for what it sees of senses."""
+        """While it lasts, edits change the last state of the base's body. Yields what `output_senses` asks for."""
         seen = {}
         if not (self.patches or self.weight_hooks or output_senses):
             yield seen
@@ -259,72 +221,51 @@ class SenseLens(PreTrainedModel, GenerationMixin):
 
         def after(body, args, kwargs, outputs):
             named = {"input_ids": args[0]} | kwargs if args else kwargs
-            if named.get("input_ids") is None:
-                raise ValueError("Edits of senses need token ids; give `input_ids` instead of `inputs_embeds`.")
             outputs.last_hidden_state = self._edited(named, outputs, output_senses, seen)
             return outputs
 
         body = self.base.get_decoder()
-        hooks = [
+        with (
             body.register_forward_pre_hook(before, with_kwargs=True),
             body.register_forward_hook(after, with_kwargs=True),
-        ]
-        try:
+        ):
             yield seen
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _edited(self, inputs, outputs, output_senses, seen):
-        """The base's last state, less what senses say without edits, plus what they say with them.
-
-        inputs, outputs: of the base's body. seen: takes what `output_senses` asks for.
-        """
+        """The last state of the base's body, less what senses say without edits, plus what they say with them."""
         h, cache = outputs.last_hidden_state, outputs.get(CACHE)
         input_ids, attention_mask = inputs["input_ids"], inputs.get("attention_mask")
         texts = packed_texts(inputs.get("position_ids"), attention_mask, cache, len(input_ids))
         queries, keys = self.queries_and_keys(torch.cat([h, outputs.hidden_states[self.config.middle_layer]], -1))
-        ids = input_ids
-        if cache is not None:
-            keys, ids = self._remember(cache, keys, input_ids)
-        tokens, inverse = ids.unique(return_inverse=True)
-        old = self._known(cache, tokens)
-        new = old
-        for patch in self.patches:
-            new = patch(tokens, new)
+        if cache is None:
+            ids, table = input_ids, SenseTable(self.config.vocab_size, input_ids.device)
+        else:
+            keys, ids, table = self._remember(cache, keys, input_ids)
+        old, inverse = table.look_up(ids, partial(self.sense_vectors, patched=False))
+        tokens = ids.new_zeros(len(old)).scatter_(0, inverse.flatten(), ids.flatten())
+        new = self._patched(tokens, old)
         n_new, n_all = input_ids.shape[1], keys.shape[2]
         allowed = allowed_positions(attention_mask, n_new, n_all, n_all - n_new, ids.device, texts)
         if not (output_senses or self.weight_hooks):
             return h + mix_senses(queries, keys, new - old, inverse, allowed).to(h)
-        alpha = contextualize(queries, keys, allowed)
-        before, senses = weighted_sum(alpha, at_positions(old, inverse)), at_positions(new, inverse)
+        alpha, senses = contextualize(queries, keys, allowed), at_positions(new, inverse)
+        said = weighted_sum(alpha, at_positions(old, inverse))
         for hook in self.weight_hooks:
             alpha = hook(alpha, senses, input_ids, attention_mask)
         if output_senses:
-            seen.update(contextualization=alpha, senses=senses, residual=h - before.to(h))
-        if not (self.patches or self.weight_hooks):
-            return h
-        return h + (weighted_sum(alpha, senses) - before).to(h)
+            seen.update(contextualization=alpha, senses=senses, residual=h - said.to(h))
+        if self.patches or self.weight_hooks:
+            h = h + (weighted_sum(alpha, senses) - said).to(h)
+        return h
 
     def _remember(self, cache, keys, input_ids):
-        """Keys and token ids of the text so far, which a layer of the base's cache keeps beside the base's own.
-
-        Raises ValueError for a cache that was filled without edits, since it holds no keys of senses.
-        """
+        """Adds new positions to the base's cache; of all so far: keys, token ids, and the table of unedited senses."""
         n_layer = self.base.config.get_text_config().num_hidden_layers
-        if sense_layer(cache, n_layer).get_seq_length() == 0:
-            cache.senses = SenseTable(self.config.vocab_size, keys.device)
-        keys, ids = cache.update(keys, input_ids[:, None, :, None], n_layer)
+        table = sense_table(cache, n_layer, self.config.vocab_size, keys.device)
+        keys, ids = remember(cache, n_layer, keys, input_ids)
         if keys.shape[2] != cache.get_seq_length():
             raise ValueError("This cache was filled while no edit was active; read the text anew under the edit.")
-        return keys, ids[:, 0, :, 0]
-
-    def _known(self, cache, tokens):
-        """Unedited senses of tokens, which are computed once for a cache. (n,) -> (n, k, d)"""
-        if cache is None:
-            return self.sense_vectors(tokens, patched=False)
-        rows, row_of = cache.senses.look_up(tokens[None], partial(self.sense_vectors, patched=False))
-        return rows[row_of[0]]
+        return keys, ids, table
 
 
 def name_of(base) -> str:
@@ -333,10 +274,7 @@ def name_of(base) -> str:
 
 @torch.no_grad()
 def logit_scale(base) -> float:
-    """The factor s in logits = s head(state), where head is a base's output embedding.
-
-    Raises ValueError if the logits are not of this form, as with a soft cap.
-    """
+    """The factor s in logits = s head(state), where head is a base's output embedding."""
     head = base.get_output_embeddings()
     state = torch.randn(1, 1, head.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(head.weight)
     state *= 100 / head(state).float().std()  # far beyond the size of any logit, where a soft cap would bend it
@@ -345,11 +283,8 @@ def logit_scale(base) -> float:
         outputs.last_hidden_state = state
         return outputs
 
-    hook = base.get_decoder().register_forward_hook(give)
-    try:
+    with base.get_decoder().register_forward_hook(give):
         logits = base(torch.zeros(1, 1, dtype=torch.long, device=base.device), use_cache=False, return_dict=True).logits
-    finally:
-        hook.remove()
     logits, plain = logits.double().flatten(), head(state).double().flatten()
     scale = (logits @ plain / (plain @ plain)).item()
     if not (logits - scale * plain).norm() <= LINEAR * logits.norm():

@@ -1,11 +1,9 @@
 """A Backpack's prediction: sense vectors, weighted by one causal softmax per sense and summed.
 
 Done as the equation says, this makes tensors of k x T x T and k x T x d numbers, most of which are thrown away.
-`mix_senses` takes one sense at a time, and in a backward pass computes its weights again instead of keeping them. It
-equals `weighted_sum` of the weights of `contextualize`.
+`mix_senses` takes one sense at a time, and in a backward pass computes its weights again instead of keeping them.
 
-Shapes: batch B, new tokens T, all tokens so far S (= T without a cache), width d, senses k, distinct tokens n, and
-d_s = floor(d / k), the width of a sense's queries and keys.
+Shapes are those of `backpack.py`.
 """
 
 import torch
@@ -35,9 +33,7 @@ def contextualize(queries, keys, allowed):
 def weighted_sum(alpha, senses):
     """Sum over earlier tokens and their senses. (B, k, T, S), (B, k, S, d) -> (B, T, d)
 
-    One product over (sense, position) pairs, so that the sum over senses happens inside it and
-    nothing of the size k x T x d comes out. For a single new token that would be the lesser evil:
-    the product needs a copy of all senses if they lie in a cache.
+    One product over (sense, position) pairs, so that nothing of the size k x T x d comes out, unless it is small.
     """
     if alpha.shape[2] == 1:
         return (alpha.to(senses.dtype) @ senses).sum(1)
@@ -55,10 +51,7 @@ def at_positions(table, inverse):
 
 
 def sum_from_table(alpha, table, inverse):
-    """`weighted_sum(alpha, at_positions(table, inverse))`, which reads the table in place: no copy for each position.
-
-    (B, k, T, S), (n, k, d), (B, S) -> (B, T, d)
-    """
+    """`weighted_sum(alpha, at_positions(table, inverse))` without a copy of the senses for each position."""
     B, k, T, _ = alpha.shape
     rows = rows_at(inverse, k).flatten(1).repeat_interleave(T, dim=0)  # (B T, k S)
     weights = alpha.to(table.dtype).transpose(1, 2).reshape(B * T, -1)

@@ -20,21 +20,18 @@ from backpack_lib.training.config import AUTO, TrainingConfig
 
 
 class Batch(NamedTuple):
-    """Sequences and their distinct tokens, which are found on the host, since finding them would make a GPU wait.
+    """Sequences and their `distinct_tokens`, which are found on the host, since finding them would make a GPU wait."""
 
-    input_ids: (B, T). tokens: (n,), inverse: (B, T), which of them stands where; see `distinct_tokens`.
-    """
-
-    input_ids: torch.Tensor
-    tokens: torch.Tensor
-    inverse: torch.Tensor
+    input_ids: torch.Tensor  # (B, T)
+    tokens: torch.Tensor  # (n,)
+    inverse: torch.Tensor  # (B, T), which of them stands where
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
 def make_batch(rows, padded: bool = False) -> Batch:
-    """Rows with their `input_ids` -> a batch. padded: for a compiled model; see `distinct_tokens`."""
+    """padded: for a compiled model; see `distinct_tokens`."""
     input_ids = torch.stack([torch.as_tensor(row["input_ids"]) for row in rows])
     return Batch(input_ids, *distinct_tokens(input_ids, padded))
 
@@ -42,8 +39,7 @@ def make_batch(rows, padded: bool = False) -> Batch:
 def make_batches(config: TrainingConfig, blocks, accelerator: Accelerator, step: int = 0, position: dict | None = None):
     """A loader of this process' batches from a step on, without an end.
 
-    Of a data set, n processes take every n-th batch each, so that they share the rows of a step; of a stream, each
-    reads another part. position: of a stream, what the loader's `state_dict()` was at that step.
+    position: of a stream, what the loader's `state_dict()` was at that step.
     """
     process, processes = accelerator.process_index, accelerator.num_processes
     on_gpu = accelerator.device.type == "cuda"
@@ -56,8 +52,8 @@ def make_batches(config: TrainingConfig, blocks, accelerator: Accelerator, step:
     if hasattr(blocks.train, "__len__"):
         rows = shuffled(len(blocks.train), config.seed, step * config.accumulate * config.batch_size * processes)
         batches = BatchSampler(rows, config.batch_size, drop_last=False)
+        own = islice(batches, process, None, processes)  # so that processes share the rows of a step
         workers = (2 if on_gpu else 0) if config.workers == AUTO else config.workers
-        own = islice(batches, process, None, processes)
         return DataLoader(blocks.train, batch_sampler=own, num_workers=workers, **settings)
 
     from datasets.distributed import split_dataset_by_node

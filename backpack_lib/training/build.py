@@ -22,6 +22,7 @@ from backpack_lib.training.config import PRECISIONS, SCHEDULES, TrainingConfig
 from backpack_lib.training.lens import COUNTED_BLOCKS, KeptStates, LensLoss, start
 from backpack_lib.training.loss import LanguageModelLoss
 
+KINDS = {"backpack": BackpackLMHeadModel, "transformer": GPT2LMHeadModel}
 HIDDEN_MATRIX = re.compile(r"\.(attn|mlp)\.c_\w+\.weight$|final_mlp\.c_fc\.weight$|sense_weight_net")
 # Rows of a large vocabulary are a multiple of this, as a GPU's products want them; a small one would gain nothing.
 VOCABULARY_MULTIPLE, LARGE_VOCABULARY = 64, 10_000
@@ -29,10 +30,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """Accelerate's view of the device and the other processes, made anew for each run.
-
-    Raises ValueError if the model is to be divided among processes (FSDP) and the optimiser needs whole matrices.
-    """
+    """Accelerate's view of the device and the other processes, made anew for each run."""
     on_cpu = pick_device(config.device).type == "cpu"
     # Accelerate keeps its state for the life of a process; a notebook may train twice, differently.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
@@ -56,8 +54,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 def keep_freed_memory():
     """Tells glibc to keep the memory of freed tensors for the next ones.
 
-    Otherwise every large tensor is fresh memory from the system, which clears it page by page: on
-    two cores that took as long as the training itself.
+    Otherwise the system clears every large tensor page by page: on two cores that took as long as the training itself.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -85,26 +82,22 @@ def prepare_blocks(config: TrainingConfig):
 
 
 def make_model(config: TrainingConfig, tokenizer):
-    """A new model of the configured sizes, the one to start from, or a new sense lens.
-
-    Raises ValueError if the model that the settings name is of another kind or reads no blocks of this size.
-    """
-    kinds = {"backpack": BackpackLMHeadModel, "transformer": GPT2LMHeadModel}
+    """A new model of the configured sizes, the one to start from, or a new sense lens."""
     dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
+    if not (config.init_from or config.lens_of):
+        return make_new_model(config, tokenizer, dropout)
     if config.lens_of:
         base = load_model(config.lens_of)
         require_transformer(base)
         name = SMOLLM2_ON_HUB if config.lens_of == SMOLLM2 else config.lens_of
         model = SenseLens(SenseLensConfig.of_base(base, name, num_senses=config.num_senses), base)
-    elif config.init_from:
+    else:
         model = load_model(config.init_from, **dropout)
-        if not isinstance(model, kinds[config.architecture]):
+        if not isinstance(model, KINDS[config.architecture]):
             raise ValueError(
                 f"init_from={config.init_from!r} holds a {type(model).__name__}, "
                 f"but architecture={config.architecture!r} was asked for."
             )
-    else:
-        return make_new_model(config, tokenizer, dropout)
     if config.block_size > model.config.n_positions:
         raise ValueError(
             f"block_size={config.block_size} is longer than the n_positions={model.config.n_positions} "

@@ -25,7 +25,7 @@ logging.getLogger("accelerate.utils.other").addFilter(lambda record: "shared ten
 
 
 class RunFolder:
-    """Reads and writes one run's folder. Raises ValueError if it holds another run."""
+    """Reads and writes one run's folder."""
 
     def __init__(self, config: TrainingConfig):
         self.path = Path(config.out)
@@ -34,6 +34,7 @@ class RunFolder:
         self.check(self.identity)
 
     def check(self, identity: dict):
+        """Raises ValueError if the folder holds another run."""
         before = json.loads(self.settings.read_text(encoding="utf-8")) if self.settings.is_file() else identity
         changed = [
             f"{name}={before.get(name)!r}, not {value!r}"
@@ -59,10 +60,7 @@ class RunFolder:
             write_text(self.settings, json.dumps(identity, indent=1))
 
     def save(self, accelerator, progress: dict):
-        """Writes a checkpoint of all that `accelerator` prepared and of each process' progress, then drops older ones.
-
-        progress: what JSON can hold; `progress["step"]` names the checkpoint.
-        """
+        """Writes a checkpoint of all that `accelerator` prepared and of each process' progress, then drops older ones."""
         older = self.checkpoints()
         building = self.path / "checkpoint-building"
         if accelerator.is_main_process:
@@ -88,9 +86,6 @@ class RunFolder:
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
         return sorted(self.path.glob("checkpoint-[0-9]*"))
-
-    def is_finished(self) -> bool:
-        return (self.path / "model").is_dir()
 
     def finish(self):
         """Drops what only a run in progress needs."""

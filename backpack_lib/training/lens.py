@@ -24,10 +24,7 @@ FREQUENT, RARE = 6_000, 2_000  # tokens whose probabilities are taught at a step
 
 
 class KeptStates:
-    """The base's states of blocks, computed once: a file a block in a folder, in half precision.
-
-    most_bytes: blocks beyond it are computed whenever they are needed.
-    """
+    """The base's states of blocks, computed once: a file a block, in half precision; beyond `most_bytes`, at each need."""
 
     def __init__(self, lens: SenseLens, folder: Path, most_bytes: float):
         self.lens, self.folder, self.most_bytes = lens, folder, most_bytes
@@ -59,7 +56,7 @@ class LensLoss(nn.Module):
     others drawn by lot, and the share of the variance of the logits that senses leave unexplained, over all tokens.
     In evaluation: mean nats per token of the text under the senses alone.
 
-    counts: how often each token stands in the text, (V,). distinct: as in `LanguageModelLoss`.
+    counts: how often each token stands in the text, (V,).
     """
 
     def __init__(self, lens: SenseLens, states: KeptStates, counts: torch.Tensor):
@@ -72,16 +69,16 @@ class LensLoss(nn.Module):
         self.register_buffer("gram", E.T @ E / len(E), persistent=False)
         self.register_buffer("counts", counts.to(E.device), persistent=False)
 
-    def forward(self, input_ids, *distinct):
+    def forward(self, input_ids, *_):  # a batch also tells its distinct tokens
         states = self.states(input_ids)
-        h, o = states[..., : self.model.config.n_embd], self.model.explain(input_ids, states, distinct or None)
+        h, o = states[..., : self.model.config.n_embd], self.model.explain(input_ids, states)
         if self.training:
             return self.distance(h.flatten(0, 1), o.flatten(0, 1))
         logits = self.model.logits_of(o[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1).float(), input_ids[:, 1:].flatten())
 
     def distance(self, h, o):
-        """From the base's states to what the senses say. (n, d), (n, d) -> scalar"""
+        """How far what the senses say, o, is from the base's states, h. (n, d), (n, d) -> scalar"""
         head, by_frequency = self.model.get_output_embeddings(), self.counts.argsort(descending=True)
         rare = torch.randperm(max(0, len(by_frequency) - FREQUENT))[:RARE].to(h.device) + FREQUENT
         taught = torch.cat([by_frequency[:FREQUENT], by_frequency[rare]])
@@ -93,7 +90,7 @@ class LensLoss(nn.Module):
         return kl + self.energy(h - o) / self.energy(h - h.mean(0))
 
     def energy(self, states):
-        """The squared logits of states, less their mean over the vocabulary: (n, d) -> mean over both."""
+        """Mean of the squared logits of states, less their mean over the vocabulary. (n, d) -> scalar"""
         return ((states @ self.gram) * states).sum(-1).mean()
 
     @torch.no_grad()

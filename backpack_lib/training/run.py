@@ -47,17 +47,16 @@ BEGINNING = {"step": 0, "history": [], "losses": [], "seconds": 0.0, "position":
 def train(config: TrainingConfig, blocks=None):
     """Trains a model, or resumes the run that `config.out` holds. Returns its history, a DataFrame.
 
-    One row for each evaluation: step, tokens (seen so far), train_loss (mean nats per token since
-    the row before), valid_loss, learning_rate, tokens_per_second, and floor, the loss that no model
-    can beat, where it is known.
+    One row for each evaluation: step, tokens (seen so far), train_loss (mean nats per token since the row before),
+    valid_loss, learning_rate, tokens_per_second, and floor, the loss that no model can beat, where it is known.
 
     blocks: `corpora.Blocks` to train on; None prepares `config.corpus`.
 
-    Raises ValueError for settings or data that do not fit or if another process is training into `out`, and
-    FloatingPointError if the loss or a weight is not finite.
+    Raises ValueError if another process is training into `out`, and FloatingPointError if the loss or a weight is not
+    finite, so that no such number is saved.
     """
     folder = RunFolder(config)
-    if not folder.is_finished():
+    if not (folder.path / "model").is_dir():
         first = os.environ.get("RANK", "0") == "0"  # of the processes of one run
         with locked_folder(folder.path) if first else contextlib.nullcontext():
             Run(config, folder, blocks).to_the_end()
@@ -169,10 +168,7 @@ class Run:
             self.folder.write_history(self.history)
 
     def read_losses(self) -> float:
-        """The mean loss over the processes and the steps since the last row; a GPU has to finish its work for it.
-
-        Raises FloatingPointError if the loss of a step or a weight is not finite, so that no such number is saved.
-        """
+        """The mean loss over the processes and the steps since the last row; a GPU has to finish its work for it."""
         losses = self.accelerator.reduce(torch.stack(self.losses), "mean").tolist()
         first = self.step - len(losses) + 1
         broken = [f"The loss of step {n} is {loss}" for n, loss in enumerate(losses, first) if not math.isfinite(loss)]
