@@ -16,7 +16,6 @@ from helpers import ROOT, tiny_classifier, tiny_model, tokenizer_with_words
 from backpack_lib import SenseEdits, load
 from backpack_lib.analysis import bias
 from backpack_lib.lessons import bias as lessons_of_bias
-from backpack_lib.loading import is_planted
 from backpack_lib.text import planted
 from backpack_lib.text.writing import ids_of_text
 
@@ -44,19 +43,13 @@ def test_the_tour_and_its_exercises(tmp_path):
 def test_training_and_its_exercises(tmp_path, monkeypatch):
     monkeypatch.setenv("BACKPACK_RUNS", str(tmp_path))
     short = {"n_layer": 1, "num_senses": 4, "steps": 240, "eval_every": 120, "save_every": 120, "strict": False}
-    taught = {
-        "start": "planted",
-        "corpus": str(ROOT / "README.md"),
-        "finetune_steps": 30,
-    }  # by then, the model just made
+    taught = {"start": "planted", "corpus": str(ROOT / "README.md"), "finetune_steps": 30}
     assert_solved(execute("01_training", short | taught, solved=True).answers, 6)
     results = results_of(tmp_path / "01_training")
     assert results["excess"] < 0.2 and results["meanings"] > 0.9
     assert results["professions"] > 0.4  # so short a run has only begun to rank them; 0.34 is the 95 % point of chance
     assert results["meanings, Backpack, meanings permuted (mean)"] < 0.6
     assert results["finetuning, new text"] < 0 < results["finetuning, old text"]
-    for name, senses in (("planted", 4), ("planted-transformer", 0)):  # what is loaded by these names from now on
-        assert getattr(load(name)[0].config, "num_senses", 0) == senses and is_planted(name)
 
 
 def test_contexts_decide_between_planted_meanings_and_the_exercises_on_senses_are_solved(tmp_path):

@@ -17,11 +17,6 @@ AT_ONCE = {  # folders of several runs at the same time, two of them of one note
 }
 
 
-def environment(**changes):
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("BACKPACK_")}
-    return kept | {key: str(value) for key, value in changes.items()}
-
-
 def contents(folder):
     return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
 
@@ -35,9 +30,9 @@ def test_a_clone_in_a_foreign_folder_with_data_that_is_only_read_and_no_network(
         path.chmod(0o555 if path.is_dir() else 0o444)
     before = contents(clone / "data")
     (tmp_path / "home").mkdir()
-    env = environment(HOME=tmp_path / "home", PYTHONPATH=clone, PYTHONDONTWRITEBYTECODE=1)
-    for name in ("HF_HOME", "HF_HUB_OFFLINE", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "MPLCONFIGDIR", "IPYTHONDIR"):
-        env.pop(name, None)
+    own = ("BACKPACK_", "HF_", "XDG_", "MPLCONFIGDIR", "IPYTHONDIR")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(own)}
+    env |= {"HOME": str(tmp_path / "home"), "PYTHONPATH": str(clone), "PYTHONDONTWRITEBYTECODE": "1"}
     with socket.create_server(("127.0.0.1", 0)) as proxy:  # whoever asks for the network calls here
         proxy.settimeout(0.5)
         address = f"http://127.0.0.1:{proxy.getsockname()[1]}"

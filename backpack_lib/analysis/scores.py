@@ -141,9 +141,9 @@ def read_blimp(source: str) -> pd.DataFrame:
     import datasets
 
     try:
-        with offline_without_hub():
-            names = datasets.get_dataset_config_names(source)
-            return pd.concat([datasets.load_dataset(source, name, split="train").to_pandas() for name in names])
+        offline_without_hub()
+        names = datasets.get_dataset_config_names(source)
+        return pd.concat([datasets.load_dataset(source, name, split="train").to_pandas() for name in names])
     except Exception as error:  # the library raises many kinds, from the network's to its own
         raise ValueError(
             f"{source!r} is no folder, and BLiMP could not be loaded by that name: {first_line(error)}"

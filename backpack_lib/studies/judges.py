@@ -51,9 +51,9 @@ class ClassifierJudge:
         from transformers import pipeline
 
         where = as_seen(name)
+        offline_without_hub()
         try:
-            with offline_without_hub():
-                self.classify = pipeline("text-classification", model=where, top_k=None, function_to_apply="sigmoid")
+            self.classify = pipeline("text-classification", model=where, top_k=None, function_to_apply="sigmoid")
         except OSError as error:
             raise ValueError(
                 f"The classifier {name!r} could not be loaded; give a folder, or use the words."

@@ -85,22 +85,20 @@ def word_similarity(senses_of, sets: dict[str, pd.DataFrame]) -> dict:
     }
 
 
-def word2vec(characters: dict[str, int], width: int):
+def of_word2vec(characters: dict[str, int], width: int):
     """gensim's skip-gram with negative sampling, five passes over the first so many characters of each corpus.
 
-    Its two workers race, so its figures differ by a hair from run to run.
+    Its two workers race, so its figures differ by a hair from run to run. -> the function from words to their vectors,
+    (n, 1, d); an unknown word gets zeros.
     """
     from gensim.models import Word2Vec
     from gensim.utils import simple_preprocess
 
     texts = (text for corpus, most in characters.items() for text in first_characters(open_corpus(corpus).read(), most))
     words = [simple_preprocess(text) for text in texts]
-    return Word2Vec(words, vector_size=width, window=5, min_count=5, sg=1, negative=5, epochs=5, workers=2, seed=0).wv
-
-
-def of_word2vec(vectors):
-    """The function from words to vectors, (n, 1, d), of gensim's `KeyedVectors`; an unknown word gets zeros."""
-    unknown = np.zeros((1, vectors.vector_size), np.float32)
+    settings = {"vector_size": width, "window": 5, "min_count": 5, "sg": 1, "negative": 5, "epochs": 5}
+    vectors = Word2Vec(words, **settings, workers=2, seed=0).wv
+    unknown = np.zeros((1, width), np.float32)
 
     def senses_of(words: list[str]) -> torch.Tensor:
         rows = [vectors[[word.lower()]] if word.lower() in vectors else unknown for word in words]
@@ -174,10 +172,8 @@ def evaluate(options) -> dict:
     }
     if options.older and options.corpus:
         read = models["demo"]["bytes_of"]
-        vectors = word2vec(
-            {options.older: read["older"], options.corpus: read["plain"]}, loaded["demo"][0].config.n_embd
-        )
-        methods["word2vec"] = of_word2vec(vectors)
+        characters = {options.older: read["older"], options.corpus: read["plain"]}
+        methods["word2vec"] = of_word2vec(characters, loaded["demo"][0].config.n_embd)
         figures["word2vec"] = {"characters": sum(read.values())} | word_similarity(methods["word2vec"], sets)
     figures["similarity_differences"] = similarity.paired_differences(methods, sets).reset_index().to_dict("records")
     return figures
