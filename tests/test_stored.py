@@ -100,8 +100,7 @@ def test_the_stored_texts_of_a_lens_are_paired_and_at_equal_fluency():
     assert (np.log(of_setting["perplexity"].first() / wanted).abs() < 0.2).mean() > 0.9
 
 
-def test_planted_models_are_shipped_for_whoever_has_not_trained_them(tmp_path, monkeypatch):
-    monkeypatch.setenv("BACKPACK_RUNS", str(tmp_path))
+def test_planted_models_are_a_pair():
     (model, tokenizer), (transformer, _) = load("planted"), load("planted-transformer")
     assert is_planted("planted") and model.config.num_senses == 8 and len(tokenizer) == transformer.config.vocab_size
     assert fingerprint(load_baseline("planted")[0]) == fingerprint(transformer)

@@ -1,6 +1,5 @@
-"""Texts into rows of ids, and continuations out."""
+"""Texts into rows of ids, and continuations out. (A prompt without room is among the bad inputs.)"""
 
-import pytest
 import torch
 from helpers import tiny_model, tiny_tokenizer
 
@@ -26,10 +25,5 @@ def test_a_continuation_is_the_same_for_the_same_seed():
 def test_settings_are_those_of_generate():
     prompt = torch.tensor([ids_of_text(TOKENIZER, "the nurse")])
     greedy = MODEL.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=5)
-    found = continue_text(MODEL, TOKENIZER, "the nurse", 5, do_sample=False)
-    assert found == TOKENIZER.decode(greedy[0], skip_special_tokens=True)
-
-
-def test_a_prompt_without_room_is_one_sentence():
-    with pytest.raises(ValueError, match=r"leaves room for \d+ of the model's 24, but max_new_tokens=22"):
-        continue_text(MODEL, TOKENIZER, "the nurse", 22)
+    written = continue_text(MODEL, TOKENIZER, "the nurse", 5, do_sample=False)
+    assert written == TOKENIZER.decode(greedy[0], skip_special_tokens=True)

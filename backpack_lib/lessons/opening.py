@@ -129,7 +129,7 @@ def likeliest_words(model, tokenizer, text: str, n: int = 2) -> list[str]:
     """The likeliest next words after a text, as far as they can be written."""
     log_probs, found = read(model, ids_of_text(tokenizer, text)).log_probs(), []
     for token in log_probs.argsort(descending=True).tolist():
-        if readable(tokenizer, [token]):
+        if readable(tokenizer, token):
             found += spell(tokenizer, [token])
         if len(found) == n:
             break

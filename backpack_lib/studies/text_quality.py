@@ -94,9 +94,9 @@ class ClassifierJudge:
     def __init__(self, name: str):
         from transformers import pipeline
 
+        offline_without_hub()
         settings = {"top_k": None, "function_to_apply": "sigmoid"}
-        with offline_without_hub():
-            self.classify = pipeline("text-classification", model=as_seen(name), **settings)
+        self.classify = pipeline("text-classification", model=as_seen(name), **settings)
 
     def __call__(self, texts: list[str]) -> pd.DataFrame:
         """Whether each text is on each topic: texts x topics, any number of topics a text."""

@@ -85,9 +85,6 @@ def open_corpus(name: str, per_file: bool = False, streaming: bool = False) -> C
         Hugging Face hub, as "owner/name" or "owner/name:subset".
     per_file: a text file is one document; otherwise blank lines separate documents. `<|endoftext|>` always does.
     streaming: make blocks as they are needed, and download of a hub data set only what they are made of.
-
-    Raises ValueError if there is nothing by that name, if there is no column `text`, and on reading, if a file is not
-    text or if a row has something else than text in that column.
     """
     from datasets import IterableDataset
 
@@ -173,11 +170,11 @@ def _rows_of_hub(name: str, streaming: bool):
 
     path, _, subset = name.partition(":")
     try:
-        with offline_without_hub():
-            builder = load_dataset_builder(path, subset or None)
-            if streaming:
-                return builder.as_streaming_dataset("train"), digest([name, builder.hash])
-            builder.download_and_prepare()
+        offline_without_hub()
+        builder = load_dataset_builder(path, subset or None)
+        if streaming:
+            return builder.as_streaming_dataset("train"), digest([name, builder.hash])
+        builder.download_and_prepare()
         return builder.as_dataset("train").to_iterable_dataset(), digest([name, builder.hash])
     except Exception as error:  # the library raises many kinds, from the network's to its own
         raise ValueError(f"No file matches {name!r}, nor could a data set be loaded: {first_line(error)}") from error
@@ -206,13 +203,14 @@ def _digest_of_file(path: str | Path) -> str:
 def split(corpus: Corpus, valid_fraction: float) -> tuple[Corpus, Corpus]:
     """The documents for training and those for validation."""
     first = next(corpus.read(), None)
-    sides = []
-    for name in ("training", "validation"):
+
+    def side(name: str) -> Corpus:
         settings = {"validation": name == "validation", "valid_fraction": valid_fraction, "first": first}
         rows = corpus.rows.filter(is_on_side, input_columns=[TEXT], fn_kwargs=settings)
         fingerprint = digest([corpus.fingerprint, name, valid_fraction])
-        sides.append(replace(corpus, name=f"the {name} part of {corpus.name}", fingerprint=fingerprint, rows=rows))
-    return tuple(sides)
+        return replace(corpus, name=f"the {name} part of {corpus.name}", fingerprint=fingerprint, rows=rows)
+
+    return side("training"), side("validation")
 
 
 def is_on_side(text: str, validation: bool, valid_fraction: float, first: str) -> bool:
@@ -247,15 +245,13 @@ def prepare(
     tokenizer: an existing tokenizer, or its folder or hub id; None trains one of `vocab_size` on the
         training documents.
     valid_corpus: documents for validation; None sets aside `valid_fraction` of the corpus.
-
-    Raises ValueError if the corpus is empty or too small for one block on either side.
     """
     train, valid = (corpus, valid_corpus) if valid_corpus else split(corpus, valid_fraction)
     if tokenizer is None:
         tokenizer = trained_tokenizer(train, vocab_size)
     elif isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer)
-    valid_blocks = stored_blocks(valid, tokenizer, block_size)
+    valid_blocks = stored_blocks(valid, tokenizer, block_size).with_format("torch")
     make_blocks = blocks_of if corpus.streaming else stored_blocks
     key = digest([_key(side, tokenizer, block_size) for side in (train, valid)])
     floor = None
@@ -263,7 +259,7 @@ def prepare(
         floor = cached_json(cache_folder(), {"floor": key}, lambda: planted_floor(tokenizer, valid.read()))
     return Blocks(
         train=make_blocks(train, tokenizer, block_size).with_format("torch"),
-        valid=valid_blocks.with_format("torch"),
+        valid=valid_blocks,
         tokenizer=tokenizer,
         fingerprint=key,
         floor=floor,

@@ -38,10 +38,7 @@ def as_fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(name: str):
-    """An existing tokenizer, from a folder or from the Hugging Face hub.
-
-    Raises ValueError if there is none, or if it is not byte-level BPE with an end-of-text token.
-    """
+    """An existing tokenizer, from a folder or from the Hugging Face hub: byte-level BPE with an end-of-text token."""
     try:
         tokenizer = local_first(AutoTokenizer.from_pretrained, name)
     except (OSError, ValueError) as error:

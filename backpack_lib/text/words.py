@@ -7,10 +7,7 @@ CONTINUES = "…"  # shown before a token that continues a word
 
 
 def tokens_of_word(tokenizer, word: str) -> list[int]:
-    """The token ids of a word as it stands in a text: after a space, but for punctuation, and for "…ing" and its like.
-
-    Raises ValueError for an empty word.
-    """
+    """The token ids of a word as it stands in a text: after a space, but for punctuation, and for "…ing" and its like."""
     text = word.strip()
     if not text.strip(CONTINUES):
         raise ValueError(f"{word!r} is no word; give at least one letter.")
@@ -19,7 +16,7 @@ def tokens_of_word(tokenizer, word: str) -> list[int]:
 
 
 def known_tokens_of_word(tokenizer, word: str) -> list[int]:
-    """As `tokens_of_word`. Raises ValueError, too, for a word that falls into bytes, which the vocabulary lacks."""
+    """As `tokens_of_word`, of a word that the vocabulary can write. Raises ValueError for one that falls into bytes."""
     ids = tokens_of_word(tokenizer, word)
     if tokenizer.unk_token_id in ids or any("\N{REPLACEMENT CHARACTER}" in tokenizer.decode([i]) for i in ids):
         raise ValueError(f"The vocabulary lacks the word {word!r}: it falls into bytes; choose another word.")
@@ -27,10 +24,7 @@ def known_tokens_of_word(tokenizer, word: str) -> list[int]:
 
 
 def token_of_word(tokenizer, word: str | int) -> int:
-    """The one token of a word, or a token id as it is.
-
-    Raises ValueError for a word of several tokens, naming them, and for an id outside the vocabulary.
-    """
+    """The one token of a word, or a token id as it is. Raises ValueError for a word of several tokens, naming them."""
     if not isinstance(word, str):
         if not is_index(word, len(tokenizer)):
             raise ValueError(f"There is no token {word!r}; this vocabulary has the ids 0 to {len(tokenizer) - 1}.")
@@ -49,20 +43,15 @@ def choose_tokens(tokenizer, word: str, multi_token: str) -> list[int]:
 
 
 def spell(tokenizer, ids) -> list[str]:
-    """Tokens to show on their own: a word without its space, "…ing" for what continues a word, visible line ends.
-
-    `token_of_word` reads most of them back.
-    """
+    """Tokens to show on their own: a word without its space, "…ing" for what continues a word, visible line ends."""
     return [_spell(tokenizer, int(i)) for i in ids]
 
 
-def readable(tokenizer, ids) -> list[int]:
-    """Those tokens that can be typed: `tokens_of_word` reads what `spell` shows of them back."""
-    kept = []
-    for i, name in zip(ids, spell(tokenizer, ids)):
-        if name.strip(CONTINUES + " ") and " " not in name and tokens_of_word(tokenizer, name) == [int(i)]:
-            kept.append(int(i))
-    return kept
+def readable(tokenizer, token: int) -> bool:
+    """Whether a token can be typed: `tokens_of_word` reads what `spell` shows of it back."""
+    name = _spell(tokenizer, token)
+    is_word = " " not in name and name.strip(CONTINUES)
+    return bool(is_word) and tokens_of_word(tokenizer, name) == [token]
 
 
 def spell_text(tokenizer, ids) -> list[str]:

@@ -1,6 +1,7 @@
 """Texts into rows of token ids as the models were trained on them, and continuations out."""
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import set_seed
 
 
@@ -11,17 +12,13 @@ def ids_of_text(tokenizer, text: str) -> list[int]:
 
 def pad_rows(rows: list[list[int]], pad: int, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of ids, padded on the right or left, and their attention mask."""
-    size = max(map(len, rows))
-
-    def filled(row: list[int], value: int) -> list[int]:
-        padding = [value] * (size - len(row))
-        return padding + row if left else row + padding
-
-    return torch.tensor([filled(row, pad) for row in rows]), torch.tensor([filled([1] * len(row), 0) for row in rows])
+    side = "left" if left else "right"
+    ids = pad_sequence([torch.tensor(row) for row in rows], True, pad, side)
+    return ids, pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True, 0, side)
 
 
 def prompts_of_texts(model, tokenizer, prompts: list[str], max_new_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts as a batch for `generate()`, padded on the left, and their attention mask.
+    """Prompts as a batch for `generate()`, padded on the left, and their attention mask. (n, T) each
 
     Raises ValueError if there is no room for the new tokens in the model's context.
     """

@@ -13,7 +13,6 @@ import itertools
 import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -23,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from backpack_lib import BackpackConfig, BackpackLMHeadModel
-from backpack_lib.files import exit_status, write_text
+from backpack_lib.files import write_text
 from backpack_lib.training.build import keep_freed_memory
 from backpack_lib.training.loss import LanguageModelLoss
 
@@ -71,16 +70,6 @@ class PlainBackpack(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
-class Dictated(LogitsProcessor):
-    """Has `generate()` write a given text, so that tokens come again as often as they do in one."""
-
-    def __init__(self, text: torch.Tensor):
-        self.text = text
-
-    def __call__(self, input_ids, scores):
-        return torch.full_like(scores, -torch.inf).scatter_(1, self.text[:, input_ids.shape[1], None], 0.0)
-
-
 def make_models(size: str, positions: int, device: str) -> tuple[dict[str, nn.Module], dict[str, Callable]]:
     """The suite's Backpack, the plain one of the same weights, and the GPT-2 of the same trunk; and their losses."""
     torch.manual_seed(0)
@@ -106,17 +95,16 @@ def text_like(batch: int, tokens: int, size: str, device: str) -> torch.Tensor:
     return (torch.multinomial(frequency, batch * tokens, True, generator=generator) + 1).view(batch, tokens).to(device)
 
 
-def alternated(works: dict[str, Callable], device: str, warm_ups: int = 1) -> dict[str, list[float]]:
-    """Seconds of each work in each round, one after the other in every round, after rounds that only warm up."""
+def alternated(works: dict[str, Callable], device: str) -> dict[str, list[float]]:
+    """Seconds of each work in each round, one after the other in every round."""
     seconds = {name: [] for name in works}
-    for number in range(warm_ups + ROUNDS):
+    for _ in range(ROUNDS):
         for name, work in works.items():
             began = time.perf_counter()
             work()
             if device == "cuda":
                 torch.cuda.synchronize()
-            if number >= warm_ups:
-                seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(time.perf_counter() - began)
     return seconds
 
 
@@ -141,7 +129,10 @@ def training(size: str, device: str) -> dict[str, list[float]]:
 
         return work
 
-    return alternated({name: step(name) for name in losses}, device)
+    steps = {name: step(name) for name in losses}
+    for first in steps.values():
+        first()
+    return alternated(steps, device)
 
 
 @torch.no_grad()
@@ -151,17 +142,23 @@ def generation(size: str, device: str) -> dict[str, list[float]]:
     for model in models.values():
         model.eval().to(torch.bfloat16 if device == "cuda" else torch.float32)
     text = text_like(1, WRITTEN + 1, size, device)
-    first, dictated = text[:, :1], [Dictated(text)]
+    written = text[0].tolist()
+    settings = {
+        "attention_mask": torch.ones(1, 1, dtype=torch.long, device=device),
+        "do_sample": False,
+        "eos_token_id": None,
+        # It writes a text that is given, so that tokens come again as often as they do in one.
+        "prefix_allowed_tokens_fn": lambda _, ids: [written[len(ids)]],
+    }
 
     def writes(name, tokens):
         if name == "plain":
             return lambda: [models[name](text[:, :n])[:, -1].argmax(-1) for n in range(1, tokens + 1)]
-        settings = {"attention_mask": torch.ones_like(first), "do_sample": False, "eos_token_id": None}
-        return lambda: models[name].generate(first, max_new_tokens=tokens, logits_processor=dictated, **settings)
+        return lambda: models[name].generate(text[:, :1], max_new_tokens=tokens, **settings)
 
     for name in models:
         writes(name, 4)()
-    return alternated({name: writes(name, WRITTEN) for name in models}, device, warm_ups=0)
+    return alternated({name: writes(name, WRITTEN) for name in models}, device)
 
 
 def memory(size: str, device: str) -> dict[str, list[float]]:
@@ -195,6 +192,7 @@ def peak_on_cpu(work: Callable) -> int:
 
 
 ROWS = {"training": training, "generation": generation, f"memory-{LONG}": memory}
+OTHERS = ("plain", "GPT-2", "GPT-2, our loss")
 
 
 def row_of(key: str, size: str, values: dict[str, list[float]]) -> dict:
@@ -210,18 +208,10 @@ def row_of(key: str, size: str, values: dict[str, list[float]]) -> dict:
 def line(row: dict) -> str:
     """A row as a line of the README's table."""
     amount = row["medians"]["ours"]
-    cells = [
-        row["key"],
-        row["size"],
-        f"{amount / 1e6:,.0f} MB" if row["key"].startswith("memory") else f"{amount:.2f} s",
-    ]
-    for name in ("plain", "GPT-2", "GPT-2, our loss"):
-        if name in row["against"]:
-            ratio = row["against"][name]
-            spread = f" [{ratio['least']:.2f}, {ratio['greatest']:.2f}]" if ratio["least"] < ratio["greatest"] else ""
-            cells.append(f"{ratio['ratio']:.2f}{spread}")
-        else:
-            cells.append("")
+    in_memory = row["key"].startswith("memory")  # exact, so that there is no spread to show
+    cells = [row["key"], row["size"], f"{amount / 1e6:,.0f} MB" if in_memory else f"{amount:.2f} s"]
+    form = "{ratio:.2f}" if in_memory else "{ratio:.2f} [{least:.2f}, {greatest:.2f}]"
+    cells += [form.format(**row["against"][name]) if name in row["against"] else "" for name in OTHERS]
     return f"| {' | '.join(cells)} |"
 
 
@@ -242,14 +232,10 @@ def run(device: str, sizes: list[str], keys: list[str]):
         print(line(rows[key, size]), flush=True)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), metavar="SIZE")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
     options = parser.parse_args()
-    return exit_status(lambda: run(options.device, options.sizes, options.rows))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    run(options.device, options.sizes, options.rows)

@@ -9,7 +9,6 @@
 import argparse
 import json
 import platform
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from backpack_lib.analysis import roles, similarity
 from backpack_lib.analysis.bias import fill, ratio, tokens_of_pair
 from backpack_lib.analysis.scores import bits_per_byte, next_log_probabilities, token_nats
 from backpack_lib.analysis.statistics import bootstrap
-from backpack_lib.files import exit_status, write_text
+from backpack_lib.files import write_text
 from backpack_lib.lessons.bias import rank_correlation
 from backpack_lib.loading import fingerprint
 from backpack_lib.text.corpora import first_characters, open_corpus
@@ -50,10 +49,14 @@ def pronouns(model, tokenizer) -> dict[str, float]:
     odds = (log_p[..., 0] - log_p[..., 1]).cpu().numpy()
     men = np.broadcast_to(100 - PROFESSIONS["percent_women"].to_numpy()[:, None], odds.shape)
     low, high = bootstrap(rank_correlation, odds, men, axes=2)
-    rho = {"rho": rank_correlation(odds, men), "rho_low": low, "rho_high": high}
-    return {"mass": log_p.exp().sum(-1).mean().item(), "ratio": float(ratio(odds))} | {
-        k: float(v) for k, v in rho.items()
+    figures = {
+        "mass": log_p.exp().sum(-1).mean(),
+        "ratio": ratio(odds),
+        "rho": rank_correlation(odds, men),
+        "rho_low": low,
+        "rho_high": high,
     }
+    return {name: float(figure) for name, figure in figures.items()}
 
 
 def related_words(tokenizer, pairs: pd.DataFrame) -> np.ndarray:
@@ -83,27 +86,24 @@ def word_similarity(senses_of, sets: dict[str, pd.DataFrame]) -> dict:
     }
 
 
-def word2vec(characters: dict[str, int], width: int):
+def of_word2vec(characters: dict[str, int], width: int):
     """gensim's skip-gram with negative sampling, five passes over the first so many characters of each corpus.
 
-    Its two workers race, so its figures differ by a hair from run to run.
+    Its two workers race, so its figures differ by a hair from run to run. -> the function from words to their vectors,
+    (n, 1, d); an unknown word gets zeros.
     """
     from gensim.models import Word2Vec
     from gensim.utils import simple_preprocess
 
     texts = (text for corpus, most in characters.items() for text in first_characters(open_corpus(corpus).read(), most))
     words = [simple_preprocess(text) for text in texts]
-    return Word2Vec(words, vector_size=width, window=5, min_count=5, sg=1, negative=5, epochs=5, workers=2, seed=0).wv
-
-
-def of_word2vec(vectors):
-    """The function from words to vectors, (n, 1, d), of gensim's `KeyedVectors`; an unknown word gets zeros."""
+    settings = {"vector_size": width, "window": 5, "min_count": 5, "sg": 1, "negative": 5, "epochs": 5}
+    vectors = Word2Vec(words, **settings, workers=2, seed=0).wv
+    unknown = np.zeros((1, width), np.float32)
 
     def senses_of(words: list[str]) -> torch.Tensor:
-        unknown = np.zeros(vectors.vector_size, np.float32)
-        return torch.from_numpy(np.stack([vectors[w] if w in vectors else unknown for w in map(str.lower, words)]))[
-            :, None
-        ]
+        rows = [vectors[[word.lower()]] if word.lower() in vectors else unknown for word in words]
+        return torch.from_numpy(np.stack(rows))
 
     return senses_of
 
@@ -164,65 +164,53 @@ def what_it_writes(model, tokenizer) -> dict:
 
 def evaluate(options) -> dict:
     """All figures: of both models, of what they were before the plain text, and of word2vec on as much text."""
-    texts, sets, blimp = (
-        list(open_corpus(options.text).read()),
-        similarity.read_sets(options.lexsim),
-        read_blimp(options.blimp),
-    )
-    found = {
-        "machine": f"{options.device}, {torch.get_num_threads()} threads, {platform.machine()}",
-        "versions": {name: version(name) for name in ("torch", "transformers")},
-        "text": {"documents": len(texts), "bytes": sum(len(t.encode()) for t in texts)},
-        "blimp_pairs": len(blimp),
-        "models": {},
-    }
+    texts, sets = list(open_corpus(options.text).read()), similarity.read_sets(options.lexsim)
+    blimp = read_blimp(options.blimp)
+    loaded = {name: load(name, "auto") for name in ARCHITECTURE_OF}
+    models = {}
     for name, architecture in ARCHITECTURE_OF.items():
-        print(f"evaluating {name}", flush=True)
-        loaded = load(name, device=options.device)
-        found["models"][name] = training_of(architecture) | what_it_knows(*loaded, texts, blimp, sets)
-        found["models"][name] |= what_it_writes(*loaded)
-    backpack = load("demo", device=options.device)
-    found["models"]["demo"]["roles"] = sense_roles(*backpack, texts, sets)
+        models[name] = training_of(architecture) | what_it_knows(*loaded[name], texts, blimp, sets)
+        models[name] |= what_it_writes(*loaded[name])
+    models["demo"]["roles"] = sense_roles(*loaded["demo"], texts, sets)
+    figures = {
+        "machine": f"{loaded['demo'][0].device.type}, {torch.get_num_threads()} threads, {platform.machine()}",
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "text": {"documents": len(texts), "bytes": sum(len(text.encode()) for text in texts)},
+        "blimp_pairs": len(blimp),
+        "models": models,
+    }
     if options.before:
-        found["before"] = {
+        figures["before"] = {
             name: what_it_knows(*load(options.before / architecture / "older-exported"), texts, blimp, sets)
             for name, architecture in ARCHITECTURE_OF.items()
         }
     methods = {
-        "Backpack": similarity.of_model(*backpack),
-        "Backpack's input embedding": similarity.of_input_embeddings(*backpack),
-        "Transformer": similarity.of_model(*load("demo-transformer", device=options.device)),
+        "Backpack": similarity.of_model(*loaded["demo"]),
+        "Backpack's input embedding": similarity.of_input_embeddings(*loaded["demo"]),
+        "Transformer": similarity.of_model(*loaded["demo-transformer"]),
     }
     if options.older and options.corpus:
-        print("training word2vec", flush=True)
-        read = found["models"]["demo"]["bytes_of"]
+        read = models["demo"]["bytes_of"]
         characters = {options.older: read["older"], options.corpus: read["plain"]}
-        methods["word2vec"] = of_word2vec(word2vec(characters, backpack[0].config.n_embd))
-        found["word2vec"] = {"characters": sum(read.values())} | word_similarity(methods["word2vec"], sets)
-    found["similarity_differences"] = similarity.paired_differences(methods, sets).reset_index().to_dict("records")
-    return found
+        methods["word2vec"] = of_word2vec(characters, loaded["demo"][0].config.n_embd)
+        figures["word2vec"] = {"characters": sum(read.values())} | word_similarity(methods["word2vec"], sets)
+    figures["similarity_differences"] = similarity.paired_differences(methods, sets).reset_index().to_dict("records")
+    return figures
 
 
-def main() -> int:
+def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--text", required=True, help="text that was not trained on: paths or globs, commas between them")
-    add("--lexsim", required=True, help="folder or URL of the word similarity sets")
-    add("--blimp", default="nyu-mll/blimp", help="folder of BLiMP's .jsonl files, or a hub id")
-    add("--older", help="the older training text, for word2vec; left out without it")
-    add("--corpus", help="the plain training text, likewise")
-    add("--before", type=Path, help="the runs of make.py, to measure what the older text alone gave")
-    add("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
-
-    def work():
-        found = json.loads(json.dumps(evaluate(options)), parse_constant=lambda _: None)  # NaN is no JSON
-        write_text(HERE / "evaluation.json", json.dumps(found, indent=1) + "\n")
-        write_cards()
-
+    parser.add_argument("--text", required=True, help="text that was not trained on: paths or globs")
+    parser.add_argument("--lexsim", required=True, help="folder or URL of the word similarity sets")
+    parser.add_argument("--blimp", default="nyu-mll/blimp", help="folder of BLiMP's .jsonl files, or a hub id")
+    parser.add_argument("--older", help="the older training text, for word2vec; left out without it")
+    parser.add_argument("--corpus", help="the plain training text, likewise")
+    parser.add_argument("--before", type=Path, help="the runs of make.py, to measure what the older text alone gave")
     keep_freed_memory()
-    return exit_status(work)
+    measured = json.loads(json.dumps(evaluate(parser.parse_args())), parse_constant=lambda _: None)  # NaN is no JSON
+    write_text(HERE / "evaluation.json", json.dumps(measured, indent=1) + "\n")
+    write_cards()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

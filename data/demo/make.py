@@ -8,14 +8,10 @@ in the same order. What was stopped resumes with the same command.
 """
 
 import argparse
-import csv
 import json
 import math
 import re
-import shutil
-import sys
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -23,7 +19,7 @@ import torch
 import yaml
 from whole_words import prepare_with_words
 
-from backpack_lib.files import exit_status, runs_folder, write_text, written_whole
+from backpack_lib.files import runs_folder, write_text
 from backpack_lib.loading import export, load
 from backpack_lib.text.corpora import TOKENIZER_CHARACTERS, Blocks, first_characters, open_corpus
 from backpack_lib.training.build import prepare_blocks
@@ -43,80 +39,57 @@ def recipe(device: str) -> dict[str, dict]:
 def studied_words() -> list[str]:
     """Words that the notebooks study: professions, pronouns and words like them, and those of the topics."""
     words = (HERE / "words.txt").read_text().split()
-    with open(HERE.parent / "professions.csv", encoding="utf-8", newline="") as file:
-        words += [word for row in csv.DictReader(file) for word in row["profession"].split()]
+    words += " ".join(pd.read_csv(HERE.parent / "professions.csv")["profession"]).split()
     for topic in json.loads((HERE.parent / "topics.json").read_text()):
         words += [*re.findall(r"\w+", topic["name"]), *topic["steer"], *topic["words"]]
     return list(dict.fromkeys(words))
 
 
-def count_words(texts: Iterable[str]) -> Counter:
-    """How often each word stands after a space."""
-    return Counter(word for text in texts for word in re.findall(r"(?<= )[A-Za-z]+", text))
-
-
 def prepare_demo(corpus: str, valid: str | None, settings: dict) -> Blocks:
     """The blocks of a corpus, with a tokenizer in which every studied and every common word is one token."""
-    text = open_corpus(corpus)
-    common = count_words(first_characters(text.read(), TOKENIZER_CHARACTERS)).most_common(COMMON_WORDS)
-    words = list(dict.fromkeys([*studied_words(), *(word for word, _ in common)]))
+    text, counts = open_corpus(corpus), Counter()
+    for document in first_characters(text.read(), TOKENIZER_CHARACTERS):
+        counts.update(re.findall(r"(?<= )[A-Za-z]+", document))
+    words = list(dict.fromkeys([*studied_words(), *(word for word, _ in counts.most_common(COMMON_WORDS))]))
     return prepare_with_words(text, settings["block_size"], settings["vocab_size"], words, valid and open_corpus(valid))
 
 
-def train_on_each(texts: dict[str, tuple[str, str | None]], runs: Path, device: str, architecture: str) -> Path:
-    """Trains a model on one text after the other, or resumes. Returns the folder of what came of it, history included.
+def train_on_each(texts: dict, runs: Path, device: str, architecture: str) -> tuple[Path, pd.DataFrame]:
+    """Trains a model on one text after the other, or resumes. -> the folder of the last model, and its history
 
-    texts: corpus and validation text by the name of each in the recipe.
+    texts: corpus and validation text, or None, by the name of each in the recipe.
     """
     model, histories = None, []
     for name, settings in recipe(device).items():
         corpus, valid = texts[name]
         out = runs / architecture / name
-        config = TrainingConfig(
-            corpus=corpus,
-            valid_corpus=valid,
-            out=str(out),
-            architecture=architecture,
-            device=device,
-            init_from=model and str(model),
-            **settings,
-        )
+        places = {"corpus": corpus, "valid_corpus": valid, "out": str(out), "init_from": model and str(model)}
+        config = TrainingConfig(**places, architecture=architecture, device=device, **settings)
         blocks = prepare_blocks(config) if model else prepare_demo(corpus, valid, settings)
         histories.append(train(config, blocks).assign(text=name, bytes_per_token=blocks.bytes_per_token))
         model = out.with_name(f"{name}-exported")
         export(model, *load(out / "model"))
-    write_text(model / "history.csv", pd.concat(histories).to_csv(index=False))
-    return model
+    return model, pd.concat(histories)
 
 
 def make_demo(texts: dict[str, tuple[str, str | None]], runs: Path, device: str):
     """Trains both models, or resumes them, and puts each into this folder once it is done."""
     for architecture in ARCHITECTURES:
-        made = train_on_each(texts, runs, device, architecture)
-        (HERE / architecture).mkdir(exist_ok=True)
-        for file in made.iterdir():
-            with written_whole(HERE / architecture / file.name) as part:
-                shutil.copyfile(file, part)
-        history = pd.read_csv(made / "history.csv")
+        model, history = train_on_each(texts, runs, device, architecture)
+        export(HERE / architecture, *load(model))
+        write_text(HERE / architecture / "history.csv", history.to_csv(index=False))
         tokens, last = history.groupby("text")["tokens"].max().sum(), history.iloc[-1]
         bits = last["valid_loss"] / math.log(2) / last["bytes_per_token"]
         print(f"{architecture}: {bits:.3f} bits per byte after {tokens / 1e6:.1f} million tokens")
 
 
-def main() -> int:
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--older", required=True, help="text that is read first: paths or globs, commas between them")
     parser.add_argument("--older-valid", help="its validation text; without it, a part of the text is set aside")
     parser.add_argument("--corpus", required=True, help="plain text, which is read then")
     parser.add_argument("--valid", help="its validation text")
-    parser.add_argument(
-        "--runs", type=Path, default=runs_folder() / "demo", help="where the runs and checkpoints are kept"
-    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    given = parser.parse_args()
-    texts = {"older": (given.older, given.older_valid), "plain": (given.corpus, given.valid)}
-    return exit_status(lambda: make_demo(texts, given.runs, given.device))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    options = parser.parse_args()
+    both = {"older": (options.older, options.older_valid), "plain": (options.corpus, options.valid)}
+    make_demo(both, runs_folder() / "demo", options.device)

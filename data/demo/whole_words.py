@@ -1,17 +1,14 @@
 """Tokenizers in which chosen words are single tokens, whatever byte-pair encoding would make of them."""
 
 import json
-from collections.abc import Iterable
 
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from backpack_lib.text.corpora import Blocks, Corpus, prepare, split, trained_tokenizer
 from backpack_lib.text.tokenizers import END_OF_TEXT, as_fast_tokenizer
 
 VALID_FRACTION = 0.02  # of a corpus without a validation text of its own
-
-Merge = tuple[str, str]
 
 
 def prepare_with_words(
@@ -23,67 +20,44 @@ def prepare_with_words(
     return prepare(corpus, block_size, tokenizer=tokenizer, valid_corpus=valid_corpus, valid_fraction=VALID_FRACTION)
 
 
-def guarantee_words(tokenizer, words: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def guarantee_words(tokenizer, words: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A trained tokenizer, changed so that each of `words` is one token after a space.
 
     A merge of last rank applies only where all earlier ones are done, so words that are already single stay so, and
     other text changes only where a word's very pieces meet. Trained merges of lowest rank are dropped to make room.
 
-    Raises ValueError if the vocabulary cannot hold the words, or if a word has spaces or punctuation inside.
+    Raises ValueError if the vocabulary cannot hold the words.
     """
-    tokenizer = tokenizer.backend_tokenizer
-    state = json.loads(tokenizer.to_str())
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
     trained = [tuple(merge) for merge in state["model"]["merges"]]
-    spelled = [_spell(tokenizer, word) for word in words]
-    merges = _with_words(trained, spelled)
-    while len(_vocabulary(merges)) > vocab_size:
-        excess = len(_vocabulary(merges)) - vocab_size
+    while True:
+        merges = trained + _merges_of_words(trained, words)
+        vocabulary = _vocabulary(merges)
+        excess = len(vocabulary) - vocab_size
+        if excess <= 0:
+            break
         if excess > len(trained):
-            raise ValueError(
-                f"vocab_size={vocab_size} has no room for {len(spelled)} words as single tokens; "
-                f"choose at least {vocab_size + excess - len(trained)}."
-            )
+            raise ValueError(f"vocab_size={vocab_size} has no room for {len(words)} words as single tokens.")
         trained = trained[:-excess]
-        merges = _with_words(trained, spelled)
-    state["model"]["vocab"] = {token: number for number, token in enumerate(_vocabulary(merges))}
-    state["model"]["merges"] = merges
+    state["model"] |= {"vocab": vocabulary, "merges": merges}
     return as_fast_tokenizer(Tokenizer.from_str(json.dumps(state)))
 
 
-def _vocabulary(merges: list[Merge]) -> list[str]:
+def _vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
     """The tokens of a tokenizer with these merges: the end of text, single bytes, and what each merge makes."""
     singles = [END_OF_TEXT, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    return list(dict.fromkeys([*singles, *(left + right for left, right in merges)]))
+    tokens = dict.fromkeys([*singles, *(left + right for left, right in merges)])
+    return {token: number for number, token in enumerate(tokens)}
 
 
-def _spell(tokenizer: Tokenizer, word: str) -> str:
-    """A word after a space in the byte-level alphabet, in which BPE works."""
-    parts = [part for part, _ in tokenizer.pre_tokenizer.pre_tokenize_str(" " + word)]
-    if len(parts) != 1:
-        raise ValueError(f"{word!r} cannot be one token: it is split at spaces and punctuation first.")
-    return parts[0]
-
-
-def _with_words(merges: list[Merge], spelled: list[str]) -> list[Merge]:
-    """The merges, and after them those that join each word from the pieces that it falls into."""
-    merges = list(merges)
-    rank = {merge: number for number, merge in enumerate(merges)}
-    for word in spelled:
-        first, *rest = _segment(word, rank)
+def _merges_of_words(trained: list[tuple[str, str]], words: list[str]) -> list[tuple[str, str]]:
+    """The merges that join each word, from left to right, from the pieces that the trained ones leave of it."""
+    tokenizer = Tokenizer(models.BPE(_vocabulary(trained), trained))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    merges = {}
+    for word in words:
+        joined, *rest = tokenizer.encode(" " + word).tokens
         for piece in rest:
-            rank[first, piece] = len(merges)
-            merges.append((first, piece))
-            first += piece
-    return merges
-
-
-def _segment(word: str, rank: dict[Merge, int]) -> list[str]:
-    """BPE by the book: join the pair of lowest rank until none is left."""
-    pieces = list(word)
-    while len(pieces) > 1:
-        pairs = list(zip(pieces, pieces[1:]))
-        lowest = min(range(len(pairs)), key=lambda i: rank.get(pairs[i], len(rank)))
-        if pairs[lowest] not in rank:
-            break
-        pieces[lowest : lowest + 2] = ["".join(pairs[lowest])]
-    return pieces
+            merges[joined, piece] = None
+            joined += piece
+    return list(merges)

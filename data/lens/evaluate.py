@@ -6,10 +6,9 @@ python data/lens/evaluate.py --lens smollm2 --text corpus/simple-valid.txt.xz
 import argparse
 import json
 import math
-import sys
-import time
+import timeit
+from collections import defaultdict
 from pathlib import Path
-from string import Template
 
 import pandas as pd
 import torch
@@ -19,8 +18,8 @@ import yaml
 from backpack_lib import load
 from backpack_lib.analysis.attribution import read
 from backpack_lib.analysis.bias import fill, tokens_of_pair
-from backpack_lib.display.tables import markdown, word_senses
-from backpack_lib.files import exit_status, write_text
+from backpack_lib.display.tables import markdown
+from backpack_lib.files import write_text
 from backpack_lib.model.hooks import hooked
 from backpack_lib.model.lens import SenseLens
 from backpack_lib.text.corpora import open_corpus
@@ -29,7 +28,6 @@ from backpack_lib.text.writing import ids_of_text
 HERE = Path(__file__).resolve().parent
 TOKENS = 8_192  # of the text that are read, at each length
 LENGTHS = (128, 256)
-WORDS = ("bank", "light", "nurse", "Paris", "king", "ate", "because")
 BASE_LICENCES = {
     "smollm2": "The Transformer itself is SmolLM2-135M-Instruct of Hugging Face (Apache-2.0).",
     "demo": "The Transformer itself is that of the demo.",
@@ -47,42 +45,29 @@ def rows_of_text(text: str, tokenizer, length: int) -> tuple[torch.Tensor, float
     return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)[spread], size
 
 
-class Explained:
-    """Sums, over positions, of what tells how near some states' logits come to the base's."""
+def sums_of(lens: SenseLens, ids, h, o) -> torch.Tensor:
+    """Sums over positions of what tells how near the logits of states o come to those of the base's states h.
 
-    def __init__(self, lens: SenseLens):
-        self.lens, self.n, self.sums = lens, 0, torch.zeros(5, dtype=torch.float64)
-
-    def add(self, ids, h, o):
-        """(B, T), (B, T, d), (B, T, d): tokens, the base's states, and those to judge."""
-        truth = self.lens.logits_of(h[:, :-1]).flatten(0, 1)
-        judged = self.lens.logits_of(o[:, :-1]).flatten(0, 1)
-        log_p, log_q, label = truth.log_softmax(-1), judged.log_softmax(-1), ids[:, 1:].flatten()
-        centred, error = (x - x.mean(-1, keepdim=True) for x in (truth, truth - judged))
-        sums = (
-            F.nll_loss(log_q, label, reduction="sum"),
-            F.kl_div(log_q, log_p, reduction="sum", log_target=True),
-            (truth.argmax(-1) == judged.argmax(-1)).sum(),
-            error.square().sum(),
-            centred.square().sum(),
-        )
-        self.sums += torch.stack([torch.as_tensor(part).double() for part in sums])
-        self.n += len(label)
-
-    def figures(self, bytes_per_token: float) -> dict[str, float]:
-        nats, kl, agreed, error, total = self.sums.tolist()
-        return {
-            "bits_per_byte": nats / self.n / math.log(2) / bytes_per_token,
-            "kl_nats": kl / self.n,
-            "first_choices_agree": agreed / self.n,
-            "variance_of_logits_explained": 1 - error / total,
-        }
+    ids: tokens, (B, T); h, o: (B, T, d).
+    """
+    truth, judged = (lens.logits_of(states[:, :-1]).flatten(0, 1) for states in (h, o))
+    label, log_q = ids[:, 1:].flatten(), judged.log_softmax(-1)
+    centred, error = (x - x.mean(-1, keepdim=True) for x in (truth, truth - judged))
+    sums = (
+        F.nll_loss(log_q, label, reduction="sum"),
+        F.kl_div(log_q, truth.log_softmax(-1), reduction="sum", log_target=True),
+        (truth.argmax(-1) == judged.argmax(-1)).sum(),
+        error.square().sum(),
+        centred.square().sum(),
+        torch.tensor(len(label)),
+    )
+    return torch.stack([part.double() for part in sums])
 
 
 @torch.no_grad()
 def ladder(lens: SenseLens, rows, bytes_per_token: float) -> dict[str, dict]:
     """How near each comes to the base: the lens, its senses shuffled among words, the own token's senses alone."""
-    judges = {name: Explained(lens) for name in ("base", "senses", "shuffled senses", "own senses alone")}
+    sums = defaultdict(float)
     dealt = torch.randperm(lens.config.vocab_size, generator=torch.Generator().manual_seed(0))
 
     def shuffled(token_ids, senses):
@@ -91,43 +76,49 @@ def ladder(lens: SenseLens, rows, bytes_per_token: float) -> dict[str, dict]:
     for ids in rows.split(4):
         states = lens.states(ids)
         h = states[..., : lens.config.n_embd]
-        judges["base"].add(ids, h, h)
-        judges["senses"].add(ids, h, lens.explain(ids, states))
+        sums["base"] += sums_of(lens, ids, h, h)
+        sums["senses"] += sums_of(lens, ids, h, lens.explain(ids, states))
         with hooked(lens.patches, shuffled):
-            judges["shuffled senses"].add(ids, h, lens.explain(ids, states))
+            sums["shuffled senses"] += sums_of(lens, ids, h, lens.explain(ids, states))
         own = lens.sense_vectors(ids.flatten()).sum(1).view_as(h)
-        judges["own senses alone"].add(ids, h, lens.constant + own)
-    return {name: judge.figures(bytes_per_token) for name, judge in judges.items()}
+        sums["own senses alone"] += sums_of(lens, ids, h, lens.constant + own)
+    table = {}
+    for name, parts in sums.items():
+        nats, kl, agreed, error, total, n = parts.tolist()
+        table[name] = {
+            "bits_per_byte": nats / n / math.log(2) / bytes_per_token,
+            "kl_nats": kl / n,
+            "first_choices_agree": agreed / n,
+            "variance_of_logits_explained": 1 - error / total,
+        }
+    return table
 
 
 def pronouns(lens: SenseLens, tokenizer, occupations: list[str]) -> dict[str, float]:
     """Correlation, over occupations, of the he/she log-odds in the lens with the base's; means over templates."""
     he, she = tokens_of_pair(tokenizer, ("he", "she"))
     rows = []
-    for template in TEMPLATES:
-        for prompt in fill(tokenizer, occupations, [template]):
-            reading = read(lens, ids_of_text(tokenizer, prompt))
-            shares = reading.contributions(he, she)
-            rows.append({"base": reading.total(he, she), "senses": shares[:-1].sum().item()})
-    odds = pd.DataFrame(rows).assign(occupation=occupations * len(TEMPLATES)).groupby("occupation").mean()
+    for prompt in fill(tokenizer, occupations, list(TEMPLATES)):
+        reading = read(lens, ids_of_text(tokenizer, prompt))
+        rows.append((reading.total(he, she), reading.contributions(he, she)[:-1].sum().item()))
+    odds = pd.DataFrame(rows, columns=["base", "senses"])
+    odds = odds.groupby(odds.index // len(TEMPLATES)).mean()  # prompts of an occupation stand together
     return {"r": odds.corr().loc["base", "senses"], "occupations": len(odds), "templates": len(TEMPLATES)}
 
 
 @torch.no_grad()
 def speeds(lens: SenseLens, tokenizer) -> dict[str, float]:
     """Tokens per second of generation: the base, the lens without edits and with one."""
-    ids, noise = torch.tensor([ids_of_text(tokenizer, "Once upon a time")]), 1e-3
-
-    def seconds(model):
-        start = time.perf_counter()
-        model.generate(ids, min_new_tokens=60, max_new_tokens=60, do_sample=False)
-        return time.perf_counter() - start
+    ids = torch.tensor([ids_of_text(tokenizer, "Once upon a time")])
 
     def rate(model):
-        return 60 / min(seconds(model) for _ in range(3))
+        seconds = timeit.repeat(
+            lambda: model.generate(ids, min_new_tokens=60, max_new_tokens=60, do_sample=False), number=1, repeat=3
+        )
+        return 60 / min(seconds)
 
     plain = {"base": rate(lens.base), "lens": rate(lens)}
-    with hooked(lens.patches, lambda token_ids, senses: senses + noise):
+    with hooked(lens.patches, lambda token_ids, senses: senses + 1e-3):
         return plain | {"lens with an edit of all words": rate(lens)}
 
 
@@ -140,45 +131,41 @@ def evaluate(name: str, text: str):
         figures[f"T={length}"] = ladder(lens, *rows_of_text(text, tokenizer, length))
     write_text(HERE / name / "evaluation.json", json.dumps(figures, indent=1))
     write_text(HERE / name / "README.md", card(name, lens, figures))
-    for word in WORDS:
-        print(word_senses(lens, tokenizer, word, n=6).to_string(), end="\n\n")
-    print(json.dumps(figures, indent=1))
 
 
 def card(name: str, lens: SenseLens, figures: dict) -> str:
     """The card of a lens, from the template beside this file."""
     recipe = yaml.safe_load((HERE / "recipe.yaml").read_text(encoding="utf-8"))[name]
-    a_step = recipe["block_size"] * recipe["batch_size"]
-    tables = [
-        pd.DataFrame(figures[f"T={length}"]).T.add_suffix(f", T={length}").rename(columns=lambda c: c.replace("_", " "))
-        for length in LENGTHS
-    ]
-    values = {
-        "name": name,
-        "base": lens.config.base,
-        "base_licence": BASE_LICENCES[name],
-        "num_senses": lens.config.num_senses,
-        "parameters": f"{lens.num_parameters() / 1e6:.1f}",
-        "tokens_different": f"{recipe['max_blocks'] * recipe['block_size'] / 1e6:.1f}",
-        "tokens_seen": f"{recipe['steps'] * a_step / 1e6:.1f}",
-        "tokens_read": f"{TOKENS:,}",
-        "recipe": yaml.safe_dump(recipe, sort_keys=False).strip(),
-        "figures": "\n\n".join(markdown(table.map("{:.3f}".format)) for table in tables),
-        "pronoun_r": f"{figures['pronouns']['r']:.2f}",
-        "templates": figures["pronouns"]["templates"],
-        "speeds": ", ".join(f"{who} {rate:.0f}" for who, rate in figures["tokens_per_second"].items()),
-        "block_size": recipe["block_size"],
+    tables = []
+    for length in LENGTHS:
+        table = pd.DataFrame(figures[f"T={length}"]).T.map("{:.3f}".format)
+        tables.append(markdown(table.rename(columns=lambda column: f"{column}, T={length}".replace("_", " "))))
+    millions = {
+        "parameters": figures["parameters"] / 1e6,
+        "different": recipe["max_blocks"] * recipe["block_size"] / 1e6,
+        "seen": recipe["steps"] * recipe["batch_size"] * recipe["block_size"] / 1e6,
     }
-    return Template((HERE / "card.md").read_text(encoding="utf-8")).substitute(values)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lens", choices=["smollm2", "demo"], default="smollm2")
-    parser.add_argument("--text", required=True, help="text that the lens was not trained on")
-    given = parser.parse_args()
-    return exit_status(lambda: evaluate(given.lens, given.text))
+    return (
+        (HERE / "card.md")
+        .read_text(encoding="utf-8")
+        .format(
+            name=name,
+            lens=lens,
+            figures=figures,
+            recipe=recipe,
+            millions=millions,
+            tokens=TOKENS,
+            licence=BASE_LICENCES[name],
+            settings=yaml.safe_dump(recipe, sort_keys=False).strip(),
+            tables="\n\n".join(tables),
+            speeds=", ".join(f"{who} {rate:.0f}" for who, rate in figures["tokens_per_second"].items()),
+        )
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lens", choices=["smollm2", "demo"], default="smollm2")
+    parser.add_argument("--text", required=True, help="text that the lens was not trained on")
+    options = parser.parse_args()
+    evaluate(options.lens, options.text)

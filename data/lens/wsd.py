@@ -4,7 +4,6 @@ python data/lens/wsd.py --wsd folder --models smollm2-lens demo demo-lens
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import pandas as pd
 
 from backpack_lib import load
 from backpack_lib.analysis import wsd
-from backpack_lib.files import exit_status, written_whole
+from backpack_lib.files import written_whole
 from backpack_lib.loading import fingerprint
 
 HERE = Path(__file__).resolve().parent
@@ -30,13 +29,10 @@ def measure(name: str, folder: str):
     print(by_set.T.round(3).to_string())
 
 
-def main() -> int:
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--wsd", required=True, help="folder of instances.tsv.xz and candidates.tsv.xz")
     parser.add_argument("--models", nargs="+", default=["smollm2-lens", "demo", "demo-lens"])
-    given = parser.parse_args()
-    return exit_status(lambda: [measure(name, given.wsd) for name in given.models] and None)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    options = parser.parse_args()
+    for model_name in options.models:
+        measure(model_name, options.wsd)

@@ -2,13 +2,12 @@
 
     python data/reading/make.py --corpus "corpus/simple-*.txt.xz" --valid corpus/simple-valid.txt.xz --lexsim lexsim
 
-Ships `seed-0` to `seed-2` here, in half precision, and writes a CSV for each table. `--demo-only` renews the table of
-the demo model, which needs none of the small ones. The notebook measures the other tables itself; see `make reading`.
+Ships `seed-0` to `seed-2` here, in half precision, and writes a CSV for each table. The notebook measures the other
+tables itself; see `make reading`.
 """
 
 import argparse
 import json
-import sys
 from itertools import islice
 from pathlib import Path
 
@@ -22,12 +21,13 @@ from backpack_lib.analysis.bigrams import Bigrams, losses_by_part
 from backpack_lib.analysis.matching import compare_models
 from backpack_lib.analysis.roles import PERSONS, persons_and_pronouns, relation_auc, relations_of_text
 from backpack_lib.analysis.scores import bits_per_byte
-from backpack_lib.files import data_folder, exit_status, runs_folder, write_text
+from backpack_lib.files import data_folder, runs_folder, write_text
 from backpack_lib.lessons.reading import rows_of_corpus, words_to_compare
 from backpack_lib.loading import export, fingerprint, load
 from backpack_lib.text.corpora import first_characters, open_corpus
+from backpack_lib.text.writing import ids_of_text
 
-HERE = Path(__file__).resolve().parent
+HERE, RUNS = Path(__file__).resolve().parent, runs_folder() / "reading"
 SHIPPED, TRANSFORMERS = ("seed-0", "seed-1", "seed-2"), ("transformer-0", "transformer-1")
 OF_K = ("seed-0", "senses-4", "senses-1", "transformer-0")
 COUNTED_CHARACTERS, ROLE_CHARACTERS = 30_000_000, 3_000_000
@@ -45,9 +45,7 @@ def save(table: pd.DataFrame, name: str):
 def bigrams_of(tokenizer, corpus: str) -> Bigrams:
     """Bigrams counted on the first characters of the text that the models were trained on."""
     texts = first_characters(open_corpus(corpus).read(), COUNTED_CHARACTERS)
-    end = tokenizer.eos_token_id
-    rows = ([end, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]] for text in texts)
-    return Bigrams(rows, len(tokenizer))
+    return Bigrams((ids_of_text(tokenizer, text) for text in texts), len(tokenizer))
 
 
 def table_of_demo(corpus: str, valid: str):
@@ -64,12 +62,12 @@ def by_frequency(nats: pd.DataFrame, bigrams: Bigrams) -> pd.DataFrame:
     return groups.mean().assign(tokens=groups.size()).rename_axis("last token is met").reset_index()
 
 
-def tables_of_bigrams(corpus: str, valid: str, runs: Path):
+def tables_of_bigrams(corpus: str, valid: str):
     """The last word's part over training, by frequency, and by sense, of the first small model."""
     small, tokenizer = load(HERE / "seed-0")
     bigrams, rows = bigrams_of(tokenizer, corpus), rows_of_corpus(small, tokenizer, valid)
     over_training = []
-    for folder in sorted((runs / "seed-0").glob("model-*")):
+    for folder in sorted((RUNS / "seed-0").glob("model-*")):
         means = losses_by_part(load(folder)[0], rows, bigrams)[PARTS].mean()
         over_training.append({"step": int(folder.name.split("-")[1]), **means})
     save(pd.DataFrame(over_training), "bigrams_over_training")
@@ -111,21 +109,14 @@ def auc_of_roles(models: dict, tokenizer, text: str) -> pd.DataFrame:
 
 
 def returning_roles(roles: pd.DataFrame, partners: dict) -> pd.DataFrame:
-    """Does the sense that is best for a relation in one model have as its partner the best one in another?
-
-    -> a row for each relation and pair of models: the two best senses, their AUCs, and whether they are partners.
-    """
-    best = roles.loc[roles.groupby(["model", "relation"])["auc"].idxmax()].set_index(["relation", "model"])
-    rows = []
-    for relation in roles["relation"].unique():
-        for (one, other), partner in partners.items():
-            (sense, auc), (other_sense, other_auc) = (
-                best.loc[(relation, name), ["sense", "auc"]] for name in (one, other)
-            )
-            same = partner[int(sense)] == other_sense
-            rows.append((relation, one, other, int(sense), int(other_sense), auc, other_auc, same))
-    columns = ["relation", "one", "other", "sense", "other sense", "auc", "other auc", "partners"]
-    return pd.DataFrame(rows, columns=columns)
+    """Does the sense that is best for a relation in one model have as its partner the best one in another?"""
+    tables = []
+    for relation, of_relation in roles.groupby("relation", sort=False):
+        rows = of_relation.loc[of_relation.groupby("model")["auc"].idxmax()]
+        best = {row.model: (row.sense, row.auc) for row in rows.itertuples()}
+        tables.append(compare_best(best, partners, "auc").assign(relation=relation))
+    table = pd.concat(tables, ignore_index=True)
+    return table[["relation", *table.columns.drop("relation")]]
 
 
 def gender_of(models: dict, tokenizer, partners: dict) -> pd.DataFrame:
@@ -137,18 +128,23 @@ def gender_of(models: dict, tokenizer, partners: dict) -> pd.DataFrame:
         split = bias.split_odds(model, tokenizer, people, templates["fit"] + templates["test"], bias.PAIR)
         shares = bias.shares(split.odds, split.own)
         best[name] = int(shares.argmax()), float(shares.max())
+    return compare_best(best, partners, "share")
+
+
+def compare_best(best: dict[str, tuple[int, float]], partners: dict, value: str) -> pd.DataFrame:
+    """A row for each pair of models: their best senses, the `value` of each, and whether they are partners."""
     rows = []
     for (one, other), partner in partners.items():
-        (sense, share), (other_sense, other_share) = best[one], best[other]
-        rows.append((one, other, sense, other_sense, share, other_share, partner[sense] == other_sense))
-    columns = ["one", "other", "sense", "other sense", "share", "other share", "partners"]
+        (sense, first), (other_sense, second) = best[one], best[other]
+        rows.append((one, other, sense, other_sense, first, second, partner[sense] == other_sense))
+    columns = ["one", "other", "sense", "other sense", value, f"other {value}", "partners"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def tables_of_seeds(valid: str, runs: Path):
+def tables_of_seeds(valid: str):
     """Likeness, roles and gender across seeds; and Transformers."""
     models, tokenizer = {name: load(HERE / name)[0] for name in SHIPPED}, load(HERE / SHIPPED[0])[1]
-    transformers = {name: load(runs / name / "model")[0] for name in TRANSFORMERS}
+    transformers = {name: load(RUNS / name / "model")[0] for name in TRANSFORMERS}
     table, partners = compare_models(models, *words_to_compare(tokenizer))
     others, _ = compare_models(transformers, *words_to_compare(tokenizer))
     save(pd.concat([table.assign(what="senses"), others.assign(what="Transformer's embeddings")]), "seeds")
@@ -159,7 +155,7 @@ def tables_of_seeds(valid: str, runs: Path):
 # ---------------------------------------------------------------- numbers of senses
 
 
-def table_of_k(valid: str, runs: Path, lexsim: str):
+def table_of_k(valid: str, lexsim: str):
     """Loss and word similarity of the small models by their number of senses.
 
     similarity: how well senses agree with people, held-out rho, mean over the sets. Beside it, how much better the
@@ -169,7 +165,7 @@ def table_of_k(valid: str, runs: Path, lexsim: str):
     sets = similarity.read_sets(lexsim)
     rows, methods = {}, {}
     for name in OF_K:
-        model, tokenizer = load(runs / name / "model")
+        model, tokenizer = load(RUNS / name / "model")
         methods[name] = similarity.of_model(model, tokenizer)
         rows[name] = {
             "senses": getattr(model.config, "num_senses", 0),
@@ -182,28 +178,20 @@ def table_of_k(valid: str, runs: Path, lexsim: str):
     save(table.astype({"senses": int, "parameters": int}).rename_axis("model").reset_index(), "senses")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--corpus", required=True, help="training text: paths or globs, commas between them")
-    parser.add_argument("--valid", required=True, help="validation text")
-    parser.add_argument("--runs", type=Path, default=runs_folder() / "reading", help="where models.py keeps its runs")
-    parser.add_argument("--lexsim", required=True, help="folder or URL of the word similarity sets")
-    parser.add_argument("--demo-only", action="store_true", help="measure the demo model, and leave the others")
-    options = parser.parse_args()
-
-    def make():
-        torch.manual_seed(0)
-        table_of_demo(options.corpus, options.valid)
-        if options.demo_only:
-            return
-        for name in SHIPPED:
-            export(HERE / name, *load(options.runs / name / "model"))
-        tables_of_seeds(options.valid, options.runs)
-        tables_of_bigrams(options.corpus, options.valid, options.runs)
-        table_of_k(options.valid, options.runs, options.lexsim)
-
-    return exit_status(make)
+def make(corpus: str, valid: str, lexsim: str):
+    torch.manual_seed(0)
+    table_of_demo(corpus, valid)
+    for name in SHIPPED:
+        export(HERE / name, *load(RUNS / name / "model"))
+    tables_of_seeds(valid)
+    tables_of_bigrams(corpus, valid)
+    table_of_k(valid, lexsim)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--corpus", required=True, help="training text: paths or globs, commas between them")
+    parser.add_argument("--valid", required=True, help="validation text")
+    parser.add_argument("--lexsim", required=True, help="folder or URL of the word similarity sets")
+    options = parser.parse_args()
+    make(options.corpus, options.valid, options.lexsim)
