@@ -16,7 +16,6 @@ from helpers import ROOT, tiny_classifier, tiny_model, tokenizer_with_words
 from backpack_lib import SenseEdits, load, loading
 from backpack_lib.analysis import bias
 from backpack_lib.lessons.opening import Lesson
-from backpack_lib.loading import is_planted
 from backpack_lib.text import planted
 from backpack_lib.text.writing import ids_of_text
 
