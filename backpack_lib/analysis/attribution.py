@@ -104,5 +104,7 @@ def attribute(model, input_ids, target: int, contrast: int | None = None, positi
     Takes one forward pass and T k products of width d, whatever the size of the vocabulary.
 
     input_ids: (T,) or (1, T); with a position before the last, T counts the tokens up to it.
+
+    Raises ValueError for a model without senses, several texts, and a position or token that is not there.
     """
     return read(model, input_ids, position).contributions(target, contrast)

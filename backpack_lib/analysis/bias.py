@@ -33,7 +33,11 @@ RESAMPLES, PERMUTATIONS = 2000, 9999
 
 
 def log_odds(model, tokenizer, professions: list[str], templates: list[str], pair=PAIR) -> pd.DataFrame:
-    """log p(first) - log p(second) of the next token in nats: a row for each profession, a column for each template."""
+    """log p(first) - log p(second) of the next token in nats: a row for each profession, a column for each template.
+
+    Raises ValueError for a template without `{profession}`, a profession that it would spell with other tokens, and a
+    pair that is not two words of one token.
+    """
     first, second = tokens_of_pair(tokenizer, pair)
     log_probs = next_log_probabilities(model, tokenizer, fill(tokenizer, professions, templates))
     odds = (log_probs[:, first] - log_probs[:, second]).cpu().double().view(len(professions), len(templates))

@@ -82,8 +82,10 @@ class SenseEdits:
     """A stack of edits to the senses of one model; see the module's example.
 
     `word` is a word of one token, a token id, several of either, or None for all words; `sense` is an index,
-    several, or None for all senses. Each method that edits returns the stack, so calls can be chained; where one is
-    refused, nothing is added.
+    several, or None for all senses. Each method that edits returns the stack, so calls can be chained.
+
+    Raises ValueError, with nothing added, for words of several tokens, senses out of range, and numbers that are not
+    finite.
     """
 
     def __init__(self, model, tokenizer, description: str = ""):
