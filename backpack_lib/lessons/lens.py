@@ -80,13 +80,6 @@ def sentences_and_glosses(glosses: dict[str, dict[str, str]]) -> tuple[pd.DataFr
     return pd.DataFrame(questions), pd.DataFrame(meanings)
 
 
-def table_of_senses(words: pd.DataFrame, caption: str):
-    """The words that each sense of a word pushes up, a row a sense."""
-    up = words[words["direction"] == "up"].groupby("sense")
-    table = pd.DataFrame({"pushes up": up["token"].agg(" · ".join), "strongest push": up["push"].max()})
-    return tables.shaded(table, 1, caption, shade=["strongest push"])
-
-
 # ---------------------------------------------------------------- exercises
 
 
