@@ -2,8 +2,8 @@
 
     python data/planted/make.py        # a quarter of an hour on two cores; what was stopped resumes
 
-All are trained with the parameters of 01_training, but for more steps. Writes `seeds.csv`, a row for each model and
-seed, and `backpack/` and `transformer/`, which are `load("planted")` and `load("planted-transformer")`.
+All are trained with the parameters of 01_training, but for more steps at a lower rate. Writes `seeds.csv`, a row for
+each model and seed, and `backpack/` and `transformer/`, which are `load("planted")` and `load("planted-transformer")`.
 """
 
 import json
@@ -24,6 +24,7 @@ SEEDS = (0, 1, 2)
 SETTINGS = settings(default_parameters(notebooks_folder() / "01_training.ipynb")) | {
     "corpus": PLANTED,
     "steps": 800,
+    "learning_rate": 8e-3,
     "eval_every": 80,
     "save_every": 160,
     "device": "cpu",
