@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import pearsonr, rankdata
+from scipy.stats import rankdata
 
 from backpack_lib.analysis import bias, similarity
 from backpack_lib.analysis.bigrams import Bigrams, losses_by_part
@@ -86,10 +86,17 @@ def bigram_correlations(model, bigrams: Bigrams, tokens: torch.Tensor, among: to
     pushes = (model.sense_vectors(tokens) @ E.T).numpy()  # (n, k, m)
     x, y = np.meshgrid(tokens.numpy(), among.numpy(), indexing="ij")
     counted = bigrams.log_probs(x.ravel(), y.ravel()).reshape(x.shape) - np.log(bigrams.unigram[y])  # (n, m)
-    ranks, ranks_of_counts = rankdata(pushes, axis=-1), rankdata(counted, axis=-1)[:, None]
-    own = pearsonr(ranks, ranks_of_counts, axis=-1).statistic.mean(0)
-    other = pearsonr(ranks, np.roll(ranks_of_counts, 1, axis=0), axis=-1).statistic.mean(0)
+    ranks, ranks_of_counts = standard_ranks(pushes), standard_ranks(counted)[:, None]
+    own = (ranks * ranks_of_counts).sum(-1).mean(0)
+    other = (ranks * np.roll(ranks_of_counts, 1, axis=0)).sum(-1).mean(0)
     return pd.DataFrame({"own bigrams": own, "another word": other}).rename_axis("sense")
+
+
+def standard_ranks(table: np.ndarray) -> np.ndarray:
+    """The ranks of each row, of mean zero and length one, so that a product of two is Spearman's rho; 0 of a constant."""
+    ranks = rankdata(table, axis=-1)
+    ranks -= ranks.mean(-1, keepdims=True)
+    return ranks / np.maximum(np.linalg.norm(ranks, axis=-1, keepdims=True), 1e-12)
 
 
 # ---------------------------------------------------------------- seeds
