@@ -63,3 +63,11 @@ def test_a_position_before_the_text_an_empty_text_and_a_transformer_are_refused(
         attribute(model, [], 5)
     with pytest.raises(ValueError, match="takes a Backpack; a GPT2LMHeadModel has no sense vectors"):
         attribute(GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1)), ids, 5)
+
+
+def test_each_contribution_is_its_weight_times_its_push():
+    model, ids = tiny_model(), random_ids(5)
+    out = model(ids[None], output_senses=True)
+    contributions = attribute(model, ids, target=7, contrast=9)
+    pushes = model.sense_vectors(ids) @ (model.lm_head.weight[7] - model.lm_head.weight[9])  # (T, k)
+    torch.testing.assert_close(contributions, out.contextualization[0, :, 4].T * pushes, atol=1e-5, rtol=1e-4)

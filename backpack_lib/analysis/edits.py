@@ -57,7 +57,7 @@ class Edit:
         """Edited sense vectors of tokens. (n,), (n, k, d) -> (n, k, d)"""
         if self.tokens is None:
             return self._of_all(senses)
-        here = (token_ids[:, None] == self.tokens).any(1)
+        here = torch.isin(token_ids, self.tokens)
         if senses.device.type != "cpu":  # it would have to be waited for, to know how many there are
             return torch.where(here[:, None, None], self._of_all(senses), senses)
         return senses.index_put((here,), self._of_all(senses[here])) if here.any() else senses

@@ -46,7 +46,7 @@ HALVINGS = 8  # of the interval in which the share is searched that a bound allo
 class Examples:
     """Prompts with a token to follow."""
 
-    kind: str  # "say": the target, likelier than all contrasts; "prefer": likelier than them; "balance": as likely
+    kind: str  # "say": the target, likelier than all contrasts; "prefer": likelier than its contrast; "balance": as likely
     prompts: list[str]
     targets: torch.Tensor  # (n,)
     contrasts: torch.Tensor  # (n, m)

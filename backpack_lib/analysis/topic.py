@@ -34,7 +34,7 @@ class TopicControl:
 
     words: the topic, one word or several. strength: 0 (nothing changes) to 3; deltas: other factors for senses above
         the quantiles .95, .80 and .60, and for all the others. annealing: release senses whose words the text has said.
-    sampled: tokens whose scores say where the quantiles lie, so that a large vocabulary takes no longer than a small
+    sampled: how many tokens' scores say where the quantiles lie, so that a large vocabulary takes no longer than a small
         one. With 2,000 their level is off by about .005, with 400 by .01. Other scores are computed, and kept, when
         their token is first met.
 

@@ -1,6 +1,7 @@
 """What 05_knowledge alone needs: facts and texts that suit a model, stored tables, and checks of its exercises."""
 
 import re
+from importlib.util import find_spec
 
 import pandas as pd
 import torch
@@ -28,8 +29,12 @@ def check_settings(facts_measured: int, sets_taught: int, methods: list[str], bo
         raise ValueError("bounds=[] holds no bound; give at least one, such as 0.001.")
     for eps in bounds:
         ft.check_bound(eps)
+    if not methods:
+        raise ValueError(f"methods=[] names no method; choose from {', '.join(SETTINGS)}.")
     if unknown := {*methods} - {*SETTINGS}:
         raise ValueError(f"The method {min(unknown)!r} is unknown; choose from {', '.join(SETTINGS)}.")
+    if "LoRA" in methods and find_spec("peft") is None:
+        raise ValueError("The method 'LoRA' needs the package peft: pip install peft.")
     if not 0 < share <= 1:
         raise ValueError(f"share={share} should be above 0 and at most 1.")
 

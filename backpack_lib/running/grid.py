@@ -86,7 +86,10 @@ class Grid:
     def run_one(self, run: str, environment: dict | None = None) -> tuple[str, str | None]:
         """Runs the notebook once. -> the run, and what went wrong, or None"""
         parameters = self.runs[run] | {"out": str(self.folder / run)}
-        outcome = run_notebook(str(self.notebook), parameters, progress_bar=False, environment=environment)
+        try:
+            outcome = run_notebook(str(self.notebook), parameters, progress_bar=False, environment=environment)
+        except (OSError, ValueError) as error:  # of this run's folder; the others go on
+            return run, str(error)
         return run, outcome.result if outcome.failed else None
 
     def table(self) -> pd.DataFrame:

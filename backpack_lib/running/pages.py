@@ -1,6 +1,7 @@
 """Executed notebooks as pages that open without a network, formulas as MathML, and an index of them."""
 
 import json
+import os
 import re
 from base64 import b64decode
 from html import escape
@@ -83,7 +84,7 @@ def write_index(outcomes: list, folder: Path) -> Path:
         html = page(nbformat.read(outcome.copy, as_version=4), outcome.notebook)
         target = outcome.copy.with_suffix(".html")
         write_text(target, re.sub(r'href="(\d\d_\w+)\.ipynb(#\w+)?"', r'href="../\1/\1.html\2"', html))
-        address = quote(target.relative_to(folder).as_posix())
+        address = quote(Path(os.path.relpath(target, folder)).as_posix())
         link = f'<a href="{address}">{escape(outcome.notebook)}</a>'
         rows.append({"notebook": link, "minutes": round(outcome.minutes, 1), "result": escape(outcome.result)})
     table = pd.DataFrame(rows).to_html(index=False, escape=False, border=0)
