@@ -195,6 +195,17 @@ def test_it_is_saved_without_its_base_and_goes_onto_no_other(lens, tmp_path):
         SenseLens.from_pretrained(tmp_path / "lens", base=make_base(seed=3))
 
 
+def test_a_base_of_another_width_is_refused(lens):
+    sizes = dict(vocab_size=500, n_embd=16, n_layer=3, n_head=4, n_positions=64)
+    with pytest.raises(ValueError, match="another model than this lens was trained on"):
+        lens.attach(AutoModelForCausalLM.from_config(GPT2Config(**sizes, **IDS)))
+
+
+def test_an_edit_of_embeddings_without_tokens_is_refused(lens):
+    with SenseEdits(lens, tiny_tokenizer()).scale(None, by=0).applied(), pytest.raises(ValueError, match="token ids"):
+        lens(inputs_embeds=torch.zeros(1, 3, 32))
+
+
 def test_what_cannot_be_a_base_is_refused():
     capped = AutoModelForCausalLM.from_config(Gemma2Config(**GROUPED, head_dim=8))
     with pytest.raises(ValueError, match="not linear in its last state"):

@@ -257,6 +257,20 @@ def test_gradients_reach_a_text_that_is_read_with_a_cache():
     torch.testing.assert_close(gradient, model.lm_head.weight.grad, atol=1e-3, rtol=1e-3)
 
 
+def test_gradients_reach_a_soft_prompt_of_a_frozen_model_through_several_cached_steps():
+    model, ids = tiny_model().requires_grad_(False), random_ids(1, 4)
+    gradients = []
+    for steps in ([[1, 2, 3, 4]], [[1], [2], [3], [4]]):
+        soft = model.get_input_embeddings()(random_ids(1, 3, seed=1)).detach().requires_grad_()
+        cache, logits = DynamicCache(), []
+        logits.append(model(inputs_embeds=soft, cache=cache, use_cache=True).logits)
+        for places in steps:
+            logits.append(model(ids[:, [place - 1 for place in places]], cache=cache, use_cache=True).logits)
+        torch.cat(logits, 1).square().sum().backward()
+        gradients.append(soft.grad)
+    torch.testing.assert_close(*gradients, atol=1e-3, rtol=1e-3)
+
+
 def test_a_text_is_read_sense_by_sense(monkeypatch):
     model, ids = tiny_model(), random_ids(2, 19)
     mask = torch.ones_like(ids)

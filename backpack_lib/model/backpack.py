@@ -279,7 +279,7 @@ class BackpackModel(BackpackPreTrainedModel):
         self.gpt2_model.wte = embeddings
 
     def embed(self, token_ids):
-        """(n,) -> (n, d)"""
+        """Rows of the input embedding. (n,) -> (n, d)"""
         return self.gpt2_model.wte(token_ids[None])[0]  # as a batch, which hooks on embeddings (NEFTune's) expect
 
     def sense_vectors(self, token_ids, embeddings=None, patched=True):
@@ -307,8 +307,7 @@ class BackpackModel(BackpackPreTrainedModel):
         distinct=None,
         **kwargs,
     ):
-        """The trunk's output, whose last state is the weighted sum of senses, (B, T, d); see
-        `BackpackLMHeadModel.forward`.
+        """The trunk's output with the weighted sum of senses as last state, (B, T, d); see `BackpackLMHeadModel.forward`.
 
         distinct: what `distinct_tokens(input_ids)` returned, if it has been asked.
         """
@@ -400,9 +399,16 @@ class BackpackLMHeadModel(BackpackPreTrainedModel, GenerationMixin):
         self.backpack = BackpackModel(config)
         self.lm_head = OutputEmbedding(config.n_embd, config.vocab_size, bias=False)
         self.loss_type = "ForCausalLM"
-        self.patches, self.weight_hooks = self.backpack.patches, self.backpack.weight_hooks
         self.post_init()
         suppress_unused_rows(self)
+
+    @property
+    def patches(self) -> list:
+        return self.backpack.patches
+
+    @property
+    def weight_hooks(self) -> list:
+        return self.backpack.weight_hooks
 
     def sense_vectors(self, token_ids, patched=True):
         """Sense vectors of each token, without any context. (n,) -> (n, k, d). patched: under the active edits."""

@@ -50,7 +50,7 @@ class SenseTable:
     def append(self, senses: torch.Tensor) -> torch.Tensor:
         """Adds rows and returns their numbers. (n, k, d) -> (n,)"""
         start, self.size = self.size, self.size + len(senses)
-        if senses.requires_grad or self.size > len(self.rows):
+        if senses.requires_grad or self.rows.requires_grad or self.size > len(self.rows):  # then never in place
             room = senses.new_empty(start, *senses.shape[1:])  # so that few rows are copied often
             self.rows = torch.cat([self.rows[:start].to(senses), senses, room])
         else:

@@ -116,7 +116,8 @@ class SenseLens(PreTrainedModel, GenerationMixin):
 
         Raises ValueError for another model than the lens was trained on, or logits that are not linear in its state.
         """
-        cosine = torch.cosine_similarity(self._rows_of(base).to(self.embedding_rows), self.embedding_rows).mean().item()
+        rows, own = self._rows_of(base).to(self.embedding_rows), self.embedding_rows
+        cosine = torch.cosine_similarity(rows, own).mean().item() if rows.shape == own.shape else 0.0
         if not cosine >= LEAST_COSINE:
             raise ValueError(
                 f"{name_of(base)!r} is another model than this lens was trained on: its embeddings differ "
@@ -221,6 +222,8 @@ class SenseLens(PreTrainedModel, GenerationMixin):
 
         def after(body, args, kwargs, outputs):
             named = {"input_ids": args[0]} | kwargs if args else kwargs
+            if named.get("input_ids") is None:
+                raise ValueError("Edits of senses need token ids; give `input_ids` instead of `inputs_embeds`.")
             outputs.last_hidden_state = self._edited(named, outputs, output_senses, seen)
             return outputs
 

@@ -33,7 +33,7 @@ def contextualize(queries, keys, allowed):
 def weighted_sum(alpha, senses):
     """Sum over earlier tokens and their senses. (B, k, T, S), (B, k, S, d) -> (B, T, d)
 
-    One product over (sense, position) pairs, so that nothing of the size k x T x d comes out, unless it is small.
+    One product over (sense, position) pairs, so that nothing of the size k x T x d comes out; of one new token it is small.
     """
     if alpha.shape[2] == 1:
         return (alpha.to(senses.dtype) @ senses).sum(1)

@@ -13,7 +13,7 @@ def ids_of_text(tokenizer, text: str) -> list[int]:
 def pad_rows(rows: list[list[int]], pad: int, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of ids, padded on the right or left, and their attention mask."""
     side = "left" if left else "right"
-    ids = pad_sequence([torch.tensor(row) for row in rows], True, pad, side)
+    ids = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, pad, side)
     return ids, pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True, 0, side)
 
 
@@ -23,11 +23,12 @@ def prompts_of_texts(model, tokenizer, prompts: list[str], max_new_tokens: int) 
     Raises ValueError if there is no room for the new tokens in the model's context.
     """
     ids, mask = pad_rows([ids_of_text(tokenizer, prompt) for prompt in prompts], tokenizer.eos_token_id, left=True)
-    room = model.config.max_position_embeddings - ids.shape[1]
+    limit = model.config.max_position_embeddings
+    room = limit - ids.shape[1]
     if max_new_tokens > room:
         raise ValueError(
-            f"The prompt has {ids.shape[1]} tokens, which leaves room for {max(room, 0)} of the model's "
-            f"{model.config.max_position_embeddings}, but max_new_tokens={max_new_tokens}; shorten the prompt or ask for fewer."
+            f"The prompt has {ids.shape[1]} tokens, which leaves room for {max(room, 0)} of the model's {limit}, but "
+            f"max_new_tokens={max_new_tokens}; shorten the prompt or ask for fewer."
         )
     return ids.to(model.device), mask.to(model.device)
 
