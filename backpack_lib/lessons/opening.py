@@ -87,14 +87,21 @@ class Lesson(Results):
         tokens = min(tokens, writer.config.max_position_embeddings - 1)
         return continue_texts(writer, self.tokenizer, beginnings, tokens, seed, top_k=0), "texts by the model"
 
-    def stored(self, file: str, command: str, column: str = "weights") -> pd.DataFrame | None:
-        """A table of `data/` that a command measured of the demo model, by the weights in a column; None of others."""
+    def stored(self, file: str, command: str, column: str = "weights", of: str = "") -> pd.DataFrame | None:
+        """A table of `data/` that a command measured of the demo model, by the weights in a column; None of others.
+
+        of: which of the rows are of this model (a pandas query), where some are of another.
+        """
         if self.name != "demo":
             return None
         table = pd.read_csv(data_folder() / file)
-        if fingerprint(self.model) not in set(table[column]):
-            raise ValueError(f"What is stored is of other weights than the demo model's; run: {command}")
+        self.check_stored((table.query(of) if of else table)[column], command)
         return table
+
+    def check_stored(self, weights: Iterable[str], command: str):
+        """Raises ValueError if what is stored was measured on other weights than this model's."""
+        if set(weights) != {fingerprint(self.model)}:
+            raise ValueError(f"What is stored is of other weights than the demo model's; run: {command}")
 
 
 def open_lesson(name: str, model: str = "demo", out: str = "", device: str = "cpu", **given) -> Lesson:

@@ -29,11 +29,12 @@ def texts_for_roles(lesson: Lesson, corpus: str, seed: int) -> list[str]:
 # ---------------------------------------------------------------- what `make evaluate` measured
 
 
-def stored_roles() -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+def stored_roles(lesson: Lesson) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Of the demo model, as `roles.evidence` returns it."""
-    stored = _evaluation()["models"]["demo"]["roles"]
-    auc, untrained = (pd.DataFrame(stored[name]).rename_axis("sense") for name in ("auc", "auc_untrained"))
-    return auc, untrained, pd.DataFrame(stored["consistency"]).T.dropna()
+    stored = _evaluation()["models"]["demo"]
+    lesson.check_stored([stored["weights"]], "make evaluate")
+    auc, untrained = (pd.DataFrame(stored["roles"][name]).rename_axis("sense") for name in ("auc", "auc_untrained"))
+    return auc, untrained, pd.DataFrame(stored["roles"]["consistency"]).T.dropna()
 
 
 def stored_similarity() -> tuple[dict[str, pd.DataFrame], pd.DataFrame, pd.DataFrame]:

@@ -178,9 +178,12 @@ class SenseLens(PreTrainedModel, GenerationMixin):
         """(B, T, 2 d) -> queries and keys, each (B, k, T, d_s)"""
         return self.sense_weight_net((states.to(self.dtype) - self.state_mean) / self.state_std)
 
-    def explain(self, input_ids, states):
-        """o, what senses alone make of the last state. (B, T), (B, T, 2 d) -> (B, T, d)"""
-        tokens, inverse = distinct_tokens(input_ids)
+    def explain(self, input_ids, states, distinct=None):
+        """o, what senses alone make of the last state. (B, T), (B, T, 2 d) -> (B, T, d)
+
+        distinct: what `distinct_tokens(input_ids)` returned, if it has been asked.
+        """
+        tokens, inverse = distinct or distinct_tokens(input_ids)
         queries, keys = self.queries_and_keys(states)
         n = input_ids.shape[1]
         allowed = allowed_positions(None, n, n, 0, input_ids.device)

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -94,9 +95,10 @@ class ClassifierJudge:
     def __init__(self, name: str):
         from transformers import pipeline
 
-        offline_without_hub()
-        settings = {"top_k": None, "function_to_apply": "sigmoid"}
-        self.classify = pipeline("text-classification", model=as_seen(name), **settings)
+        where, settings = as_seen(name), {"top_k": None, "function_to_apply": "sigmoid"}
+        if not Path(where).is_dir():
+            offline_without_hub()
+        self.classify = pipeline("text-classification", model=where, **settings)
 
     def __call__(self, texts: list[str]) -> pd.DataFrame:
         """Whether each text is on each topic: texts x topics, any number of topics a text."""

@@ -56,7 +56,7 @@ class LensLoss(nn.Module):
     others drawn by lot, and the share of the variance of the logits that senses leave unexplained, over all tokens.
     In evaluation: mean nats per token of the text under the senses alone.
 
-    counts: how often each token stands in the text, (V,).
+    counts: how often each token stands in the text, (V,). distinct: as in `LanguageModelLoss`.
     """
 
     def __init__(self, lens: SenseLens, states: KeptStates, counts: torch.Tensor):
@@ -69,9 +69,9 @@ class LensLoss(nn.Module):
         self.register_buffer("gram", E.T @ E / len(E), persistent=False)
         self.register_buffer("counts", counts.to(E.device), persistent=False)
 
-    def forward(self, input_ids, *_):  # a batch also tells its distinct tokens
+    def forward(self, input_ids, *distinct):
         states = self.states(input_ids)
-        h, o = states[..., : self.model.config.n_embd], self.model.explain(input_ids, states)
+        h, o = states[..., : self.model.config.n_embd], self.model.explain(input_ids, states, distinct)
         if self.training:
             return self.distance(h.flatten(0, 1), o.flatten(0, 1))
         logits = self.model.logits_of(o[:, :-1])

@@ -145,21 +145,18 @@ def card(name: str, lens: SenseLens, figures: dict) -> str:
         "different": recipe["max_blocks"] * recipe["block_size"] / 1e6,
         "seen": recipe["steps"] * recipe["batch_size"] * recipe["block_size"] / 1e6,
     }
-    return (
-        (HERE / "card.md")
-        .read_text(encoding="utf-8")
-        .format(
-            name=name,
-            lens=lens,
-            figures=figures,
-            recipe=recipe,
-            millions=millions,
-            tokens=TOKENS,
-            licence=BASE_LICENCES[name],
-            settings=yaml.safe_dump(recipe, sort_keys=False).strip(),
-            tables="\n\n".join(tables),
-            speeds=", ".join(f"{who} {rate:.0f}" for who, rate in figures["tokens_per_second"].items()),
-        )
+    template = (HERE / "card.md").read_text(encoding="utf-8")
+    return template.format(
+        name=name,
+        lens=lens,
+        figures=figures,
+        recipe=recipe,
+        millions=millions,
+        tokens=TOKENS,
+        licence=BASE_LICENCES[name],
+        settings=yaml.safe_dump(recipe, sort_keys=False).strip(),
+        tables="\n\n".join(tables),
+        speeds=", ".join(f"{who} {rate:.0f}" for who, rate in figures["tokens_per_second"].items()),
     )
 
 
