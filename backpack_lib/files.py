@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import yaml
 from filelock import FileLock, Timeout
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -93,6 +94,14 @@ def cached_json(folder: Path, what: dict, make: Callable):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps({"what": what, "value": value}, ensure_ascii=False))
     return json.loads(file.read_text(encoding="utf-8"))["value"]
+
+
+def read_file(file: str | Path, read: Callable):
+    """What `read` makes of a user's file; why it cannot be read is said in one sentence."""
+    try:
+        return read(file)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{str(file)!r} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -9,7 +9,7 @@ The projection is that of Hewitt et al. (2023), who show what a model writes aft
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ import yaml
 
 from backpack_lib.analysis.edits import SenseEdits
 from backpack_lib.analysis.scores import next_log_probabilities, readings
-from backpack_lib.files import as_seen, data_folder
+from backpack_lib.files import as_seen, data_folder, read_file
 from backpack_lib.model.kinds import require_senses, require_transformer
 from backpack_lib.text.words import token_of_word
 
@@ -72,14 +72,6 @@ def read_table(file: str | Path, columns: list[str]) -> pd.DataFrame:
     if missing := [column for column in columns if column not in table]:
         raise ValueError(f"{str(file)!r} lacks the column {missing[0]!r}; it should have {', '.join(columns)}.")
     return table
-
-
-def read_file(file: str | Path, read: Callable):
-    """What `read` makes of a user's file; why it cannot be read is said in one sentence."""
-    try:
-        return read(file)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{str(file)!r} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def _fact(row, phrasings: dict) -> Fact:

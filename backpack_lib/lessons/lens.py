@@ -9,10 +9,10 @@ import torch
 
 from backpack_lib.analysis.disambiguation import english_ambiguities
 from backpack_lib.display import tables
-from backpack_lib.files import data_folder
+from backpack_lib.files import data_folder, first_line
 from backpack_lib.lessons.exercises import check_function, check_number, random_cases
 from backpack_lib.lessons.opening import Lesson, open_lesson
-from backpack_lib.loading import load_tokenizer_of
+from backpack_lib.loading import SMOLLM2, SMOLLM2_ON_HUB, load, unpack_smollm2
 from backpack_lib.model.lens import SenseLens
 from backpack_lib.text.corpora import first_characters, open_corpus
 
@@ -22,13 +22,12 @@ RUNGS = {"own senses alone": "own senses", "shuffled senses": "dealt senses", "s
 
 def available(name: str) -> str:
     """The name of a lens, or of the demo's where its Transformer cannot be had; says so."""
-    try:
-        load_tokenizer_of(name)
-    except ValueError as error:
-        if name != "smollm2-lens":
-            raise
-        print(f"{error} So this page shows the lens on the demo's Transformer (demo-lens).")
-        return "demo-lens"
+    if name == "smollm2-lens" and unpack_smollm2() == SMOLLM2_ON_HUB:
+        try:
+            load(SMOLLM2)
+        except (OSError, ValueError) as error:
+            print(f"{first_line(error)} So this page shows the lens on the demo's Transformer (demo-lens).")
+            return "demo-lens"
     return name
 
 

@@ -15,8 +15,7 @@ import pandas as pd
 import torch
 
 from backpack_lib.analysis.attribution import read
-from backpack_lib.analysis.knowledge import read_file
-from backpack_lib.files import as_seen, data_folder
+from backpack_lib.files import as_seen, data_folder, read_file
 from backpack_lib.lessons.results import Results, open_results
 from backpack_lib.loading import fingerprint, is_planted, load
 from backpack_lib.model.kinds import require_senses

@@ -368,7 +368,7 @@ class BackpackModel(BackpackPreTrainedModel):
             return keys, self.sense_vectors(tokens), inverse
         known = sense_table(cache, self.config.n_layer, self.config.vocab_size, keys.device)
         if input_ids is None:
-            input_ids = known.append(self.sense_network(embeddings)).view(len(keys), -1) + self.config.vocab_size
+            input_ids = known.append_embeddings(self.sense_network(embeddings)).view(len(keys), -1)
         keys, ids = remember(cache, self.config.n_layer, keys, input_ids)
         return keys, *known.look_up(ids, self.sense_vectors, self.patches)
 

@@ -37,18 +37,19 @@ def sense_table(cache: Cache, n_layer: int, vocab_size: int, device) -> "SenseTa
 
 
 class SenseTable:
-    """The senses of the tokens in a cache: a row, (k, d), for each distinct token and for each embedding without one.
+    """The senses of what stands in a cache: a row, (k, d), for each distinct token and for each embedding without one.
 
-    An embedding that belongs to no token stands in the cache under the number V + its row.
+    An embedding that belongs to no token stands in the cache under a number of its own, from V on.
     """
 
     def __init__(self, vocab_size: int, device):
-        self.row_of = torch.full((vocab_size,), -1, device=device)  # -1: the token has no row yet
+        self.vocab_size = vocab_size
+        self.row_of = torch.full((vocab_size,), -1, device=device)  # of each number; -1: it has none yet
         self.rows, self.size = torch.empty(0), 0
         self.patches = []
 
     def append(self, senses: torch.Tensor) -> torch.Tensor:
-        """Adds rows and returns their numbers. (n, k, d) -> (n,)"""
+        """Adds rows and returns which they are. (n, k, d) -> (n,)"""
         start, self.size = self.size, self.size + len(senses)
         if senses.requires_grad or self.rows.requires_grad or self.size > len(self.rows):  # then never in place
             room = senses.new_empty(start, *senses.shape[1:])  # so that few rows are copied often
@@ -57,17 +58,23 @@ class SenseTable:
             self.rows[start : self.size] = senses
         return torch.arange(start, self.size, device=self.row_of.device)
 
+    def append_embeddings(self, senses: torch.Tensor) -> torch.Tensor:
+        """Adds senses that belong to no token, and returns the numbers for them. (n, k, d) -> (n,)"""
+        known = len(self.row_of)
+        self.row_of = torch.cat([self.row_of, self.append(senses)])
+        return torch.arange(known, len(self.row_of), device=self.row_of.device)
+
     def look_up(self, ids: torch.Tensor, senses_of, patches=()) -> tuple[torch.Tensor, torch.Tensor]:
-        """The senses of all tokens and the row of each. (B, S) -> (n, k, d), (B, S)
+        """All senses and the row of each number. (B, S) -> (n, k, d), (B, S)
 
         senses_of: computes the senses of tokens that are not known under these patches.
         """
         if list(map(id, patches)) != list(map(id, self.patches)):
-            self.row_of.fill_(-1)
+            self.row_of[: self.vocab_size] = -1
             self.patches = list(patches)
-        is_token = ids < len(self.row_of)
-        tokens = ids.where(is_token, 0)
-        unknown = ids[is_token & (self.row_of[tokens] < 0)].unique()
-        if len(unknown):
+        rows = self.row_of[ids]
+        if rows.min() < 0:
+            unknown = ids[rows < 0].unique()
             self.row_of[unknown] = self.append(senses_of(unknown))
-        return self.rows[: self.size], self.row_of[tokens].where(is_token, ids - len(self.row_of))
+            rows = self.row_of[ids]
+        return self.rows[: self.size], rows
