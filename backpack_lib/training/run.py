@@ -99,7 +99,8 @@ class Run:
     def to_the_end(self):
         config, main = self.config, self.accelerator.is_main_process
         steps = range(self.step, config.steps)
-        bar = tqdm(steps, config.architecture, config.steps, initial=self.step, leave=False, disable=not main)
+        # At most once a second: a notebook that is read only at the end of a long cell would lose messages.
+        bar = tqdm(steps, config.architecture, config.steps, False, mininterval=1, disable=not main, initial=self.step)
         for _ in bar:
             start = time.perf_counter()
             self.train_one_step()
