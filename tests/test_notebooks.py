@@ -76,9 +76,8 @@ def test_control_reaches_planted_topics_and_the_exercises_on_topics_are_solved(t
     given |= {"samples": 16, "tokens": 40, "trials": 2, "out": str(tmp_path)}
     assert_solved(execute("03_topic_control", given, solved=True).answers, 5)
     live = pd.read_csv(tmp_path / "live.csv").set_index(["method", "strength"])["success"]
-    assert (
-        live["Backpack", 2].max() > 0.5 > 0.4 > live["Backpack", 0].max()
-    )  # three topics are announced, one is its own
+    # Three topics are announced, of which one is the text's own.
+    assert live["Backpack", 2].max() > 0.5 > 0.4 > live["Backpack", 0].max()
 
 
 def test_the_bias_search_finds_what_was_planted_and_the_edit_takes_it_away(tmp_path):
@@ -194,9 +193,8 @@ def test_senses_with_words_texts_and_sets_of_ones_own(tmp_path):
     assert made >= {"contributions.csv", "silenced.csv", "roles.csv", "similarity.csv", "edits.safetensors"}
     found = pd.read_csv(tmp_path / "out" / "similarity.csv")
     assert len(found) == 3  # the Backpack, its input embedding, and its Transformer, on one set
-    assert (
-        len(pd.read_csv(tmp_path / "out" / "similarity_differences.csv")) == 4
-    )  # two others, on the set and their mean
+    # Two others, on the set and on the mean.
+    assert len(pd.read_csv(tmp_path / "out" / "similarity_differences.csv")) == 4
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+import yaml
 
 from backpack_lib.analysis.attribution import read
 from backpack_lib.files import as_seen, data_folder, read_file
@@ -144,6 +145,4 @@ def likeliest_words(model, tokenizer, text: str, n: int = 2) -> list[str]:
 
 def examples(name: str, kind: str) -> dict:
     """The entry of a notebook and kind of model in `data/examples.yaml`."""
-    import yaml
-
     return yaml.safe_load((data_folder() / "examples.yaml").read_text(encoding="utf-8"))[name][kind]

@@ -100,7 +100,8 @@ class Run:
         config, main = self.config, self.accelerator.is_main_process
         steps = range(self.step, config.steps)
         # At most once a second: a notebook that is read only at the end of a long cell would lose messages.
-        bar = tqdm(steps, config.architecture, config.steps, False, mininterval=1, disable=not main, initial=self.step)
+        drawn = {"initial": self.step, "leave": False, "disable": not main, "mininterval": 1}
+        bar = tqdm(steps, config.architecture, config.steps, **drawn)
         for _ in bar:
             start = time.perf_counter()
             self.train_one_step()
